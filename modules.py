@@ -1,0 +1,396 @@
+"""The networks: encoder, codebook, decoder, VQ-VAE; gated PixelCNN and its sampler.
+
+Shapes: slices (N, 1, H, W) in [-1, 1], codes (N, h, w) int64 in [0, K), with h = H / downsampling and
+w = W / downsampling. PyTorch only: no files, no printing.
+
+    vqvae = VQVAE(VQVAEConfig())
+    codes = vqvae.encode(slices)
+    prior = GatedPixelCNN(PriorConfig(grid=codes.shape[1:]))
+    new_slices = vqvae.decode(prior.sample(range(16), seed=0))
+
+van den Oord et al. 2017, Neural Discrete Representation Learning, arXiv:1711.00937 (VQ-VAE)
+van den Oord et al. 2016, Conditional Image Generation with PixelCNN Decoders, arXiv:1606.05328 (gated PixelCNN)
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Rows of vectors searched at once: the table of scores (rows x K) then stays in a processor's cache.
+SEARCH_ROWS = 8192
+
+
+@dataclass(frozen=True)
+class VQVAEConfig:
+    """Shape of a VQ-VAE. A code stands for a square of `downsampling` x `downsampling` pixels."""
+
+    downsampling: int = 4
+    channels: int = 128
+    blocks: int = 2
+    hidden: int = 64
+    codes: int = 512
+    code_dim: int = 64
+    commitment: float = 0.25
+    decay: float = 0.99
+
+
+@dataclass(frozen=True)
+class PriorConfig:
+    """Shape of a gated PixelCNN over code grids of `grid` = (rows, columns)."""
+
+    grid: tuple[int, int] = (64, 32)
+    codes: int = 512
+    channels: int = 64
+    cycles: int = 2
+    head: int = 256
+    dropout: float = 0.1
+    condition_dim: int = 0
+
+
+class ResidualBlock(nn.Module):
+    """Pre-activation residual block: 3x3 to `hidden` channels, 1x1 back."""
+
+    def __init__(self, channels: int, hidden: int):
+        super().__init__()
+        self.narrow = nn.Conv2d(channels, hidden, 3, padding=1)
+        self.widen = nn.Conv2d(hidden, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.widen(F.relu(self.narrow(F.relu(x))))
+
+
+def encoder(config: VQVAEConfig) -> nn.Sequential:
+    """Slices (N, 1, H, W) to vectors (N, D, h, w).
+
+    The stem moves each square of pixels into channels (space-to-depth) instead of striding over the full
+    resolution: all convolutions then run on the code grid, where they are dense and fast.
+    """
+    s, c = config.downsampling, config.channels
+    return nn.Sequential(
+        nn.PixelUnshuffle(s),  # (N, s*s, h, w)
+        nn.Conv2d(s * s, c, 3, padding=1),
+        *(ResidualBlock(c, config.hidden) for _ in range(config.blocks)),
+        nn.ReLU(),
+        nn.Conv2d(c, config.code_dim, 1),
+    )
+
+
+def decoder(config: VQVAEConfig) -> nn.Sequential:
+    """Vectors (N, D, h, w) to slices (N, 1, H, W): the encoder mirrored."""
+    s, c = config.downsampling, config.channels
+    return nn.Sequential(
+        nn.Conv2d(config.code_dim, c, 3, padding=1),
+        *(ResidualBlock(c, config.hidden) for _ in range(config.blocks)),
+        nn.ReLU(),
+        nn.Conv2d(c, s * s, 3, padding=1),
+        nn.PixelShuffle(s),
+    )
+
+
+class Codebook(nn.Module):
+    """K vectors of D numbers; a vector is replaced by the nearest of them (arXiv:1711.00937, eq. 1 and 2).
+
+    The quantised axis is the last: for vectors (..., D) = (65536, 64) and K = 512 the codes are (65536,).
+    The codes follow the vectors by an exponential moving average (there, appendix A.1), in training mode
+    only. Counts and sums start together, so an unused code keeps its place instead of being divided by
+    nothing; one whose use falls under REVIVE of the mean is put onto a vector of the batch.
+    """
+
+    REVIVE = 0.3
+
+    def __init__(self, codes: int, dim: int, decay: float):
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("embeddings", torch.randn(codes, dim))
+        self.register_buffer("counts", torch.ones(codes))
+        self.register_buffer("sums", self.embeddings.clone())
+
+    def nearest(self, vectors: Tensor) -> Tensor:
+        """Codes (M,) of vectors (M, D). argmin |v - e|^2 = argmax (v.e - |e|^2 / 2)."""
+        half_norms = -0.5 * self.embeddings.square().sum(1)
+        scores = (torch.addmm(half_norms, part, self.embeddings.T) for part in vectors.split(SEARCH_ROWS))
+        return torch.cat([part.argmax(1) for part in scores])
+
+    def forward(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """Vectors (M, D) to the embeddings that replace them (M, D) and their codes (M,)."""
+        codes = self.nearest(vectors)
+        embeddings = F.embedding(codes, self.embeddings)
+        if self.training:
+            self.follow(vectors, codes)
+        return embeddings, codes
+
+    def follow(self, vectors: Tensor, codes: Tensor) -> None:
+        """One step of the moving average, then the revival of codes hardly used."""
+        counts = torch.bincount(codes, minlength=len(self.counts)).to(self.counts.dtype)
+        sums = torch.zeros_like(self.sums).index_add_(0, codes, vectors)
+        self.counts.lerp_(counts, 1 - self.decay)
+        self.sums.lerp_(sums, 1 - self.decay)
+        mean = self.counts.mean()
+        dead = self.counts < self.REVIVE * mean
+        # A revived code starts at the mean count: it has some 200 updates to find its use.
+        drawn = vectors[torch.randint(len(vectors), self.counts.shape, device=vectors.device)]
+        self.counts.copy_(torch.where(dead, mean, self.counts))
+        self.sums.copy_(torch.where(dead[:, None], mean * drawn, self.sums))
+        self.embeddings.copy_(self.sums / self.counts[:, None])
+
+    @torch.no_grad()
+    def fit(self, vectors: Tensor, iterations: int = 10) -> None:
+        """Put the codes where the vectors (M, D) are: k-means from vectors drawn at random."""
+        self.embeddings.copy_(vectors[torch.randint(len(vectors), self.counts.shape, device=vectors.device)])
+        decay, self.decay = self.decay, 0.0
+        for _ in range(iterations):
+            self.follow(vectors, self.nearest(vectors))
+        self.decay = decay
+
+
+class VQVAE(nn.Module):
+    """Encoder, codebook, decoder (arXiv:1711.00937, section 3)."""
+
+    def __init__(self, config: VQVAEConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = encoder(config)
+        self.codebook = Codebook(config.codes, config.code_dim, config.decay)
+        self.decoder = decoder(config)
+
+    def forward(self, slices: Tensor, quantise: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+        """Slices (N, 1, H, W) to reconstructions (N, 1, H, W), embedding loss () and codes (N, h, w).
+
+        The embedding loss is the commitment term of eq. 3, commitment * |z - sg[e]|^2, a mean over vectors
+        and dimensions: eq. 3's codebook term |sg[z] - e|^2 is minimised by the moving average instead.
+        With quantise=False the vectors pass as they are, for warming up the encoder; the loss is then 0.
+        """
+        z = self.encoder(slices).float()  # (N, D, h, w)
+        vectors = z.permute(0, 2, 3, 1)  # (N, h, w, D)
+        if not quantise:
+            codes = torch.zeros(vectors.shape[:3], dtype=torch.int64, device=z.device)
+            return self.decoder(z).float(), z.new_zeros(()), codes
+        with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
+            embeddings, codes = self.codebook(vectors.flatten(0, 2))
+        e = embeddings.view_as(vectors).permute(0, 3, 1, 2)  # (N, D, h, w)
+        embedding_loss = self.config.commitment * F.mse_loss(z, e)
+        straight_through = z + (e - z).detach()  # value of e, gradient of z
+        return self.decoder(straight_through).float(), embedding_loss, codes.view(vectors.shape[:3])
+
+    @torch.no_grad()
+    def encode(self, slices: Tensor) -> Tensor:
+        """Slices (N, 1, H, W) in [-1, 1] to codes (N, h, w). Moves no code, in training mode neither."""
+        vectors = self.encoder(slices).float().permute(0, 2, 3, 1)  # (N, h, w, D)
+        with torch.autocast(vectors.device.type, enabled=False):
+            return self.codebook.nearest(vectors.flatten(0, 2)).view(vectors.shape[:3])
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes (N, h, w) to slices (N, 1, H, W), clipped to [-1, 1]."""
+        embeddings = F.embedding(codes, self.codebook.embeddings)  # (N, h, w, D)
+        return self.decoder(embeddings.permute(0, 3, 1, 2)).float().clamp(-1, 1)
+
+
+def dilations(reach: int) -> list[int]:
+    """Powers of two, the last one shortened, that add up to `reach`: every smaller distance is then a sum of some.
+
+    >>> dilations(30)
+    [1, 2, 4, 8, 15]
+    """
+    steps = []
+    while sum(steps) < reach:
+        steps.append(min(2 ** len(steps), reach - sum(steps)))
+    return steps
+
+
+class GatedLayer(nn.Module):
+    """One layer of both stacks (arXiv:1606.05328, figure 2), with dilated kernels.
+
+        vertical, at row r        horizontal, at column c
+        r-dv  x . x . x           x . o
+              . . . . .           |   |
+        r     x . o . x        c-dh   c
+
+    The inputs of both stacks are shifted by one (GatedPixelCNN.stacks), so that the taps at r and c are
+    already in the past. Gates are a * sigmoid(b) (Dauphin et al. 2017, arXiv:1612.08083, eq. 1) where the
+    paper has tanh(a) * sigmoid(b): it is one fused operation, and its gradient does not vanish.
+    """
+
+    def __init__(self, channels: int, rows: int, columns: int, left: int, dropout: float):
+        super().__init__()
+        self.rows, self.columns, self.left = rows, columns, left
+        self.vertical = nn.Conv2d(channels, 2 * channels, (2, 3), dilation=(rows, columns))
+        self.link = nn.Conv2d(channels, 2 * channels, 1)
+        self.horizontal = nn.Conv2d(channels, 2 * channels, (1, 2), dilation=(1, left), bias=False)
+        self.output = nn.Conv2d(channels, channels, 1, bias=False)
+        self.dropout = nn.Dropout2d(dropout)  # whole channels: a mask a channel costs next to nothing
+
+    def forward(self, v: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Both stacks (N, C, h, w) to both stacks."""
+        v = v + F.glu(self.vertical(F.pad(v, (self.columns, self.columns, self.rows, 0))), 1)
+        gates = self.horizontal(F.pad(h, (self.left, 0, 0, 0))) + self.link(v)  # (N, 2C, h, w)
+        return v, h + self.output(self.dropout(F.glu(gates, 1)))
+
+
+class GatedPixelCNN(nn.Module):
+    """p(codes) = product over the grid, row by row, of p(code | codes before it) (arXiv:1606.05328).
+
+    The vertical stack sees all rows above, the horizontal stack the codes to the left in its own row: no
+    blind spot (there, section 2.2). Dilations double from layer to layer, so that each cycle through them
+    reaches every earlier code of the grid; the row and the column of a code, and a condition where the
+    config has one, are added to what both stacks see.
+    """
+
+    def __init__(self, config: PriorConfig):
+        super().__init__()
+        self.config = config
+        rows, columns = config.grid
+        c = config.channels
+        self.embedding = nn.Embedding(config.codes, c)
+        self.row = nn.Parameter(0.1 * torch.randn(c, rows, 1))
+        self.column = nn.Parameter(0.1 * torch.randn(c, 1, columns))
+        self.condition = nn.Linear(config.condition_dim, c, bias=False) if config.condition_dim else None
+        # The shift of the inputs is the first step up and the first step left.
+        up, left, aside = dilations(rows - 2), dilations(columns - 2), dilations(columns - 1)
+        depth = max(len(up), len(left), len(aside), 1)
+        up, left, aside = (steps + [1] * (depth - len(steps)) for steps in (up, left, aside))
+        self.layers = nn.ModuleList(
+            GatedLayer(c, *steps, config.dropout) for steps in list(zip(up, aside, left)) * config.cycles
+        )
+        self.head = nn.Sequential(
+            nn.ReLU(), nn.Conv2d(c, config.head, 1), nn.ReLU(), nn.Conv2d(config.head, config.codes, 1)
+        )
+
+    def place(self, condition: Tensor | None) -> Tensor:
+        """What both stacks are told besides codes: (1 or N, C, h, w)."""
+        where = (self.row + self.column)[None]
+        if self.condition is None:
+            return where
+        return where + self.condition(condition)[:, :, None, None]
+
+    def forward(self, codes: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Codes (N, h, w) to logits (N, K, h, w); those at a place depend on earlier codes alone.
+
+        condition: (N, condition_dim), where the config has one.
+        """
+        x = self.embedding(codes).permute(0, 3, 1, 2)  # (N, C, h, w)
+        place = self.place(condition)
+        if torch.is_autocast_enabled(x.device.type):  # else the stacks stay float32, and each layer casts them anew
+            x, place = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, place))
+        v = F.pad(x, (0, 0, 1, 0))[:, :, :-1] + place  # row r holds row r-1
+        h = F.pad(x, (1, 0, 0, 0))[..., :-1] + place  # column c holds column c-1
+        for layer in self.layers:
+            v, h = layer(v, h)
+        return self.head(h)
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        numbers: Sequence[int],
+        seed: int = 0,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        condition: Tensor | None = None,
+        progress: Callable[[int], None] = lambda row: None,
+    ) -> Tensor:
+        """New code grids (len(numbers), h, w), one for each sample number.
+
+        Each sample draws from its own random stream, seeded by (seed, its number), so it does not depend on
+        the samples beside it. Codes are drawn by the Gumbel-max rule, which changes a code only where two
+        logits tie to rounding error: a sum over a cumulative distribution would not be as steadfast when
+        another batch size sums in another order. `progress(row)` is called as each row begins.
+
+        temperature: above 0; divides the logits. top_p: in (0, 1]; keeps the fewest codes that together
+        have at least this probability (Holtzman et al. 2020, arXiv:1904.09751, section 3.1).
+        """
+        if temperature <= 0 or not 0 < top_p <= 1:
+            raise ValueError(f"temperature {temperature} must be above 0, and top_p {top_p} in (0, 1]")
+        _, columns = self.config.grid
+        streams = [torch.Generator().manual_seed(stream_seed(seed, number)) for number in numbers]
+        noise = torch.empty(len(streams), columns, self.config.codes)
+        waiting = noise.to(self.row.device)
+
+        def draw(logits: Tensor, row: int, column: int) -> Tensor:
+            if column == 0:
+                progress(row)
+                for numbers_of_row, stream in zip(noise, streams):
+                    numbers_of_row.exponential_(generator=stream)
+                waiting.copy_(noise.log_())
+            logits = keep_top(logits / temperature, top_p)
+            return (logits - waiting[:, column]).argmax(1)  # -log of an exponential is a Gumbel number
+
+        return self.generate(len(streams), draw, condition)
+
+    @torch.inference_mode()
+    def generate(
+        self, count: int, draw: Callable[[Tensor, int, int], Tensor], condition: Tensor | None = None
+    ) -> Tensor:
+        """Code grids (count, h, w), code by code: draw(logits (count, K), row, column) gives codes (count,).
+
+        Does what `forward` does, without dropout, and computes nothing twice: the vertical stack once a row,
+        the horizontal stack once a code. What later steps need is kept: `dilation` rows of each vertical
+        layer, one row of each horizontal layer. Memory grows with count, not with the grid.
+        """
+        rows, columns = self.config.grid
+        c = self.config.channels
+        place = self.place(condition).expand(count, c, rows, columns)
+        weights = [step_weights(layer) for layer in self.layers]
+        first, last = self.head[1], self.head[3]
+        zeros = place.new_zeros(count, c, columns)
+        above = [deque([zeros] * layer.rows, maxlen=layer.rows) for layer in self.layers]
+        codes = torch.empty(count, rows, columns, dtype=torch.int64, device=place.device)
+        row_above = zeros
+        for r in range(rows):
+            links = self.vertical_row(row_above + place[:, :, r], above)
+            at = place[:, :, r].permute(2, 0, 1).contiguous()  # (w, N, C)
+            left = [[] for _ in self.layers]
+            x = zeros[:, :, 0]
+            for column in range(columns):
+                h = x + at[column]
+                for layer, link, past, (now, before, output) in zip(self.layers, links, left, weights):
+                    gates = torch.addmm(link[column], h, now)  # (N, 2C)
+                    if column >= layer.left:
+                        gates.addmm_(past[column - layer.left], before)
+                    past.append(h)
+                    h = torch.addmm(h, F.glu(gates, 1), output)
+                hidden = F.linear(h.relu(), first.weight[:, :, 0, 0], first.bias).relu()
+                logits = F.linear(hidden, last.weight[:, :, 0, 0], last.bias)  # (N, K)
+                codes[:, r, column] = draw(logits, r, column)
+                x = self.embedding(codes[:, r, column])
+            row_above = self.embedding(codes[:, r]).transpose(1, 2)  # (N, C, w)
+        return codes
+
+    def vertical_row(self, v: Tensor, above: list[deque]) -> list[Tensor]:
+        """The vertical stack on one row (N, C, w); its links to the horizontal stack, each (w, N, 2C)."""
+        links = []
+        for layer, past in zip(self.layers, above):
+            pair = torch.stack([past[0], v], 2)  # (N, C, 2, w): rows r - dilation and r
+            conv = layer.vertical
+            past.append(v)
+            gates = F.conv2d(pair, conv.weight, conv.bias, padding=(0, layer.columns), dilation=(1, layer.columns))
+            v = v + F.glu(gates[:, :, 0], 1)
+            links.append(F.conv1d(v, layer.link.weight[..., 0], layer.link.bias).permute(2, 0, 1).contiguous())
+        return links
+
+
+def step_weights(layer: GatedLayer) -> tuple[Tensor, Tensor, Tensor]:
+    """The horizontal stack's weights as matrices: of the present (C, 2C), of the past (C, 2C), output (C, C)."""
+    past, present = layer.horizontal.weight[:, :, 0].unbind(2)
+    return present.T.contiguous(), past.T.contiguous(), layer.output.weight[:, :, 0, 0].T.contiguous()
+
+
+def keep_top(logits: Tensor, top_p: float) -> Tensor:
+    """Logits (N, K) with minus infinity outside the fewest codes whose probability is at least top_p."""
+    if top_p == 1:
+        return logits
+    ordered, order = logits.sort(1, descending=True)
+    probabilities = ordered.softmax(1)
+    outside = probabilities.cumsum(1) - probabilities >= top_p  # what stands before it is enough
+    return logits.masked_fill(outside.gather(1, order.argsort(1)), -torch.inf)
+
+
+def stream_seed(seed: int, number: int) -> int:
+    """A 63-bit seed for one sample, well apart for neighbouring seeds and numbers (splitmix64's finaliser)."""
+    x = (seed * 0x9E3779B97F4A7C15 + number * 0xD1B54A32D192ED03 + 0x632BE59BD9B4E019) % 2**64
+    for multiplier in (0xBF58476D1CE4E5B9, 0x94D049BB133111EB):
+        x = (x ^ (x >> 30)) * multiplier % 2**64
+    return (x ^ (x >> 31)) >> 1

@@ -1,0 +1,821 @@
+"""A procedural male pelvis, T2-weighted, written as HipMRI's processed 2D slices are: the embedded data set.
+
+HipMRI may not be redistributed, so a first run and the tests use these slices. Nothing in them comes from a
+scan: the anatomy is implicit shapes drawn from a small random vector per patient, its signal follows from
+each tissue's T1, T2 and proton density by the spin-echo equation, and coil shading and Rician noise are laid
+over it.
+
+    python phantom.py OUT                                         120 + 10 + 10 patients, 20 slices each
+    python phantom.py OUT --cases 8 2 2 --slices 10 --size 64 32  a small set
+
+Coordinates, in mm, of a patient of reference size: x along the rows (left-right, 0 the mid-line), y along the
+columns (0 the middle of the picture, anterior negative), z towards the head (0 the middle of the prostate).
+The picture always covers 410 x 205 mm; slices are 3 mm apart and centred 3 mm above the middle of the
+prostate. About 90 mm of height, 30 slices, are modelled: in a taller stack the outermost anatomy goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import multiprocessing
+import os
+import sys
+import zlib
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from tqdm import tqdm
+
+LABELS = ("background", "body", "bone", "bladder", "rectum", "prostate")
+BACKGROUND, BODY, BONE, BLADDER, RECTUM, PROSTATE = range(6)
+SPLITS = ("train", "validate", "test")
+FIELD_OF_VIEW = (410.0, 205.0)  # mm, rows and columns
+SLICE_STEP = 3.0  # mm
+STACK_CENTRE = 3.0  # mm above the middle of the prostate
+BOX = ((-100.0, 100.0), (-205.0, 205.0), (-102.5, 102.5))  # mm, z x y: where textures are defined
+TR, TE = 4000.0, 100.0  # ms, usual for T2-weighted imaging of the prostate
+
+
+def spin_echo(pd: float, t1: float, t2: float, tr: float = TR, te: float = TE) -> float:
+    """Signal of a spin echo, S = PD (1 - exp(-TR/T1)) exp(-TE/T2), for TE much shorter than TR.
+
+    pd: proton density, 0..1; all times in ms. Returns 0..1. Numbers or arrays that broadcast.
+    Haacke et al., Magnetic Resonance Imaging: Physical Principles and Sequence Design, 1999.
+    """
+    return pd * (1 - np.exp(-tr / t1)) * np.exp(-te / t2)
+
+
+@dataclass(frozen=True)
+class Tissue:
+    """Proton density (0..1, of water), T1 and T2 (ms), and texture.
+
+    mottle (about 20 mm) and grain (about 4 mm) are standard deviations relative to the signal; strands is
+    added to the signal along thin curved sheets (septa and vessels, dark, in fat; fat, bright, in muscle).
+    """
+
+    pd: float
+    t1: float
+    t2: float
+    mottle: float = 0.0
+    grain: float = 0.0
+    strands: float = 0.0
+
+
+# T1 and T2 at 3 T, ms.
+# [B] de Bazelaire et al. 2004, Radiology 230:652: subcutaneous fat 382/68, marrow 586/49, muscle 898/29,
+#     prostate 1597/74.
+# [S] Stanisz et al. 2005, Magn Reson Med 54:507: muscle 1412/50, blood 1932/275, cartilage 1168/27.
+# [K] Simpkin et al. 2013, Br J Radiol 86:20120469, T2 at 1.5 T: peripheral zone 149, transition zone 125.
+# Where sources differ, a value lies between them. Fat and marrow are brighter in a fast spin echo than [B]
+# predicts, since closely spaced refocusing pulses suppress the decay by J-coupling of lipids (Henkelman et
+# al. 1992, J Magn Reson Imaging 2:533): their T2 is an effective one, chosen for the contrast that scans
+# show. All proton densities, textures and the values marked ~ are approximations of ours.
+TISSUES = {
+    "air": Tissue(0.0, 1000, 100),
+    "skin": Tissue(0.75, 900, 50),  # ~
+    "fat": Tissue(0.95, 382, 145, 0.04, 0.025, -0.13),  # [B], effective T2
+    "pelvic_fat": Tissue(0.95, 382, 135, 0.09, 0.08, -0.20),  # fat with vessels
+    "fascia": Tissue(0.9, 382, 70, 0.6, 0.3),  # ~ fat planes thinner than a voxel
+    "muscle": Tissue(0.85, 1300, 36, 0.16, 0.12, 0.14),  # [B], [S]
+    "gluteus": Tissue(0.85, 1300, 37, 0.16, 0.12, 0.34),  # coarse bundles, more fat between them
+    "levator": Tissue(0.85, 1300, 42, 0.15, 0.12),
+    "perineum": Tissue(0.85, 1300, 58, 0.35, 0.3),  # ~ smooth muscle, fibrous tissue and fat
+    "tendon": Tissue(0.4, 900, 22),  # ~
+    "cortex": Tissue(0.2, 500, 15),  # ~
+    "marrow": Tissue(0.85, 586, 102, 0.17, 0.13, -0.08),  # [B], effective T2
+    "head": Tissue(0.88, 500, 130, 0.08, 0.07, -0.05),  # fatty marrow, ~
+    "cartilage": Tissue(0.8, 1168, 60, 0.1, 0.15),  # [S] with joint fluid
+    "disc": Tissue(0.7, 1168, 45, 0.1, 0.1),  # fibrocartilage, ~
+    "urine": Tissue(1.0, 3500, 900, 0.01),  # ~ near water
+    "bladder_wall": Tissue(0.85, 1400, 52, 0.1, 0.1),  # ~ smooth muscle
+    "stroma": Tissue(0.85, 1500, 55, 0.12, 0.1),  # anterior fibromuscular stroma, capsule, ~
+    "transition": Tissue(0.88, 1597, 86, 0.16, 0.14),  # [B], [K]
+    "nodule_bright": Tissue(0.9, 1597, 125, 0.1, 0.15),  # [K]
+    "nodule_dark": Tissue(0.88, 1500, 66, 0.1, 0.1),  # ~
+    "peripheral": Tissue(0.92, 1597, 149, 0.10, 0.10, -0.08),  # [B], [K]
+    "urethra": Tissue(0.9, 1600, 150),  # ~
+    "plexus": Tissue(0.9, 1500, 105, 0.35, 0.4, -0.15),  # ~ veins and bands around the prostate
+    "vesicle": Tissue(0.92, 1700, 150, 0.15, 0.25, -0.35),  # ~ fluid between folded walls
+    "rectal_wall": Tissue(0.85, 1400, 58, 0.12, 0.12),  # ~
+    "mucosa": Tissue(0.9, 1400, 90, 0.15, 0.2),  # ~
+    "gas": Tissue(0.02, 1000, 100),
+    "stool": Tissue(0.6, 900, 62, 0.3, 0.4),  # ~
+    "penis": Tissue(0.92, 1600, 115, 0.10, 0.10, -0.08),  # ~ slow venous blood
+    "cord": Tissue(0.9, 500, 95, 0.2, 0.3, -0.2),  # ~ fat, veins and duct
+    "vein": Tissue(0.9, 1932, 150, 0.1),  # [S], less for flow
+    "artery": Tissue(0.1, 1932, 275),  # flow void
+    "nerve": Tissue(0.85, 1100, 75, 0.1, 0.25),  # ~
+}
+STRANDED_ALONG = ("muscle", "gluteus", "fat")  # strands follow the fibres; elsewhere they wander
+SIGNAL = {name: float(spin_echo(t.pd, t.t1, t.t2)) for name, t in TISSUES.items()}
+
+
+def smooth_noise(rng, places, spacing, box=BOX):
+    """Correlated noise of mean 0 and variance about 1: a random grid, upsampled by a cubic B-spline.
+
+    places: coordinates (mm) along each of three axes, inside box; spacing: grid step (mm) along each. The
+    grid spans the box, so that the field does not depend on where it is looked at. Returns float32 (S, H, W).
+    """
+    grid = rng.standard_normal([int((b - a) / d) + 4 for (a, b), d in zip(box, spacing)], dtype=np.float32)
+    steps = [(place - a) / d for place, (a, _), d in zip(places, box, spacing)]
+    grid = grid[int(steps[0][0]) : int(steps[0][-1]) + 4]
+    steps[0] = steps[0] - int(steps[0][0])
+    first, taps = spline_taps(steps[2])
+    grid = sum(grid[:, :, first + k] * taps[k] for k in range(4))
+    first, taps = spline_taps(steps[1])
+    grid = sum(grid[:, first + k] * taps[k][:, None] for k in range(4))
+    first, taps = spline_taps(steps[0])
+    out = np.empty((len(first), *grid.shape[1:]), np.float32)
+    # slice by slice, since a slice stays in the processor's cache and a volume does not
+    for n, i in enumerate(first):
+        np.multiply(grid[i], taps[0, n], out=out[n])
+        for k in (1, 2, 3):
+            out[n] += grid[i + k] * taps[k, n]
+    return out
+
+
+def spline_taps(step):
+    """First grid point (N) and weights (4, N) of a cubic B-spline at places given in grid steps.
+
+    The spline averages, which lowers the variance of noise: the weights are scaled to restore it.
+    """
+    first = step.astype(int)
+    t = (step - first).astype(np.float32)
+    taps = np.stack([(1 - t) ** 3, 3 * t**3 - 6 * t**2 + 4, 3 * t * (1 + t - t * t) + 1, t**3]) / 6
+    return first, taps / np.float32(np.sqrt(151 / 315))  # the mean of the sum of squared weights
+
+
+@dataclass(frozen=True)
+class Ellipsoid:
+    """Centre and radii in mm; angle in degrees, in the slice; lean is the shift of the centre per mm of z."""
+
+    centre: tuple[float, float, float]
+    radii: tuple[float, float, float]
+    angle: float = 0.0
+    lean: tuple[float, float] = (0.0, 0.0)
+
+    def box(self):
+        (x, y, z), (a, b, c) = self.centre, self.radii
+        s, k = abs(np.sin(np.radians(self.angle))), abs(np.cos(np.radians(self.angle)))
+        dx = a * k + b * s + abs(self.lean[0]) * c
+        dy = a * s + b * k + abs(self.lean[1]) * c
+        return x - dx, x + dx, y - dy, y + dy, z - c, z + c
+
+    def distance(self, x, y, z):
+        """Signed distance (mm), negative inside, exact to first order at the surface."""
+        # float32 throughout: a float64 scalar would turn the arrays to float64, at half the speed
+        cx, cy, cz, a, b, c, lean_x, lean_y = np.array((*self.centre, *self.radii, *self.lean), np.float32)
+        s, k = np.float32(np.sin(np.radians(self.angle))), np.float32(np.cos(np.radians(self.angle)))
+        w = z - cz
+        x, y = x - (cx + lean_x * w), y - (cy + lean_y * w)
+        u, v, w = (k * x + s * y) / a, (k * y - s * x) / b, w / c
+        uu, vv, ww = u * u, v * v, w * w
+        q = uu + vv + ww + np.float32(1e-6)
+        return (q - np.sqrt(q)) / np.sqrt(uu / a**2 + vv / b**2 + ww / c**2 + np.float32(1e-9))
+
+
+@dataclass(frozen=True)
+class Band:
+    """A chain of segments in the slice whose points and radii are interpolated between heights z (mm).
+
+    points: (K heights, N points, x y radius). A negative radius lets the band end between two heights.
+    """
+
+    heights: tuple[float, ...]
+    points: np.ndarray
+
+    def box(self):
+        x, y, r = np.moveaxis(self.points, -1, 0)
+        low = self.heights[0] if (r[0] <= 0).all() else -1e3
+        high = self.heights[-1] if (r[-1] <= 0).all() else 1e3
+        return (x - r).min(), (x + r).max(), (y - r).min(), (y + r).max(), low, high
+
+    def distance(self, x, y, z):
+        """Signed distance (mm) in the slice, negative inside."""
+        tracks = self.points.reshape(len(self.heights), -1).T
+        tracks = [np.interp(z, self.heights, track).astype(np.float32) for track in tracks]
+        nodes = [tracks[n : n + 3] for n in range(0, len(tracks), 3)]
+        out = np.float32(np.inf)
+        for (ax, ay, ar), (bx, by, br) in zip(nodes, nodes[1:] or nodes):
+            ex, ey = bx - ax, by - ay
+            px, py = x - ax, y - ay
+            t = np.clip((px * ex + py * ey) / (ex * ex + ey * ey + np.float32(1e-3)), 0, 1)
+            px, py = px - t * ex, py - t * ey
+            d = np.sqrt(px * px + py * py) - (ar + t * (br - ar))  # faster than hypot
+            out = np.minimum(out, d)
+        return out
+
+
+def chain(heights, *rows):
+    """A Band from one row a height, each of (x, y, radius) triples in mm."""
+    return Band(heights, np.array(rows, float).reshape(len(heights), -1, 3))
+
+
+def band(side, rng, heights, *rows):
+    """A chain on one side (1 or -1), moved and sized at random."""
+    points = chain(heights, *rows).points
+    points[..., :2] += rng.normal(0, 1, 2)
+    points[..., 2] *= 1 + rng.normal(0, 0.05)
+    points[..., 0] *= side
+    return Band(heights, points)
+
+
+def blob(side, rng, centre, radii, angle=0.0, lean=(0.0, 0.0)):
+    """An Ellipsoid on one side (1 or -1), moved and sized at random."""
+    x, y, z = np.array(centre) + rng.normal(0, 1, 3)
+    radii = tuple(np.array(radii) * (1 + rng.normal(0, 0.04, 3)))
+    return Ellipsoid((side * x, y, z), radii, side * angle, (side * lean[0], lean[1]))
+
+
+class Canvas:
+    """The volume being drawn: coordinates (mm, of the reference patient), signal, labels and textures."""
+
+    def __init__(self, rng, slices, size, scale, turn, shift):
+        voxel = np.array(FIELD_OF_VIEW) / size
+        row, column = (((np.arange(n) - (n - 1) / 2) * d).astype(np.float32) for n, d in zip(size, voxel))
+        height = (np.arange(slices) - (slices - 1) / 2) * SLICE_STEP + STACK_CENTRE
+        self.axes = np.clip(height, *BOX[0]).astype(np.float32), row, column
+        self.voxel = voxel.max()
+        self.frame = scale, turn, shift
+        noise = functools.partial(smooth_noise, rng, self.axes)
+        self.mottle = noise((15, 18, 18))
+        self.wave = noise((9, 8, 8))
+        self.grain = noise((6, 3.6, 3.6))
+        # a bend of the coordinates, so that no outline is a plain ellipse
+        bend = [np.float32(2.2) * noise((40, 45, 45)) for _ in range(2)]
+        x, y = row[None, :, None] - np.float32(shift[0]), column - np.float32(shift[1])
+        c, s = np.float32(np.cos(turn) / scale), np.float32(np.sin(turn) / scale)
+        self.x = c * x + s * y + bend[0]
+        self.y = c * y - s * x + bend[1]
+        self.z = self.axes[0][:, None, None]
+        # thin sheets where a noise crosses zero, broken where another is low
+        gap = np.clip(np.float32(0.4) + self.mottle, 0, 1)
+        self.strands = gap * np.clip(np.float32(1.2) - np.abs(self.wave) * np.float32(3.8), 0, 1)
+        self.fibres = gap * np.clip(np.float32(1.4) - np.abs(self.fibre_noise(rng)) * np.float32(2.2), 0, 1)
+        self.signal = np.zeros(self.x.shape, np.float32)
+        self.depth = np.zeros_like(self.signal)  # signed distance to the skin, negative inside the body
+        self.labels = np.zeros(self.x.shape, np.uint8)
+
+    def fibre_noise(self, rng):
+        """Noise drawn out along muscle fibres, which on either side run outwards and backwards."""
+        box = BOX[0], (-64.0, 228.0), (-207.0, 84.0)  # of the turned coordinates
+        x, y = np.abs(self.axes[1])[:, None], self.axes[2]
+        steps = 2 * self.voxel, self.voxel
+        along, across = (np.arange(a, b, d) for (a, b), d in zip(box[1:], steps))
+        field = smooth_noise(rng, (self.axes[0], along, across), (12, 16, 5.5), box)
+        u, v = (0.8 * x + 0.6 * y - along[0]) / steps[0], (0.8 * y - 0.6 * x - across[0]) / steps[1]
+        # along the fibres the nearest place will do, across them it is interpolated
+        first = v.astype(int).clip(0, len(across) - 2)
+        at = np.rint(u).astype(int).clip(0, len(along) - 1) * len(across) + first
+        field = field.reshape(len(field), -1)
+        near = field.take(at, axis=1)
+        return near + (v - first).astype(np.float32) * (field.take(at + 1, axis=1) - near)
+
+    def window(self, shapes, margin):
+        """The indices (slices, rows, columns) of a box around the shapes; None where they miss the volume."""
+        boxes = np.array([shape.box() for shape in shapes])
+        low, high = boxes[:, ::2].min(0) - margin, boxes[:, 1::2].max(0) + margin
+        scale, turn, shift = self.frame
+        middle, half = (low + high)[:2] / 2 * scale, (high - low)[:2] / 2 * scale
+        c, s = np.cos(turn), np.sin(turn)
+        middle = np.array([c * middle[0] - s * middle[1], s * middle[0] + c * middle[1]]) + shift
+        half = np.array([half[0] + abs(s) * half[1], half[1] + abs(s) * half[0]])
+        ends = [(low[2], high[2]), *zip(middle - half, middle + half)]
+        limits = [np.searchsorted(axis, end) for axis, end in zip(self.axes, ends)]
+        if any(first >= last for first, last in limits):
+            return None
+        return tuple(slice(first, last) for first, last in limits)
+
+    def paint(self, shapes, layers, label=None, rough=0.6, blend=4.0, depth=0.0):
+        """Lay a union of shapes over the volume, from the outermost of its layers inwards.
+
+        layers: (grow, tissue): the union grown by so many mm is filled with that tissue. label: written where
+        the first layer covers half a voxel. In mm: rough, irregularity of the outline; blend, over which
+        parts merge; depth, that all of it keeps below the skin.
+        """
+        window = self.window(shapes, 7 + layers[0][0])  # 7 mm is three standard deviations of the bend
+        if window is None:
+            return
+        x, y, z = self.x[window], self.y[window], self.z[window[0]]
+        distance = shapes[0].distance(x, y, z)
+        for shape in shapes[1:]:
+            distance = smooth_minimum(distance, shape.distance(x, y, z), np.float32(blend))
+        distance = distance + np.float32(rough) * self.wave[window]
+        if depth:
+            distance = np.maximum(distance, self.depth[window] + np.float32(depth))
+        self.fill(window, distance, layers, label)
+
+    def fill(self, window, distance, layers, label=None):
+        """As paint, from a signed distance (mm) over the window."""
+        signal = self.signal[window]
+        if label is not None:
+            self.labels[window][distance < layers[0][0]] = label
+        for n, (grow, name) in enumerate(layers):
+            if n == 1:  # inner edges are not a copy of the outer one: walls and cortex vary in thickness
+                distance = distance + np.float32(0.5) * self.grain[window]
+            # coverage of a voxel by a straight edge at this distance, blurred by a point spread of 1.2 voxels
+            cover = np.clip(np.float32(0.5) + (grow - distance) / np.float32(1.2 * self.voxel), 0, 1)
+            signal += cover * (self.texture(window, name) - signal)
+
+    def texture(self, window, name):
+        """Signal of a tissue with its texture over a window."""
+        tissue, value = TISSUES[name], np.float32(SIGNAL[name])
+        if tissue.mottle or tissue.grain:
+            mottle, grain = np.float32(value * tissue.mottle), np.float32(value * tissue.grain)
+            value = np.maximum(value + mottle * self.mottle[window] + grain * self.grain[window], 0)
+        if tissue.strands:
+            strands = self.fibres if name in STRANDED_ALONG else self.strands
+            value = value + np.float32(tissue.strands) * strands[window]
+        return value
+
+
+def smooth_minimum(a, b, blend):
+    """Minimum of two distances, rounded where they differ by less than blend (Quilez's quadratic form)."""
+    h = np.maximum(blend - np.abs(a - b), 0)
+    return np.minimum(a, b) - h * h / (4 * blend)
+
+
+# Heights (mm) at which bands are tabulated: apex of the prostate, its middle, and the centre of the femoral
+# heads.
+LEVELS = (-25.0, 2.0, 28.0)
+
+
+@dataclass(frozen=True)
+class Patient:
+    """What is drawn per patient. Lengths in mm, turn in radians; scale and prostate are factors."""
+
+    scale: float
+    turn: float
+    shift: tuple[float, float]
+    fat_side: float
+    fat_front: float
+    fat_back: float
+    prostate: float
+    zone: float  # radius of the transition zone relative to the prostate's
+    lift: float  # height of the bladder neck above its usual place
+
+
+def draw_patient(rng) -> Patient:
+    growth = rng.beta(1.6, 2.2)  # benign enlargement, 0..1
+    fatness = rng.beta(2, 2)
+    return Patient(
+        scale=rng.uniform(0.95, 1.03),
+        turn=np.radians(rng.normal(0, 1.0)),
+        shift=(rng.normal(0, 3), rng.normal(0, 1.5)),
+        fat_side=14 + 18 * fatness + rng.normal(0, 2),
+        fat_front=6 + 15 * fatness + rng.normal(0, 1.5),
+        fat_back=7 + 8 * fatness,
+        prostate=0.92 + 0.34 * growth + rng.normal(0, 0.02),
+        zone=0.62 + 0.2 * growth + rng.normal(0, 0.02),
+        lift=6 * growth,
+    )
+
+
+def paint_body(canvas, p):
+    front, back = -76 - p.fat_front, 82 + p.fat_back
+    middle, depth = (front + back) / 2, (back - front) / 2
+    for n, height in enumerate(np.clip(canvas.axes[0], -40, 50)):
+        window = (slice(n, n + 1), slice(None), slice(None))
+        x, y = canvas.x[window], canvas.y[window]
+        half = np.float32(160 + p.fat_side - 0.0012 * (height - 2) ** 2)
+        belly = np.float32(2.5 + height / 12) * np.exp(np.float32(-1 / 55**2) * x * x)
+        u, v = (x / half) ** 2, ((y + belly - np.float32(middle)) / np.float32(depth)) ** 2
+        # between an ellipse and a rounded box: a back flat on the table, round hips
+        r = np.float32(0.6) * np.sqrt(u + v) + np.float32(0.4) * np.sqrt(np.sqrt(u * u + v * v))
+        distance = (1 - 1 / (r + np.float32(1e-3))) * np.sqrt(x * x + y * y)
+        canvas.depth[window] = distance
+        canvas.fill(window, distance, ((0, "skin"), (-2.2, "fat")), BODY)
+
+
+def paint_cleft(canvas, rng):
+    x = rng.normal(0, 2)
+    rows = [(x, 110, 5.5, x, 80, 1.2, x * 0.7, depth, 0.3) for depth in (56, 70, 84)]
+    canvas.paint([chain(LEVELS, *rows)], ((2.0, "skin"), (0.0, "air")), rough=0.4)
+
+
+# One side's muscles and vessels, back to front: tissue and, at each of LEVELS, the (x, y, radius) of a band's
+# points.
+MUSCLES = (
+    (
+        "muscle",  # thigh and hip, behind the single muscles
+        (70, -34, 20, 118, -30, 26, 120, 10, 26, 88, 36, 16),
+        (62, -40, 14, 116, -36, 26, 122, 14, 24, 88, 40, 15),
+        (68, -44, 14, 112, -36, 24, 116, 16, 24, 84, 42, 15),
+    ),
+    (
+        "gluteus",  # gluteus maximus
+        (150, 20, 9, 128, 50, 16, 94, 62, 18, 50, 64, 12),
+        (148, 20, 10, 126, 49, 17, 90, 62, 19, 34, 66, 11),
+        (142, 24, 10, 118, 50, 17, 80, 62, 20, 24, 66, 10),
+    ),
+    (
+        "muscle",  # vastus lateralis, higher up gluteus medius
+        (150, -20, 11, 151, 2, 12),
+        (152, -14, 9, 150, 6, 8),
+        (145, -26, 11, 142, 16, 13),
+    ),
+    (
+        "muscle",  # tensor fasciae latae
+        (148, -42, 9, 138, -58, 9),
+        (148, -40, 8, 138, -58, 8),
+        (148, -36, 7, 134, -58, 8),
+    ),
+    (
+        "muscle",  # vastus intermedius, higher up gluteus minimus
+        (132, -26, 14, 118, -18, 12),
+        (128, -38, 11, 120, -28, 9),
+        (122, -34, 13, 122, 8, 11),
+    ),
+    (
+        "muscle",  # rectus femoris
+        (120, -54, 14, 110, -52, 10),
+        (118, -54, 13, 112, -52, 10),
+        (112, -54, 11, 106, -50, 9),
+    ),
+    (
+        "muscle",  # sartorius
+        (90, -74, 8, 102, -70, 7),
+        (98, -74, 8, 110, -70, 7),
+        (110, -70, 8, 122, -64, 7),
+    ),
+    (
+        "muscle",  # iliopsoas
+        (94, -40, 14, 82, -30, 11),
+        (90, -50, 16, 78, -44, 13),
+        (86, -54, 16, 74, -51, 13),
+    ),
+    (
+        "muscle",  # pectineus
+        (60, -58, 13, 74, -46, 11),
+        (46, -61, 9, 66, -50, 10),
+        (40, -62, -4, 56, -56, -4),
+    ),
+    (
+        "muscle",  # adductors
+        (28, -62, 11, 50, -48, 14),
+        (22, -62, 7, 36, -58, 6),
+        (16, -64, -3, 24, -64, -3),
+    ),
+    (
+        "muscle",  # obturator externus
+        (42, -34, 11, 64, -16, 15, 94, 2, 12),
+        (58, -18, 8, 80, 6, 9, 104, 16, 7),
+        (60, -4, -5, 84, 8, -5, 100, 16, -5),
+    ),
+    (
+        "muscle",  # quadratus femoris, higher up piriformis
+        (76, 30, 9, 106, 26, 11),
+        (84, 36, 8, 114, 28, 8),
+        (66, 42, 8, 106, 34, 8),
+    ),
+    (
+        "muscle",  # rectus abdominis
+        (6, -66, -2, 16, -66, -2),
+        (8, -67, 5, 20, -68, 4),
+        (10, -69, 6, 34, -68, 6),
+    ),
+    (
+        "muscle",  # obturator internus
+        (27, -18, 4, 37, 4, 8.5, 44, 20, 8, 52, 32, 4),
+        (33, -32, 6, 40, -8, 11, 48, 16, 11, 60, 36, 6),
+        (42, -34, 7, 46, -8, 10, 52, 18, 11, 72, 38, 6),
+    ),
+)
+VESSELS = (
+    ("artery", (63, -62, 4.4), (59, -66, 4.4), (57, -64, 4.4)),  # femoral
+    ("vein", (52, -59, 5.2), (48, -63, 5.2), (46, -61, 5.2)),
+    ("artery", (72, -66, 2.0), (68, -70, 2.0), (66, -68, 2.0)),  # deep femoral
+    ("vein", (54, -72, 2.8), (50, -76, 2.8), (48, -74, 2.8)),  # great saphenous
+)
+
+
+def paint_muscles(canvas, rng, side):
+    make = functools.partial(band, side, rng, LEVELS)
+    for tissue, *rows in MUSCLES:
+        canvas.paint([make(*rows)], ((1.3, "fascia"), (0, tissue)), rough=1.2, depth=8.0)
+    hamstrings = make((72, 46, 7, 78, 40, 5), (70, 43, 4, 76, 41, 3), (60, 34, 2, 56, 44, 1.5))
+    canvas.paint([hamstrings], ((0, "tendon"),))
+    sciatic = blob(side, rng, (96, 47, 0), (8, 4, 80), -20)
+    canvas.paint([sciatic], ((1.2, "fascia"), (0, "nerve")), rough=1.0)
+    for blood, *rows in VESSELS:
+        canvas.paint([make(*rows)], ((1.8, "fat"), (0.3, "tendon"), (0, blood)), rough=0.9, depth=6.0)
+    canvas.paint([make((16, -76, 7), (22, -78, 6.5), (34, -80, 5))], ((0, "cord"),), rough=1.5, depth=6.0)
+
+
+def paint_bones(canvas, rng, side):
+    make, oval = functools.partial(band, side, rng, LEVELS), functools.partial(blob, side, rng)
+    low = (9, -38, 6, 28, -16, 6.5, 50, 18, 8)
+    pubis = make(low, (10, -48, 11, 34, -46, 8, 58, -34, 10), (26, -50, -6, 44, -48, 4, 64, -38, 10))
+    ischium = make((54, 32, 13, 57, 40, 13), (66, 14, 11, 66, 27, 14), (66, 0, 8, 72, 22, 13))
+    socket = [
+        oval((61, -8, 24), (7, 27, 30), -4),  # inner wall
+        oval((72, -34, 20), (15, 9, 20), 25),  # front
+        oval((86, 17, 20), (15, 8, 20), -15),  # back
+        oval((88, -8, 58), (34, 24, 14)),  # roof
+    ]
+    neck = oval((112, 0, 2), (30, 11, 15), 18, (-1.0, 0.2))
+    trochanter = oval((141, 7, -2), (15, 17, 24))
+    shaft = make((124, 5, 16, 130, 6, 16), (134, 6, 8, 142, 6, 8), (140, 8, -8, 144, 8, -8))
+    centre = np.array((86.0, -11, 20)) + rng.normal(0, 1.2, 3)
+    radius = 24 * (1 + rng.normal(0, 0.03))
+    head = [Ellipsoid((side * centre[0], *centre[1:]), (radius, radius * 0.98, radius))]
+    hip = [pubis, ischium, *socket]
+    canvas.paint(hip, ((0.6, "fascia"), (0, "cortex"), (-1.5, "marrow")), BONE, rough=1.3)
+    canvas.paint([neck, trochanter, shaft], ((0, "cortex"), (-2.0, "marrow")), BONE, rough=1.0)
+    # the joint first, without a label, then the head
+    canvas.paint(head, ((3.2, "cartilage"), (1.0, "cortex"), (-0.4, "head")), rough=0.35)
+    canvas.paint(head, ((0.0, "cortex"), (-0.4, "head")), BONE, rough=0.35)
+
+
+def paint_symphysis(canvas):
+    disc = [Ellipsoid((0, -47, -4), (6, 13, 23), 0, (0, -0.35))]
+    canvas.paint(disc, ((0.0, "disc"),), rough=0.8)
+
+
+def paint_sacrum(canvas):
+    rows = [(-4, 62, -8, 4, 62, -8), (-6, 66, 0, 6, 66, 0), (-16, 72, 6, 16, 72, 6)]
+    canvas.paint([chain(LEVELS, *rows)], ((0, "cortex"), (-1.5, "marrow")), BONE)
+
+
+def paint_pelvic_fat(canvas):
+    pelvis = [Ellipsoid((0, -2, 22), (33, 36, 42)), Ellipsoid((0, 44, 16), (22, 20, 40))]
+    canvas.paint(pelvis, ((0, "pelvic_fat"),), rough=2.0, blend=10)
+
+
+def paint_floor(canvas, rng, p):
+    """Levator ani, the muscles of the perineum and the root of the penis."""
+    k = p.prostate
+    body = [Ellipsoid((0, 14, -30), (15, 24, 17), 0, (0, 0.2))]
+    canvas.paint(body, ((0, "perineum"),), rough=2.0)
+    diaphragm = [
+        Ellipsoid((0, -4, -34), (26, 22, 14), 0, (0, 0.3)),
+        Ellipsoid((0, 34, -34), (19, 18, 14), 0, (0, 0.4)),
+    ]
+    canvas.paint(diaphragm, ((1.2, "fascia"), (0, "levator")), rough=2.0, blend=10)
+    canvas.paint([Ellipsoid((0, -2, -38), (10, 11, 16))], ((1.2, "levator"), (0, "penis")), rough=1.0)
+    low = (12 * k, -10, 4, 16 * k, 8, 4, 13, 34, 4, 3, 50, 4)
+    middle = (21 * k, -16, 2.4, 27 * k, 4, 2.2, 25 * k, 26, 2.2, 9, 54, 2.2)
+    high = (44, 8, 1.5, 42, 24, 1.8, 32, 46, 2.0, 14, 62, 2.0)
+    for side in (-1, 1):
+        rows = (16, -14, 6, 34, 12, 6), (20, -16, 5, 32, 4, 4), (20, -18, -5, 32, 2, -5)
+        canvas.paint([band(side, rng, (-40.0, -25.0, -14.0), *rows)], ((1.8, "levator"), (0, "penis")))
+        canvas.paint([band(side, rng, LEVELS, low, middle, high)], ((0, "levator"),), rough=0.9)
+
+
+def paint_vessels(canvas, rng, p):
+    """The dorsal venous complex, and small vessels that run up around prostate, bladder and rectum."""
+    k = p.prostate
+    dorsal = Ellipsoid((0, -15 * k - 4, 2), (17 * k, 8, 17 * k), 0, (0, -0.1))
+    canvas.paint([dorsal], ((2.0, "plexus"),), rough=2.2)
+    for _ in range(38):
+        side = rng.choice((-1, 1))
+        angle = rng.uniform(-1.5, 1.2)
+        reach = rng.uniform(1.08, 1.45) * k
+        centre = (side * 25 * reach * np.cos(angle), 3 + 19 * reach * np.sin(angle), rng.uniform(-12, 40))
+        radius = rng.uniform(0.9, 2.2)
+        radii = (radius, radius * rng.uniform(0.8, 1.6), rng.uniform(8, 22))
+        tube = Ellipsoid(centre, radii, rng.uniform(0, 180), tuple(rng.normal(0, 0.35, 2)))
+        canvas.paint([tube], ((0, rng.choice(("artery", "vein", "vein", "tendon"))),), rough=0.4)
+
+
+def paint_vesicles(canvas, rng, p):
+    for side in (-1, 1):
+        centre = (side * 15, 12 + rng.normal(0, 1), 15 * p.prostate + 7)
+        shape = Ellipsoid(centre, (17, 6, 10), side * rng.normal(-14, 5), (side * 0.4, 0.1))
+        canvas.paint([shape], ((0.8, "stroma"), (0, "vesicle")), rough=1.6)
+
+
+def paint_prostate(canvas, rng, p):
+    k = p.prostate
+    whole = Ellipsoid((0, 2, 0), (25 * k, 17 * k, 21 * k), rng.normal(0, 3), (0, -0.18))
+    flat = Ellipsoid((0, 4, -2), (21 * k, 16 * k, 20 * k), 0, (0, -0.18))
+    canvas.paint([whole, flat], ((2.6, "plexus"),), rough=2.2)
+    canvas.paint([whole, flat], ((0.8, "stroma"), (0, "peripheral")), PROSTATE, rough=1.0)
+    a, b, c = 25 * k * p.zone * 1.12, 17 * k * p.zone * 1.18, 21 * k * p.zone * 1.1
+    front = 2 - 17 * k + b + 0.5
+    halves = [Ellipsoid((s * a * 0.36, front, 3), (a * 0.68, b, c), s * 12.0, (0, -0.18)) for s in (-1, 1)]
+    canvas.paint(halves, ((0.9, "stroma"), (0, "transition")), rough=1.2, blend=3)
+    for _ in range(rng.integers(6, 13)):
+        at = rng.uniform(-0.62, 0.62, 3) * (a, b, c) + (0, front, 3)
+        radius = rng.uniform(2.0, 5.5)
+        name = "nodule_bright" if rng.random() < 0.55 else "nodule_dark"
+        shape = Ellipsoid(tuple(at), tuple(radius * rng.uniform(0.8, 1.3, 3)), rng.uniform(0, 180))
+        canvas.paint([shape], ((0.7, "stroma"), (0, name)), rough=0.9)
+    stroma = Ellipsoid((0, 2 - 15.5 * k, 0), (13 * k, 4.0 * k, 18 * k), 0, (0, -0.18))
+    canvas.paint([stroma], ((0, "stroma"),), rough=1.2)
+    canvas.paint([Ellipsoid((0, 4, -8), (3, 3, 12))], ((1.5, "stroma"), (0, "urethra")), rough=0.6)
+
+
+def paint_bladder(canvas, rng, p):
+    volume = rng.beta(2, 2)  # 0 emptied, 1 full
+    a, b, c = 26 + 18 * volume, 16 + 14 * volume, 18 + 16 * volume
+    floor = 15 * p.prostate + p.lift
+    dome = Ellipsoid((rng.normal(0, 2), -30 + 5 * volume, floor + c), (a, b, c), rng.normal(0, 3), (0, 0.1))
+    shoulders = [Ellipsoid((s * a * 0.5, -28, floor + 0.8 * c), (a * 0.6, b * 0.8, c * 0.8)) for s in (-1, 1)]
+    wall = 5.0 - 2.4 * volume
+    canvas.paint([dome, *shoulders], ((0, "bladder_wall"), (-wall, "urine")), BLADDER, rough=1.2, blend=10)
+
+
+def paint_rectum(canvas, rng, p):
+    volume, gas = rng.beta(1.3, 2.0), rng.uniform(0, 1)
+    r = 10 + 9 * volume
+    top = 3 + 17 * p.prostate + r
+    wander = rng.normal(0, 1.5, 3)
+
+    def tube(rise, radius, canal):
+        x, y = radius * 0.3, top - rise
+        rows = [
+            [-2, 38, canal, 2, 40, canal],
+            [-2 - x, y, radius, 2 + x, y, radius],
+            [-5, y + 3, radius, 6, y + 5, radius],
+        ]
+        moved = np.array(rows) + wander[:, None] * (1, 0, 0, 1, 0, 0)
+        return [chain(LEVELS, *moved)]
+
+    canvas.paint(tube(0, r, 10), ((0, "rectal_wall"), (-2.6, "mucosa")), RECTUM, rough=1.4)
+    canvas.paint(tube(0, r - 4, 1.5), ((0, "stool"),), rough=1.6)
+    # gas rises to the front of a man who lies on his back
+    canvas.paint(tube((1 - gas) * 0.9 * r, r - 6 + 2 * gas, 0.3), ((0, "gas"),))
+
+
+def draw_volume(
+    seed: int, case: int, week: int = 0, slices: int = 20, size: tuple[int, int] = (256, 128)
+) -> tuple[np.ndarray, np.ndarray]:
+    """One volume: images (slices, rows, columns), float32 whole numbers >= 0, and its labels, uint8.
+
+    Anatomy depends on (seed, case), the filling of bladder and rectum on (seed, case, week); shading,
+    brightness and noise on all of these. None of the anatomy depends on slices and size, which only say where
+    it is looked at. Rows run from the patient's right to his left, columns from front to back, slices
+    upwards. Labels index LABELS. Raises ValueError for no slices, a size under 16 rows by 8 columns, or a
+    negative number.
+    """
+    check(slices, size, (seed, case, week))
+    patient_rng, week_rng = generator(1, seed, case), generator(2, seed, case, week)
+    patient = draw_patient(patient_rng)
+    canvas = Canvas(patient_rng, slices, size, patient.scale, patient.turn, patient.shift)
+    paint_body(canvas, patient)
+    paint_cleft(canvas, patient_rng)
+    paint_symphysis(canvas)
+    for side in (-1, 1):
+        paint_muscles(canvas, patient_rng, side)
+        paint_bones(canvas, patient_rng, side)
+    paint_sacrum(canvas)
+    paint_pelvic_fat(canvas)
+    paint_floor(canvas, patient_rng, patient)
+    paint_rectum(canvas, week_rng, patient)
+    paint_vesicles(canvas, patient_rng, patient)
+    paint_vessels(canvas, patient_rng, patient)
+    paint_bladder(canvas, week_rng, patient)
+    paint_prostate(canvas, patient_rng, patient)
+    return expose(canvas, generator(3, seed, case, week)), canvas.labels
+
+
+def generator(stream, *key):
+    """A random generator. The stream is there since (seed, case) and (seed, case, 0) would seed the same one.
+
+    SFC64 draws normal numbers in half the time of NumPy's default.
+    """
+    return np.random.Generator(np.random.SFC64((stream, *key)))
+
+
+def check(slices, size, others, weeks=1, workers=None):
+    """Raise ValueError, in a user's words, for numbers that nothing can be drawn from."""
+    for name, number in (("slices", slices), ("weeks", weeks), ("workers", workers)):
+        if number is not None and number < 1:
+            raise ValueError(f"{name} must be 1 or more, not {number}")
+    if size[0] < 16 or size[1] < 8:
+        raise ValueError(f"size must be at least 16 rows by 8 columns, not {size[0]} by {size[1]}")
+    if min(others) < 0:
+        raise ValueError(f"seed, cases and weeks must not be negative, not {min(others)}")
+
+
+def expose(canvas, rng):
+    """The signal as a scanner stores it: coil shading, Rician noise, an arbitrary scale, whole numbers.
+
+    Magnitude of a complex signal with normal noise in both parts: Gudbjartsson and Patz 1995, Magn Reson Med
+    34:910. Its sigma is 0.8 to 1.6 % of the 99.5th percentile.
+    """
+    coil = np.exp(np.float32(0.1) * smooth_noise(rng, canvas.axes, (90, 110, 90)))
+    coil *= np.float32(0.85) + np.float32(2e-5) * canvas.axes[2] ** 2
+    image = canvas.signal * coil
+    bright = np.percentile(image[::2, ::2, ::2], 99.5)
+    gain = np.float32(rng.uniform(400, 1200) / bright)
+    sigma = np.float32(rng.uniform(0.008, 0.016) * bright)
+    for plane in image:
+        real, imaginary = rng.standard_normal((2, *plane.shape), dtype=np.float32) * sigma
+        real += plane
+        plane[:] = np.rint(gain * np.sqrt(real * real + imaginary * imaginary))
+    return image
+
+
+def affine(size: tuple[int, int], index: int) -> np.ndarray:
+    """Voxel indices of slice `index` to mm, (4, 4): x to the patient's right, y to the front, z up (RAS+).
+
+    Rows run to the left and columns to the back, so both steps are negative. The middle of the picture is x =
+    y = 0, slice 0 is z = 0. A viewer that follows the affine shows front, back and sides right.
+    """
+    step = -np.array(FIELD_OF_VIEW) / size
+    matrix = np.diag((*step, SLICE_STEP, 1.0))
+    matrix[:2, 3] = -step * (np.array(size) - 1) / 2
+    matrix[2, 3] = SLICE_STEP * index
+    return matrix
+
+
+def header_of(pictures: np.ndarray) -> nib.Nifti1Header:
+    """NIfTI header, in mm, of slice 0 of a stack (slices, rows, columns)."""
+    header = nib.Nifti1Image(pictures[0], affine(pictures.shape[1:], 0)).header
+    header.set_xyzt_units("mm")
+    header.set_slope_inter(1, 0)
+    header["vox_offset"] = 352  # the 348 bytes of the header and 4 that say that no extension follows
+    return header
+
+
+def write_slice(path: Path, header: nib.Nifti1Header, picture: np.ndarray, index: int) -> None:
+    """Write one slice of a stack as a gzipped 2D NIfTI, without time stamp: equal slices are equal files."""
+    header["srow_z"][3] = header["qoffset_z"] = affine(picture.shape, index)[2, 3]
+    # level 1 that looks for runs only: there is nothing longer in noise, and looking costs as much as drawing
+    gzip = zlib.compressobj(1, zlib.DEFLATED, 16 + zlib.MAX_WBITS, 9, zlib.Z_RLE)
+    path.write_bytes(gzip.compress(header.binaryblock + bytes(4) + picture.tobytes("F")) + gzip.flush())
+
+
+def write_volume(folder: Path, seed: int, slices: int, size: tuple[int, int], key: tuple) -> None:
+    """Draw and write the slices and label slices of one key (split, case, week)."""
+    split, case, week = key
+    images, labels = draw_volume(seed, case, week, slices, size)
+    for kind, prefix, pictures in (("", "case", images), ("seg_", "seg", labels)):
+        header = header_of(pictures)
+        for index, picture in enumerate(pictures):
+            name = f"{prefix}_{case:03d}_week_{week}_slice_{index}.nii.gz"
+            write_slice(folder / f"keras_slices_{kind}{split}" / name, header, picture, index)
+
+
+def write_phantom(
+    folder: Path,
+    cases: tuple[int, int, int] = (120, 10, 10),
+    weeks: int = 1,
+    slices: int = 20,
+    size: tuple[int, int] = (256, 128),
+    seed: int = 0,
+    workers: int | None = None,
+) -> None:
+    """Write a data set in HipMRI's layout under folder: image and label slices of three splits, six folders.
+
+    cases: patients in training, validation and test, numbered from 1 on in that order; weeks: volumes of
+    each; size: rows and columns; workers: processes, None for one per core. The files do not depend on
+    workers. With more than one the calling script needs the usual `if __name__ == "__main__":`, since each
+    process imports it. Shows a progress bar where stderr is a terminal. Raises ValueError for numbers out of
+    range, OSError where folder cannot be written.
+    """
+    check(slices, size, (seed, *cases), weeks, workers)
+    folder = Path(folder)
+    for split in SPLITS:
+        (folder / f"keras_slices_{split}").mkdir(parents=True, exist_ok=True)
+        (folder / f"keras_slices_seg_{split}").mkdir(exist_ok=True)
+    split_of_case = [split for split, count in zip(SPLITS, cases) for _ in range(count)]
+    keys = [(split, case, week) for case, split in enumerate(split_of_case, 1) for week in range(weeks)]
+    write = functools.partial(write_volume, folder, seed, slices, size)
+    bar = functools.partial(tqdm, total=len(keys), desc="phantom", unit="volume", disable=None)
+    workers = workers or os.cpu_count() or 1
+    if workers == 1:
+        for key in bar(keys):
+            write(key)
+        return
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for _ in bar(pool.map(write, keys)):
+            pass
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line. Returns the exit status: 0, or 2 after one line on stderr for a user's mistake."""
+    parser = argparse.ArgumentParser(
+        description="Write a procedural male pelvis, T2-weighted, as NIfTI slices in the HipMRI layout.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    splits, axes = ("TRAIN", "VALIDATE", "TEST"), ("ROWS", "COLUMNS")
+    add("out", type=Path, metavar="OUT", help="folder to write to; must be new or empty")
+    add("--cases", type=int, nargs=3, default=(120, 10, 10), metavar=splits, help="patients per split")
+    add("--weeks", type=int, default=1, metavar="N", help="volumes per patient, a week apart")
+    add("--slices", type=int, default=20, metavar="N", help="slices per volume, 3 mm apart")
+    add("--size", type=int, nargs=2, default=(256, 128), metavar=axes, help="pixels, over 410 x 205 mm")
+    add("--seed", type=int, default=0, metavar="N", help="0 or more; another number gives other patients")
+    add("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes to draw with")
+    options = parser.parse_args(arguments)
+    try:
+        if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
+            raise ValueError(f"{options.out} exists and is not an empty folder; give a new one")
+        folder = options.out
+        rest = {name: value for name, value in vars(options).items() if name != "out"}
+        write_phantom(folder, **rest)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

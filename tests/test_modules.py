@@ -1,0 +1,301 @@
+"""The networks against brute-force twins, causality by gradient, the sampler against the full forward."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from modules import (
+    VQVAE,
+    Codebook,
+    GatedPixelCNN,
+    PriorConfig,
+    VQVAEConfig,
+    dilations,
+    keep_top,
+    stream_seed,
+)
+
+SMALL = VQVAEConfig(downsampling=4, channels=16, blocks=1, hidden=8, codes=20, code_dim=6)
+GRIDS = [(5, 3), (3, 9), (8, 4), (1, 6), (6, 1), (2, 2), (16, 8)]
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def small_prior(grid, **fields):
+    return GatedPixelCNN(PriorConfig(grid=grid, codes=11, channels=8, head=16, **fields)).double().eval()
+
+
+# ---------------------------------------------------------------- codebook
+
+
+def numpy_nearest(vectors, embeddings):
+    codes = []
+    for vector in vectors:
+        codes.append(np.argmin([((vector - e) ** 2).sum() for e in embeddings]))
+    return np.array(codes)
+
+
+def test_nearest_is_the_brute_force_search():
+    codebook = Codebook(17, 5, decay=0.9)
+    vectors = torch.randn(200, 5)
+    expected = numpy_nearest(vectors.numpy(), codebook.embeddings.numpy())
+    assert (codebook.nearest(vectors).numpy() == expected).all()
+
+
+def test_nearest_does_not_depend_on_how_rows_are_split(monkeypatch):
+    codebook, vectors = Codebook(17, 5, decay=0.9), torch.randn(100, 5)
+    whole = codebook.nearest(vectors)
+    monkeypatch.setattr("modules.SEARCH_ROWS", 7)
+    assert torch.equal(codebook.nearest(vectors), whole)
+
+
+def test_codes_follow_the_moving_average_of_their_vectors():
+    """Against NumPy: counts and sums of the batch, averaged with decay 0.9. No code is dead: each has vectors."""
+    codebook = Codebook(6, 3, decay=0.9)
+    vectors = codebook.embeddings.repeat(20, 1) + 0.01 * torch.randn(120, 3)
+    before = codebook.embeddings.numpy().copy()
+    codebook.train()(vectors)
+    codes = numpy_nearest(vectors.numpy(), before)
+    for k in range(6):
+        mine = vectors.numpy()[codes == k]
+        count = 0.9 * 1 + 0.1 * len(mine)
+        total = 0.9 * before[k] + 0.1 * mine.sum(0)
+        np.testing.assert_allclose(codebook.embeddings[k].numpy(), total / count, rtol=1e-4, atol=1e-5)
+
+
+def test_an_unused_code_is_revived_on_a_vector_of_the_batch():
+    codebook = Codebook(8, 4, decay=0.5)
+    codebook.embeddings[3] = 1000.0  # so far off that nothing is nearest to it
+    codebook.sums.copy_(codebook.embeddings)
+    vectors = torch.randn(64, 4)
+    for _ in range(6):
+        codebook.train()(vectors)
+    assert (codebook.embeddings[3] - vectors).abs().sum(1).min() < 1
+    assert 3 in codebook.nearest(vectors)
+
+
+def test_an_unused_code_keeps_its_place_until_then():
+    codebook = Codebook(2, 4, decay=0.99)
+    codebook.REVIVE = 0.0
+    codebook.embeddings[1] = 1000.0
+    codebook.sums.copy_(codebook.embeddings)
+    for _ in range(50):
+        codebook.train()(torch.randn(64, 4))
+    torch.testing.assert_close(codebook.embeddings[1], torch.full((4,), 1000.0))
+
+
+def test_evaluation_leaves_the_codebook_unchanged():
+    vqvae = VQVAE(SMALL).eval()
+    before = {name: tensor.clone() for name, tensor in vqvae.codebook.state_dict().items()}
+    slices = torch.rand(4, 1, 16, 8) * 2 - 1
+    vqvae(slices)
+    vqvae.train().encode(slices)  # asking for codes moves nothing in training mode either
+    for name, tensor in vqvae.codebook.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    vqvae(slices)
+    assert not torch.equal(vqvae.codebook.counts, before["counts"])
+
+
+def test_fit_finds_separate_clusters():
+    centres = 10 * torch.eye(5)
+    vectors = (centres[:, None] + 0.1 * torch.randn(5, 40, 5)).flatten(0, 1)
+    codebook = Codebook(5, 5, decay=0.99)
+    codebook.fit(vectors, iterations=20)
+    assert codebook.decay == 0.99
+    assert torch.cdist(centres, codebook.embeddings).min(1).values.max() < 0.5
+
+
+# ---------------------------------------------------------------- VQ-VAE
+
+
+@pytest.mark.parametrize("size", [(16, 8), (8, 24), (4, 4)])
+def test_shapes_and_ranges(size):
+    vqvae = VQVAE(SMALL).eval()
+    slices = torch.rand(3, 1, *size) * 2 - 1
+    reconstructions, embedding_loss, codes = vqvae(slices)
+    assert reconstructions.shape == slices.shape
+    assert embedding_loss.shape == ()
+    assert codes.shape == (3, size[0] // 4, size[1] // 4)
+    assert torch.equal(vqvae.encode(slices), codes)
+    decoded = vqvae.decode(codes)
+    torch.testing.assert_close(decoded, reconstructions.clamp(-1, 1))
+    assert decoded.abs().max() <= 1
+
+
+def test_losses_are_those_of_the_paper():
+    """Equation 3 by hand: the embedding loss is commitment * mean |z - e|^2, e the nearest code."""
+    vqvae = VQVAE(SMALL).eval()
+    slices = torch.rand(2, 1, 16, 8) * 2 - 1
+    z = vqvae.encoder(slices).detach().permute(0, 2, 3, 1).reshape(-1, 6).numpy()
+    e = vqvae.codebook.embeddings.numpy()[numpy_nearest(z, vqvae.codebook.embeddings.numpy())]
+    _, embedding_loss, _ = vqvae(slices)
+    np.testing.assert_allclose(embedding_loss.item(), 0.25 * ((z - e) ** 2).mean(), rtol=1e-5)
+
+
+def test_straight_through_gradient():
+    """The encoder gets the decoder's gradient at the embeddings, plus that of the commitment term."""
+    vqvae = VQVAE(SMALL).eval()
+    slices = torch.rand(2, 1, 16, 8) * 2 - 1
+    z = vqvae.encoder(slices).detach()
+    vqvae.encoder = torch.nn.Identity()
+    z.requires_grad_()
+    reconstructions, embedding_loss, codes = vqvae(z)
+    (gradient,) = torch.autograd.grad(F.mse_loss(reconstructions, slices) + embedding_loss, z)
+    e = F.embedding(codes, vqvae.codebook.embeddings).permute(0, 3, 1, 2).requires_grad_()
+    (at_e,) = torch.autograd.grad(F.mse_loss(vqvae.decoder(e), slices), e)
+    torch.testing.assert_close(gradient, at_e + 2 * 0.25 * (z - e).detach() / z.numel())
+
+
+def test_without_quantisation_the_vectors_pass():
+    vqvae = VQVAE(SMALL).train()
+    before = vqvae.codebook.counts.clone()
+    slices = torch.rand(2, 1, 16, 8) * 2 - 1
+    reconstructions, embedding_loss, _ = vqvae(slices, quantise=False)
+    torch.testing.assert_close(reconstructions, vqvae.decoder(vqvae.encoder(slices)))
+    assert embedding_loss == 0
+    assert torch.equal(vqvae.codebook.counts, before)
+
+
+def test_a_residual_block_shares_no_weights():
+    vqvae = VQVAE(replace(SMALL, blocks=3))
+    pointers = [p.data_ptr() for p in vqvae.parameters()]
+    assert len(set(pointers)) == len(pointers)
+
+
+# ---------------------------------------------------------------- prior
+
+
+@pytest.mark.parametrize("reach", range(65))
+def test_dilations_add_up_to_every_distance(reach):
+    sums = {0}
+    for step in dilations(reach):
+        sums |= {total + step for total in sums}
+    assert sums == set(range(max(reach, 0) + 1))
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("cycles", [1, 2])
+def test_causality_by_gradient(grid, cycles):
+    """A logit depends on every earlier code (no blind spot, the whole grid in reach) and on no later one."""
+    prior = small_prior(grid, cycles=cycles)
+    rows, columns = grid
+    codes = torch.randint(11, (1, *grid))
+    x = prior.embedding(codes).detach().requires_grad_()
+    prior.embedding.register_forward_hook(lambda *_: x)
+    logits = prior(codes)
+    for position in range(rows * columns):
+        r, c = divmod(position, columns)
+        (gradient,) = torch.autograd.grad(logits[0, :, r, c].square().sum(), x, retain_graph=True, allow_unused=True)
+        influence = gradient.abs().sum(-1).flatten()
+        assert (influence[:position] > 0).all(), (r, c)
+        assert (influence[position:] == 0).all(), (r, c)
+
+
+def test_causality_of_the_published_grid():
+    """The same at the corners and the centre of the grid that --preset full trains on."""
+    prior = GatedPixelCNN(PriorConfig(channels=8, codes=11, head=16, cycles=1)).double().eval()
+    x = prior.embedding(torch.randint(11, (1, 64, 32))).detach().requires_grad_()
+    prior.embedding.register_forward_hook(lambda *_: x)
+    logits = prior(torch.zeros(1, 64, 32, dtype=torch.int64))
+    for r, c in ((63, 31), (63, 0), (0, 31), (32, 16), (1, 0), (1, 31)):
+        (gradient,) = torch.autograd.grad(logits[0, :, r, c].square().sum(), x, retain_graph=True)
+        influence = gradient.abs().sum(-1).flatten()
+        assert (influence[: 32 * r + c] > 0).all(), (r, c)
+        assert (influence[32 * r + c :] == 0).all(), (r, c)
+
+
+def cached_logits(prior, codes, condition=None):
+    """The sampler's logits where the codes drawn are given ones."""
+    logits = []
+
+    def draw(step, row, column):
+        logits.append(step)
+        return codes[:, row, column]
+
+    assert torch.equal(prior.generate(len(codes), draw, condition), codes)
+    return torch.stack(logits, 2).view(len(codes), -1, *codes.shape[1:])
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("count", [1, 3])
+def test_cached_sampling_equals_the_full_forward(grid, count):
+    prior = small_prior(grid)
+    codes = torch.randint(11, (count, *grid))
+    torch.testing.assert_close(cached_logits(prior, codes), prior(codes), rtol=0, atol=1e-10)
+
+
+def test_cached_sampling_equals_the_full_forward_in_single_precision():
+    prior = GatedPixelCNN(PriorConfig(grid=(64, 32))).eval()
+    codes = torch.randint(512, (2, 64, 32))
+    with torch.inference_mode():
+        torch.testing.assert_close(cached_logits(prior, codes), prior(codes), rtol=0, atol=1e-4)
+
+
+def test_dropout_is_off_while_sampling():
+    prior = small_prior((6, 4), dropout=0.5)
+    expected = prior.sample(range(4))
+    assert torch.equal(prior.train().sample(range(4)), expected)
+    assert prior.training
+
+
+def test_a_condition_reaches_every_logit_and_the_sampler():
+    prior = small_prior((4, 3), condition_dim=2)
+    codes = torch.randint(11, (2, 4, 3))
+    one, other = torch.tensor([[0.0, 1.0], [2.0, 3.0]]).double(), torch.zeros(2, 2).double()
+    assert ((prior(codes, one) - prior(codes, other)).abs().amax(1) > 0).all()
+    torch.testing.assert_close(cached_logits(prior, codes, one), prior(codes, one), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("batches", [[range(6)], [range(2), range(2, 6)], [[i] for i in range(6)], [[5, 4, 3, 2, 1, 0]]])
+def test_sample_n_does_not_depend_on_its_batch(batches):
+    prior = small_prior((8, 5))
+    expected = {n: grid for n, grid in enumerate(prior.sample(range(6), seed=3))}
+    for numbers in batches:
+        for n, grid in zip(numbers, prior.sample(numbers, seed=3)):
+            assert torch.equal(grid, expected[n])
+
+
+def test_samples_differ_by_number_and_by_seed():
+    prior = small_prior((8, 5))
+    grids = torch.cat([prior.sample(range(3), seed=0), prior.sample(range(3), seed=1)])
+    assert len(torch.unique(grids.flatten(1), dim=0)) == 6
+    assert len({stream_seed(seed, number) for seed in range(100) for number in range(100)}) == 10_000
+
+
+def test_sampling_follows_the_probabilities():
+    """One code with known logits, 4000 draws: each count is within 5 standard deviations.
+
+    The chance of a false alarm is 11 * 6e-7 for a correct sampler, over all seeds; this one is fixed.
+    """
+    prior = small_prior((1, 1))
+    p = prior(torch.zeros(1, 1, 1, dtype=torch.int64)).softmax(1).flatten().detach()
+    counts = torch.bincount(prior.sample(range(4000)).flatten(), minlength=11)
+    assert ((counts - 4000 * p).abs() < 5 * (4000 * p * (1 - p)).sqrt()).all()
+
+
+def test_temperature_and_top_p():
+    prior = small_prior((4, 3))
+    greedy = prior.sample(range(3), temperature=1e-6)
+    assert (greedy == greedy[0]).all()
+    assert torch.equal(prior.sample(range(3), top_p=1e-6), greedy)
+    for bad in ({"temperature": 0.0}, {"top_p": 0.0}, {"top_p": 1.5}):
+        with pytest.raises(ValueError, match="must be above 0"):
+            prior.sample(range(3), **bad)
+
+
+def test_keep_top_keeps_the_fewest_codes_that_suffice():
+    logits = torch.tensor([[0.5, 0.1, 0.3, 0.1], [0.05, 0.05, 0.05, 0.85]]).log()
+    kept = keep_top(logits, 0.75).isfinite()
+    assert kept.tolist() == [[True, False, True, False], [False, False, False, True]]
+    assert torch.equal(keep_top(logits, 1.0), logits)
+
+
+def test_sampling_under_autocast_free_inference_mode_gives_no_gradient():
+    prior = small_prior((3, 3))
+    assert prior.sample(range(2)).is_inference()

@@ -1,0 +1,392 @@
+"""Train the VQ-VAE on slices, then the gated PixelCNN on their codes.
+
+    python train.py --preset demo                       # the phantom, some minutes on two CPU cores
+    python train.py --data keras_slices_data --run runs/hipmri
+
+Writes the run directory --run (weights, metrics.jsonl, what resuming needs) and figures to --images. Run the same
+command again to resume a stopped run.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dataset import DataError, Dataset, Slices, batch_indices, load_dataset
+from metrics import code_counts, codebook_use, reconstruction_metrics
+from modules import VQVAE, GatedPixelCNN, PriorConfig, VQVAEConfig
+from utils import (
+    Clock,
+    Parser,
+    Run,
+    RunError,
+    StopSignals,
+    autocast,
+    codebook_figure,
+    fail,
+    load_weights,
+    number,
+    pick_device,
+    prior_loss_figure,
+    reconstructions_figure,
+    save_weights,
+    seed_update,
+    tensorboard,
+    vqvae_loss_figure,
+)
+
+EVALUATIONS = 20  # a stage
+LOG_LINES = 250  # of the training losses, a stage
+KMEANS_SLICES = 128
+CHECKPOINT_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What --preset chooses: the networks' shapes (the grid follows the slice size), updates, learning rates."""
+
+    vqvae: VQVAEConfig
+    prior: PriorConfig
+    updates: int
+    prior_updates: int
+    learning_rate: float = 1e-3
+    prior_learning_rate: float = 1e-3
+
+
+PRESETS = {
+    "full": Preset(VQVAEConfig(), PriorConfig(), updates=5000, prior_updates=5000),
+    "demo": Preset(VQVAEConfig(downsampling=8), PriorConfig(cycles=1), updates=500, prior_updates=500),
+}
+
+
+def parse_options(arguments: Sequence[str] | None):
+    """The command line; --updates and --prior-updates filled in from the preset."""
+    whole = number(int, 1)
+    parser = Parser(description=__doc__.split("\n\n")[0], epilog="Run the same command again to resume.")
+    parser.add_argument(
+        "--data", default="phantom", help="folder of 2D .nii/.nii.gz slices, or 'phantom', the embedded data (default)"
+    )
+    parser.add_argument("--run", type=Path, default=Path("runs/default"), help="run directory (default: %(default)s)")
+    parser.add_argument("--images", type=Path, default=Path("images"), help="folder of figures (default: %(default)s)")
+    parser.add_argument(
+        "--preset",
+        choices=PRESETS,
+        default="full",
+        help="full: the published recipe (default); demo: smaller networks, some minutes on two CPU cores",
+    )
+    parser.add_argument("--updates", type=whole, metavar="N", help="updates of the VQ-VAE (default: the preset's)")
+    parser.add_argument("--prior-updates", type=whole, metavar="N", help="updates of the prior (default: the preset's)")
+    parser.add_argument("--batch-size", type=whole, default=32, metavar="N", help="slices an update (default: 32)")
+    parser.add_argument(
+        "--slice-size",
+        type=whole,
+        nargs=2,
+        metavar=("H", "W"),
+        help="pixels; slices of other sizes are cropped or padded (default: the most common size)",
+    )
+    parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of all randomness (default: 0)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
+    options = parser.parse_args(arguments)
+    preset = PRESETS[options.preset]
+    options.updates = options.updates or preset.updates
+    options.prior_updates = options.prior_updates or preset.prior_updates
+    return options
+
+
+class Stage:
+    """What both training loops share: resuming, the optimiser's step, log lines, checkpoints, a stop on a signal."""
+
+    def __init__(self, run: Run, name: str, model: nn.Module, updates: int, learning_rate: float, seed: int):
+        self.run, self.name, self.model, self.total, self.seed = run, name, model, updates, seed
+        self.optimiser = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+        self.learning_rate = learning_rate
+        self.update, self.best = 0, float("inf")
+        self.sums, self.summed = {}, 0
+        self.clock = Clock(CHECKPOINT_SECONDS)
+
+    def resume(self, state: dict) -> None:
+        """Go on from a checkpoint of this stage; from the beginning where it is another's."""
+        if state.get("stage") == self.name:
+            self.model.load_state_dict(state["model"])
+            self.optimiser.load_state_dict(state["optimiser"])
+            self.update, self.best = state["update"], state["best"]
+            self.sums, self.summed = state["sums"], state["summed"]
+
+    def updates(self) -> Iterator[int]:
+        """The updates still to do, counted from 1; between them checkpoints, and the stop if one was asked for."""
+        self.writer = tensorboard(self.run.path / "tensorboard" / self.name, self.update)
+        self.bar = tqdm(total=self.total, initial=self.update, desc=self.name, unit="update", disable=None)
+        self.started, self.start = time.monotonic(), self.update
+        with StopSignals() as signals:
+            while self.update < self.total:
+                self.update += 1
+                seed_update(self.seed, self.name, self.update)
+                yield self.update
+                self.bar.update()
+                if signals.received:
+                    self.checkpoint()
+                    self.bar.close()
+                    print(f"stopped after {self.name} update {self.update}; the same command goes on from there")
+                    raise SystemExit(128 + signals.received)
+                if self.clock.due():
+                    self.checkpoint()
+        self.bar.close()
+        if self.writer:
+            self.writer.close()
+
+    def step(self, loss: Tensor) -> None:
+        """One step down the gradient: the rate rises over 50 updates, then falls to 0 along a cosine."""
+        rise = min(1.0, self.update / 50)
+        fall = 0.5 + 0.5 * np.cos(np.pi * (self.update - 1) / self.total)
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.learning_rate * rise * fall
+        self.optimiser.zero_grad()
+        loss.backward()
+        self.optimiser.step()
+
+    def note(self, **losses: Tensor) -> None:
+        """Add up training losses, and log their means now and then. Without waiting for a GPU in between."""
+        for name, loss in losses.items():
+            self.sums[name] = self.sums.get(name, 0) + loss.detach()
+        self.summed += 1
+        if self.at_share(LOG_LINES):
+            self.log("train", {name: value.item() / self.summed for name, value in self.sums.items()})
+            self.sums, self.summed = {}, 0
+
+    def at_share(self, times: int) -> bool:
+        """Whether this update is one of `times` evenly spread over the stage, the last among them."""
+        return self.update * times // self.total > (self.update - 1) * times // self.total
+
+    def log(self, split: str, values: dict[str, float]) -> None:
+        """To metrics.jsonl, TensorBoard, and for validation the terminal."""
+        self.run.log(self.name, split, self.update, values)
+        if self.writer:
+            for name, value in values.items():
+                self.writer.add_scalar(f"{self.name}/{split}/{name}", value, self.update)
+        if split == "validate":
+            rate = (self.update - self.start) / (time.monotonic() - self.started)
+            left = int((self.total - self.update) / rate)
+            figures = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+            speed = f"{rate:.2f} updates/s  {left // 60}:{left % 60:02d} left"
+            self.bar.write(f"{self.name} {self.update}/{self.total}  {figures}  {speed}")
+
+    def checkpoint(self) -> None:
+        """Write all that resuming needs."""
+        self.run.save(
+            stage=self.name,
+            update=self.update,
+            best=self.best,
+            sums=self.sums,
+            summed=self.summed,
+            model=self.model.state_dict(),
+            optimiser=self.optimiser.state_dict(),
+        )
+
+
+def train_vqvae(run: Run, state: dict, data: Dataset, options, preset: Preset, device: torch.device) -> VQVAE:
+    """Stage 1: the VQ-VAE, to vqvae.safetensors."""
+    seed_update(options.seed, "vqvae", 0)
+    model = VQVAE(preset.vqvae).to(device, memory_format=torch.channels_last)
+    stage = Stage(run, "vqvae", model, options.updates, preset.learning_rate, options.seed)
+    stage.resume(state)
+    # The encoder first learns without codes; they then start where its vectors are, and nearly all stay in use.
+    warm_up = min(100, options.updates // 6)
+    figures_due = Clock(CHECKPOINT_SECONDS)
+
+    for update in stage.updates():
+        if update == warm_up + 1:
+            model.codebook.fit(encoder_vectors(model, data.train, options, device))
+        chosen = batch_indices(len(data.train), options.batch_size, options.seed, update - 1)
+        slices = data.train.batch(chosen).to(device, memory_format=torch.channels_last)
+        with autocast(device):
+            reconstructions, embedding_loss, _ = model(slices, quantise=update > warm_up)
+        reconstruction_loss = F.mse_loss(reconstructions, slices)
+        total_loss = reconstruction_loss + embedding_loss
+        stage.step(total_loss)
+        stage.note(reconstruction_loss=reconstruction_loss, embedding_loss=embedding_loss, total_loss=total_loss)
+
+        # At even intervals and after the last update: validation; figures not more often than once a minute.
+        if update > warm_up and stage.at_share(EVALUATIONS):
+            values, counts = evaluate_vqvae(model, data.validate, options.batch_size, device)
+            stage.log("validate", values)
+            if figures_due.due() or update == options.updates:
+                write_vqvae_figures(run, model, data.validate, counts, options.images, device)
+
+    save_weights(run.path / "vqvae.safetensors", model)
+    return model.eval()
+
+
+@torch.no_grad()
+def encoder_vectors(model: VQVAE, train: Slices, options, device: torch.device) -> Tensor:
+    """Vectors (65536 at most, D) of training slices drawn at random, for k-means."""
+    chosen = batch_indices(len(train), KMEANS_SLICES, options.seed, 0)
+    vectors = []
+    for part in np.array_split(chosen, -(-KMEANS_SLICES // options.batch_size)):
+        with autocast(device):
+            z = model.encoder(train.batch(part).to(device, memory_format=torch.channels_last))
+        vectors.append(z.float().permute(0, 2, 3, 1).flatten(0, 2))
+    vectors = torch.cat(vectors)
+    return vectors[torch.randperm(len(vectors), device=device)[:65536]]
+
+
+@torch.no_grad()
+def evaluate_vqvae(
+    model: VQVAE, slices: Slices, batch_size: int, device: torch.device
+) -> tuple[dict[str, float], Tensor]:
+    """Losses, SSIM, PSNR and codebook use over a split, and how often each code was used (K,)."""
+    model.eval()
+    figures = reconstruction_metrics().to(device)
+    counts = torch.zeros(model.config.codes, dtype=torch.int64, device=device)
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    for part in np.array_split(np.arange(len(slices)), -(-len(slices) // batch_size)):
+        batch = slices.batch(part).to(device, memory_format=torch.channels_last)
+        with autocast(device):
+            reconstructions, embedding_loss, codes = model(batch)
+        sums += len(batch) * torch.stack((F.mse_loss(reconstructions, batch), embedding_loss))
+        counts += code_counts(codes, model.config.codes)
+        figures.update(reconstructions, batch)
+    model.train()
+    reconstruction_loss, embedding_loss = (sums / len(slices)).tolist()
+    used, perplexity = codebook_use(counts)
+    return {
+        "reconstruction_loss": reconstruction_loss,
+        "embedding_loss": embedding_loss,
+        "total_loss": reconstruction_loss + embedding_loss,
+        **{name: value.item() for name, value in figures.compute().items()},
+        "codes_used": used,
+        "perplexity": perplexity,
+    }, counts
+
+
+def write_vqvae_figures(
+    run: Run, model: VQVAE, slices: Slices, counts: Tensor, images: Path, device: torch.device
+) -> None:
+    """Loss curves, codebook use, and six reconstructions spread over the split."""
+    curves = run.curves("vqvae")
+    vqvae_loss_figure(images / "vqvae_loss.png", curves)
+    codebook_figure(images / "codebook_usage.png", curves, counts.cpu().numpy())
+    chosen = np.unique(np.linspace(0, len(slices) - 1, 6).round().astype(int))
+    batch = slices.batch(chosen).to(device)
+    reconstructions = model.decode(model.encode(batch))
+    ssim = [reconstruction_metrics().to(device)(*pair)["ssim"] for pair in zip(reconstructions.split(1), batch.split(1))]
+    titles = [f"{Path(slices.names[i]).name.split('.')[0]}\nSSIM {s:.3f}" for i, s in zip(chosen, ssim)]
+    pictures = (x[:, 0].cpu().numpy() for x in (batch, reconstructions))
+    reconstructions_figure(images / "reconstructions.png", *pictures, titles)
+
+
+@torch.no_grad()
+def extract_codes(model: VQVAE, slices: Slices, batch_size: int, device: torch.device) -> Tensor:
+    """The codes (N, h, w) of a split, on the device."""
+    codes = []
+    for part in np.array_split(np.arange(len(slices)), -(-len(slices) // batch_size)):
+        with autocast(device):
+            codes.append(model.encode(slices.batch(part).to(device, memory_format=torch.channels_last)))
+    return torch.cat(codes)
+
+
+def train_prior(
+    run: Run, state: dict, vqvae: VQVAE, data: Dataset, options, preset: Preset, device: torch.device
+) -> None:
+    """Stage 2: the prior on the codes of the training slices, its best weights to prior.safetensors."""
+    codes = extract_codes(vqvae, data.train, options.batch_size, device)
+    validation_codes = extract_codes(vqvae, data.validate, options.batch_size, device)
+    seed_update(options.seed, "prior", 0)
+    config = replace(preset.prior, grid=tuple(codes.shape[1:]), codes=vqvae.config.codes)
+    model = GatedPixelCNN(config).to(device, memory_format=torch.channels_last)
+    stage = Stage(run, "prior", model, options.prior_updates, preset.prior_learning_rate, options.seed)
+    stage.resume(state)
+    stage.checkpoint()  # from here on stage 1 need not be looked at again
+    figures_due = Clock(CHECKPOINT_SECONDS)
+
+    for update in stage.updates():
+        chosen = batch_indices(len(codes), options.batch_size, options.seed, update - 1)
+        batch = codes[torch.from_numpy(chosen).to(device)]
+        with autocast(device):
+            loss = code_loss(model(batch), batch)
+        stage.step(loss)
+        stage.note(**in_bits(loss))
+
+        # At even intervals and after the last update: validation; the best weights so far are kept.
+        if stage.at_share(EVALUATIONS):
+            nats = evaluate_prior(model, validation_codes, options.batch_size, device)
+            stage.log("validate", in_bits(nats))
+            if nats < stage.best:
+                stage.best = nats
+                save_weights(run.path / "prior.safetensors", model)
+            if figures_due.due() or update == options.prior_updates:
+                prior_loss_figure(options.images / "prior_loss.png", run.curves("prior"), config.codes)
+
+
+def code_loss(logits: Tensor, codes: Tensor) -> Tensor:
+    """Mean cross-entropy of logits (N, K, h, w) and codes (N, h, w), in nats a code.
+
+    A row a code, as the last convolution left them in memory: a softmax across the channels of a grid is slow.
+    """
+    return F.cross_entropy(logits.permute(0, 2, 3, 1).flatten(0, 2), codes.flatten())
+
+
+def in_bits(nats: Tensor | float) -> dict[str, Tensor | float]:
+    """A loss under both its names."""
+    return {"nats_per_code": nats, "bits_per_code": nats / np.log(2)}
+
+
+@torch.no_grad()
+def evaluate_prior(model: GatedPixelCNN, codes: Tensor, batch_size: int, device: torch.device) -> float:
+    """Mean negative log-likelihood of codes (N, h, w), in nats a code."""
+    model.eval()
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for batch in codes.split(batch_size):
+        with autocast(device):
+            total += code_loss(model(batch), batch) * batch.numel()
+    model.train()
+    return total.item() / codes.numel()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line `python train.py`."""
+    options = parse_options(arguments)
+    preset = PRESETS[options.preset]
+    device = pick_device(options.device)
+    side = preset.vqvae.downsampling
+    data = load_dataset(options.data, options.slice_size, (side, side), options.seed)
+    for notice in data.notices:
+        print(notice)
+    options.slice_size = data.slice_size
+    config = {
+        "options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()},
+        "slice_size": data.slice_size,
+        "intensity": {"percentile": 99.5, "scale": data.scale},
+        "affine": data.affine.tolist(),
+        "fingerprint": data.fingerprint,
+    }
+    run = Run(options.run, config)
+    state = run.load()
+    sizes = f"{len(data.train)} training, {len(data.validate)} validation and {len(data.test)} test slices"
+    print(f"{sizes} of {data.slice_size[0]}x{data.slice_size[1]} on {device}; run directory {options.run}")
+
+    if state.get("stage") == "done":
+        print(f"{options.run} is complete: nothing to do")
+        return
+    if state.get("stage") == "prior":
+        vqvae = load_weights(run.path / "vqvae.safetensors", VQVAE, VQVAEConfig)
+        vqvae.to(device, memory_format=torch.channels_last)
+    else:
+        vqvae = train_vqvae(run, state, data, options, preset, device)
+    train_prior(run, state, vqvae, data, options, preset, device)
+    run.save(stage="done")
+    print(f"{options.run} is complete: figures in {options.images}; sample with: python predict.py --run {options.run}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (DataError, RunError) as error:
+        fail(error)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
