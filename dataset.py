@@ -118,17 +118,18 @@ def load_dataset(
 ) -> Dataset:
     """Loads a folder of 2D NIfTI slices, from the cache where the folder was decoded before.
 
-    `data` is "phantom" (made once and kept in the cache; a folder of that name is "./phantom") or a folder.
-    `slice_size` (H, W) has to be a multiple of `multiple`; without it, the training files' most common size is
-    rounded to one. `seed` decides the splits where folders do not.
+    `data` is "phantom" (drawn at `slice_size`, 256x128 without one, and kept in the cache; a folder of that name
+    is "./phantom") or a folder. `slice_size` (H, W) has to be a multiple of `multiple`; without it, the training
+    files' most common size is rounded to one. `seed` decides the splits where folders do not.
     Raises DataError for a folder, file or slice size that cannot be used."""
     if slice_size:
         _check_slice_size(slice_size, multiple)
     if data != "phantom":
         return _load_folder(Path(data), slice_size, multiple, seed, workers)
+    size = slice_size or (256, 128)
     # The phantom's source names its folder, so that a changed phantom is written anew.
     version = hashlib.sha256(Path(phantom.__file__).read_bytes()).hexdigest()[:16]
-    folder = _cache_folder() / f"phantom-{version}"
+    folder = _cache_folder() / f"phantom-{size[0]}x{size[1]}-{version}"
     with ExitStack() as stack:
         if not folder.is_dir():
             try:
@@ -139,10 +140,12 @@ def load_dataset(
             new = Path(temporary, "new")
             try:
                 new.mkdir()
-                phantom.write_phantom(new, workers=workers)
+                phantom.write_phantom(new, size=tuple(size), workers=workers)
                 _publish(new, folder)
             except OSError as problem:
                 raise DataError(f"the phantom cannot be written: {problem}") from problem
+            except ValueError as problem:
+                raise DataError(f"no phantom of {size[0]}x{size[1]}: {problem}") from None
         return _load_folder(folder, slice_size, multiple, seed, workers)
 
 

@@ -6,7 +6,7 @@ w = W / downsampling. PyTorch only: no files, no printing.
     vqvae = VQVAE(VQVAEConfig())
     codes = vqvae.encode(slices)
     prior = GatedPixelCNN(PriorConfig(grid=codes.shape[1:]))
-    new_slices = vqvae.decode(prior.sample(range(16), seed=0))
+    new_slices = vqvae.decode(prior.sample(range(16), torch.full((16,), 0.5), seed=0))
 
 van den Oord et al. 2017, Neural Discrete Representation Learning, arXiv:1711.00937 (VQ-VAE)
 van den Oord et al. 2016, Conditional Image Generation with PixelCNN Decoders, arXiv:1606.05328 (gated PixelCNN)
@@ -48,7 +48,7 @@ class PriorConfig:
     cycles: int = 2
     head: int = 256
     dropout: float = 0.1
-    condition_dim: int = 0
+    position_waves: int = 4
 
 
 class ResidualBlock(nn.Module):
@@ -236,8 +236,8 @@ class GatedPixelCNN(nn.Module):
 
     The vertical stack sees all rows above, the horizontal stack the codes to the left in its own row: no
     blind spot (there, section 2.2). Dilations double from layer to layer, so that each cycle through them
-    reaches every earlier code of the grid; the row and the column of a code, and a condition where the
-    config has one, are added to what both stacks see.
+    reaches every earlier code of the grid. Both stacks are told where they are: the row and the column of the
+    code, and the slice's position in its volume, from 0 (lowest) to 1, or NaN where it is not known.
     """
 
     def __init__(self, config: PriorConfig):
@@ -248,7 +248,7 @@ class GatedPixelCNN(nn.Module):
         self.embedding = nn.Embedding(config.codes, c)
         self.row = nn.Parameter(0.1 * torch.randn(c, rows, 1))
         self.column = nn.Parameter(0.1 * torch.randn(c, 1, columns))
-        self.condition = nn.Linear(config.condition_dim, c, bias=False) if config.condition_dim else None
+        self.position = nn.Linear(1 + 2 * config.position_waves, c, bias=False)
         # The shift of the inputs is the first step up and the first step left.
         up, left, aside = dilations(rows - 2), dilations(columns - 2), dilations(columns - 1)
         depth = max(len(up), len(left), len(aside), 1)
@@ -260,20 +260,17 @@ class GatedPixelCNN(nn.Module):
             nn.ReLU(), nn.Conv2d(c, config.head, 1), nn.ReLU(), nn.Conv2d(config.head, config.codes, 1)
         )
 
-    def place(self, condition: Tensor | None) -> Tensor:
-        """What both stacks are told besides codes: (1 or N, C, h, w)."""
-        where = (self.row + self.column)[None]
-        if self.condition is None:
-            return where
-        return where + self.condition(condition)[:, :, None, None]
+    def place(self, position: Tensor) -> Tensor:
+        """What both stacks are told besides codes: (N, C, h, w), for positions (N,)."""
+        waves = position[:, None] * torch.arange(1, self.config.position_waves + 1, device=position.device) * torch.pi
+        known = torch.cat([torch.ones_like(position)[:, None], waves.sin(), waves.cos()], 1)
+        features = known.where(position[:, None].isfinite(), 0)  # where it is not known nothing is added
+        return self.row + self.column + self.position(features.to(self.row.dtype))[:, :, None, None]
 
-    def forward(self, codes: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Codes (N, h, w) to logits (N, K, h, w); those at a place depend on earlier codes alone.
-
-        condition: (N, condition_dim), where the config has one.
-        """
+    def forward(self, codes: Tensor, position: Tensor) -> Tensor:
+        """Codes (N, h, w), positions (N,) to logits (N, K, h, w); those at a place depend on earlier codes alone."""
         x = self.embedding(codes).permute(0, 3, 1, 2)  # (N, C, h, w)
-        place = self.place(condition)
+        place = self.place(position)
         if torch.is_autocast_enabled(x.device.type):  # else the stacks stay float32, and each layer casts them anew
             x, place = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, place))
         v = F.pad(x, (0, 0, 1, 0))[:, :, :-1] + place  # row r holds row r-1
@@ -286,13 +283,13 @@ class GatedPixelCNN(nn.Module):
     def sample(
         self,
         numbers: Sequence[int],
+        position: Tensor,
         seed: int = 0,
         temperature: float = 1.0,
         top_p: float = 1.0,
-        condition: Tensor | None = None,
         progress: Callable[[int], None] = lambda row: None,
     ) -> Tensor:
-        """New code grids (len(numbers), h, w), one for each sample number.
+        """New code grids (N, h, w), one for each of N sample numbers and their positions (N,).
 
         Each sample draws from its own random stream, seeded by (seed, its number), so it does not depend on
         the samples beside it. Codes are drawn by the Gumbel-max rule, which changes a code only where two
@@ -318,21 +315,20 @@ class GatedPixelCNN(nn.Module):
             logits = keep_top(logits / temperature, top_p)
             return (logits - waiting[:, column]).argmax(1)  # -log of an exponential is a Gumbel number
 
-        return self.generate(len(streams), draw, condition)
+        return self.generate(position, draw)
 
     @torch.inference_mode()
-    def generate(
-        self, count: int, draw: Callable[[Tensor, int, int], Tensor], condition: Tensor | None = None
-    ) -> Tensor:
-        """Code grids (count, h, w), code by code: draw(logits (count, K), row, column) gives codes (count,).
+    def generate(self, position: Tensor, draw: Callable[[Tensor, int, int], Tensor]) -> Tensor:
+        """Code grids (N, h, w) for positions (N,), code by code: draw(logits (N, K), row, column) gives codes (N,).
 
         Does what `forward` does, without dropout, and computes nothing twice: the vertical stack once a row,
         the horizontal stack once a code. What later steps need is kept: `dilation` rows of each vertical
-        layer, one row of each horizontal layer. Memory grows with count, not with the grid.
+        layer, one row of each horizontal layer. Memory grows with N, not with the grid squared.
         """
         rows, columns = self.config.grid
         c = self.config.channels
-        place = self.place(condition).expand(count, c, rows, columns)
+        place = self.place(position)  # (N, C, h, w)
+        count = len(place)
         weights = [step_weights(layer) for layer in self.layers]
         first, last = self.head[1], self.head[3]
         zeros = place.new_zeros(count, c, columns)

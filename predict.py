@@ -1,7 +1,7 @@
 """Sample new slices from a trained run, or reconstruct given ones.
 
-    python predict.py --run runs/default --num 64                    # new slices to samples/ and images/samples.png
-    python predict.py --run runs/default --reconstruct FILE_OR_FOLDER --out reconstructions
+python predict.py --run runs/default --num 64                    # new slices to samples/ and images/samples.png
+python predict.py --run runs/default --reconstruct FILE_OR_FOLDER --out reconstructions
 """
 
 import csv
@@ -55,6 +55,12 @@ def parse_options(arguments: Sequence[str] | None):
         metavar="P",
         help="draw from the fewest codes that have probability P together (default: 1.0, all)",
     )
+    parser.add_argument(
+        "--position",
+        type=number(float, 0, 1),
+        metavar="P",
+        help="height of the slices in their volume, 0 (lowest) to 1 (default: as often as in the training data)",
+    )
     parser.add_argument("--batch-size", type=whole, default=32, metavar="N", help="slices at a time (default: 32)")
     parser.add_argument(
         "--seed", type=number(int, 0, 2**32 - 1), default=0, help="of the samples; sample n is fixed by it (default: 0)"
@@ -90,6 +96,17 @@ def write_slice(path: Path, pixels: np.ndarray, affine: np.ndarray) -> None:
     nib.save(image, path)
 
 
+def draw_positions(numbers: Sequence[int], seed: int, described: dict) -> torch.Tensor:
+    """Positions (N,) for sample numbers, distributed as the training slices': NaN for not known."""
+    draws = np.array([np.random.default_rng((seed, n)).random(2) for n in numbers])
+    if described["unknown"] == 1:
+        return torch.full((len(draws),), torch.nan)
+    quantiles = described["quantiles"]
+    positions = np.interp(draws[:, 0], np.linspace(0, 1, len(quantiles)), quantiles)
+    positions[draws[:, 1] < described["unknown"]] = np.nan
+    return torch.from_numpy(positions).float()
+
+
 def sample(options, config: dict, vqvae: VQVAE, prior: GatedPixelCNN, device: torch.device) -> None:
     """Draw code grids, decode them, write slices, codes and the sheet."""
     prepare_folder(options.out, ("sample_*.nii.gz", "codes.npy"))
@@ -99,8 +116,16 @@ def sample(options, config: dict, vqvae: VQVAE, prior: GatedPixelCNN, device: to
     with tqdm(total=len(batches) * rows, desc="sampling", unit="row", disable=None) as bar:
         for numbers in batches:
             start = time.perf_counter()
+            positions = draw_positions(numbers, options.seed, config["positions"])
+            if options.position is not None:
+                positions = torch.full((len(numbers),), options.position)
             drawn = prior.sample(
-                numbers, options.seed, options.temperature, options.top_p, progress=lambda row: bar.update()
+                numbers,
+                positions.to(device),
+                options.seed,
+                options.temperature,
+                options.top_p,
+                progress=lambda row: bar.update(),
             )
             codes.append(drawn.cpu().numpy())
             drawn_at = time.perf_counter()

@@ -49,19 +49,21 @@ CHECKPOINT_SECONDS = 60
 
 @dataclass(frozen=True)
 class Preset:
-    """What --preset chooses: the networks' shapes (the grid follows the slice size), updates, learning rates."""
+    """What --preset chooses: the networks' shapes (the grid follows the slice size), the phantom's slice size where
+    --slice-size does not give one, updates, and peak learning rates."""
 
     vqvae: VQVAEConfig
     prior: PriorConfig
+    phantom_size: tuple[int, int]
     updates: int
     prior_updates: int
     learning_rate: float = 1e-3
-    prior_learning_rate: float = 1e-3
+    prior_learning_rate: float = 3e-3
 
 
 PRESETS = {
-    "full": Preset(VQVAEConfig(), PriorConfig(), updates=5000, prior_updates=5000),
-    "demo": Preset(VQVAEConfig(downsampling=8), PriorConfig(cycles=1), updates=500, prior_updates=500),
+    "full": Preset(VQVAEConfig(), PriorConfig(), (256, 128), updates=5000, prior_updates=5000),
+    "demo": Preset(VQVAEConfig(), PriorConfig(), (128, 64), updates=900, prior_updates=400),
 }
 
 
@@ -88,7 +90,7 @@ def parse_options(arguments: Sequence[str] | None):
         type=whole,
         nargs=2,
         metavar=("H", "W"),
-        help="pixels; slices of other sizes are cropped or padded (default: the most common size)",
+        help="pixels; other slices are cropped or padded, the phantom is drawn so (default: the most common size)",
     )
     parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of all randomness (default: 0)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
@@ -203,7 +205,7 @@ def train_vqvae(run: Run, state: dict, data: Dataset, options, preset: Preset, d
         if update == warm_up + 1:
             model.codebook.fit(encoder_vectors(model, data.train, options, device))
         chosen = batch_indices(len(data.train), options.batch_size, options.seed, update - 1)
-        slices = data.train.batch(chosen).to(device, memory_format=torch.channels_last)
+        slices = mirror(data.train.batch(chosen).to(device, memory_format=torch.channels_last))
         with autocast(device):
             reconstructions, embedding_loss, _ = model(slices, quantise=update > warm_up)
         reconstruction_loss = F.mse_loss(reconstructions, slices)
@@ -220,6 +222,12 @@ def train_vqvae(run: Run, state: dict, data: Dataset, options, preset: Preset, d
 
     save_weights(run.path / "vqvae.safetensors", model)
     return model.eval()
+
+
+def mirror(slices: Tensor) -> Tensor:
+    """Slices (N, 1, H, W), each left-right mirrored (rows run from side to side) by the toss of a coin."""
+    heads = torch.rand(len(slices), 1, 1, 1, device=slices.device) < 0.5
+    return torch.where(heads, slices.flip(2), slices)
 
 
 @torch.no_grad()
@@ -274,7 +282,9 @@ def write_vqvae_figures(
     chosen = np.unique(np.linspace(0, len(slices) - 1, 6).round().astype(int))
     batch = slices.batch(chosen).to(device)
     reconstructions = model.decode(model.encode(batch))
-    ssim = [reconstruction_metrics().to(device)(*pair)["ssim"] for pair in zip(reconstructions.split(1), batch.split(1))]
+    ssim = [
+        reconstruction_metrics().to(device)(*pair)["ssim"] for pair in zip(reconstructions.split(1), batch.split(1))
+    ]
     titles = [f"{Path(slices.names[i]).name.split('.')[0]}\nSSIM {s:.3f}" for i, s in zip(chosen, ssim)]
     pictures = (x[:, 0].cpu().numpy() for x in (batch, reconstructions))
     reconstructions_figure(images / "reconstructions.png", *pictures, titles)
@@ -294,10 +304,11 @@ def train_prior(
     run: Run, state: dict, vqvae: VQVAE, data: Dataset, options, preset: Preset, device: torch.device
 ) -> None:
     """Stage 2: the prior on the codes of the training slices, its best weights to prior.safetensors."""
-    codes = extract_codes(vqvae, data.train, options.batch_size, device)
+    positions = torch.from_numpy(data.train.positions).to(device)
     validation_codes = extract_codes(vqvae, data.validate, options.batch_size, device)
+    validation_positions = torch.from_numpy(data.validate.positions).to(device)
     seed_update(options.seed, "prior", 0)
-    config = replace(preset.prior, grid=tuple(codes.shape[1:]), codes=vqvae.config.codes)
+    config = replace(preset.prior, grid=tuple(validation_codes.shape[1:]), codes=vqvae.config.codes)
     model = GatedPixelCNN(config).to(device, memory_format=torch.channels_last)
     stage = Stage(run, "prior", model, options.prior_updates, preset.prior_learning_rate, options.seed)
     stage.resume(state)
@@ -305,16 +316,17 @@ def train_prior(
     figures_due = Clock(CHECKPOINT_SECONDS)
 
     for update in stage.updates():
-        chosen = batch_indices(len(codes), options.batch_size, options.seed, update - 1)
-        batch = codes[torch.from_numpy(chosen).to(device)]
+        chosen = batch_indices(len(data.train), options.batch_size, options.seed, update - 1)
+        slices = mirror(data.train.batch(chosen).to(device, memory_format=torch.channels_last))
         with autocast(device):
-            loss = code_loss(model(batch), batch)
+            codes = vqvae.encode(slices)  # anew for each update: a mirrored slice has other codes
+            loss = code_loss(model(codes, positions[torch.from_numpy(chosen).to(device)]), codes)
         stage.step(loss)
         stage.note(**in_bits(loss))
 
         # At even intervals and after the last update: validation; the best weights so far are kept.
         if stage.at_share(EVALUATIONS):
-            nats = evaluate_prior(model, validation_codes, options.batch_size, device)
+            nats = evaluate_prior(model, validation_codes, validation_positions, options.batch_size, device)
             stage.log("validate", in_bits(nats))
             if nats < stage.best:
                 stage.best = nats
@@ -331,19 +343,28 @@ def code_loss(logits: Tensor, codes: Tensor) -> Tensor:
     return F.cross_entropy(logits.permute(0, 2, 3, 1).flatten(0, 2), codes.flatten())
 
 
+def describe_positions(positions: np.ndarray) -> dict:
+    """What sampling needs of the training slices' positions: 101 quantiles, and the share that is not known."""
+    known = positions[np.isfinite(positions)]
+    quantiles = np.quantile(known, np.linspace(0, 1, 101)).tolist() if len(known) else []
+    return {"quantiles": quantiles, "unknown": 1 - len(known) / len(positions)}
+
+
 def in_bits(nats: Tensor | float) -> dict[str, Tensor | float]:
     """A loss under both its names."""
     return {"nats_per_code": nats, "bits_per_code": nats / np.log(2)}
 
 
 @torch.no_grad()
-def evaluate_prior(model: GatedPixelCNN, codes: Tensor, batch_size: int, device: torch.device) -> float:
-    """Mean negative log-likelihood of codes (N, h, w), in nats a code."""
+def evaluate_prior(
+    model: GatedPixelCNN, codes: Tensor, positions: Tensor, batch_size: int, device: torch.device
+) -> float:
+    """Mean negative log-likelihood of codes (N, h, w) at positions (N,), in nats a code."""
     model.eval()
     total = torch.zeros((), dtype=torch.float64, device=device)
-    for batch in codes.split(batch_size):
+    for batch, position in zip(codes.split(batch_size), positions.split(batch_size)):
         with autocast(device):
-            total += code_loss(model(batch), batch) * batch.numel()
+            total += code_loss(model(batch, position), batch) * batch.numel()
     model.train()
     return total.item() / codes.numel()
 
@@ -354,7 +375,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     preset = PRESETS[options.preset]
     device = pick_device(options.device)
     side = preset.vqvae.downsampling
-    data = load_dataset(options.data, options.slice_size, (side, side), options.seed)
+    size = options.slice_size or (preset.phantom_size if options.data == "phantom" else None)
+    data = load_dataset(options.data, size, (side, side), options.seed)
     for notice in data.notices:
         print(notice)
     options.slice_size = data.slice_size
@@ -363,6 +385,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "slice_size": data.slice_size,
         "intensity": {"percentile": 99.5, "scale": data.scale},
         "affine": data.affine.tolist(),
+        "positions": describe_positions(data.train.positions),
         "fingerprint": data.fingerprint,
     }
     run = Run(options.run, config)

@@ -188,7 +188,7 @@ def test_causality_by_gradient(grid, cycles):
     codes = torch.randint(11, (1, *grid))
     x = prior.embedding(codes).detach().requires_grad_()
     prior.embedding.register_forward_hook(lambda *_: x)
-    logits = prior(codes)
+    logits = prior(codes, torch.rand(1))
     for position in range(rows * columns):
         r, c = divmod(position, columns)
         (gradient,) = torch.autograd.grad(logits[0, :, r, c].square().sum(), x, retain_graph=True, allow_unused=True)
@@ -202,7 +202,7 @@ def test_causality_of_the_published_grid():
     prior = GatedPixelCNN(PriorConfig(channels=8, codes=11, head=16, cycles=1)).double().eval()
     x = prior.embedding(torch.randint(11, (1, 64, 32))).detach().requires_grad_()
     prior.embedding.register_forward_hook(lambda *_: x)
-    logits = prior(torch.zeros(1, 64, 32, dtype=torch.int64))
+    logits = prior(torch.zeros(1, 64, 32, dtype=torch.int64), torch.rand(1))
     for r, c in ((63, 31), (63, 0), (0, 31), (32, 16), (1, 0), (1, 31)):
         (gradient,) = torch.autograd.grad(logits[0, :, r, c].square().sum(), x, retain_graph=True)
         influence = gradient.abs().sum(-1).flatten()
@@ -210,7 +210,7 @@ def test_causality_of_the_published_grid():
         assert (influence[32 * r + c :] == 0).all(), (r, c)
 
 
-def cached_logits(prior, codes, condition=None):
+def cached_logits(prior, codes, position):
     """The sampler's logits where the codes drawn are given ones."""
     logits = []
 
@@ -218,7 +218,7 @@ def cached_logits(prior, codes, condition=None):
         logits.append(step)
         return codes[:, row, column]
 
-    assert torch.equal(prior.generate(len(codes), draw, condition), codes)
+    assert torch.equal(prior.generate(position, draw), codes)
     return torch.stack(logits, 2).view(len(codes), -1, *codes.shape[1:])
 
 
@@ -226,44 +226,53 @@ def cached_logits(prior, codes, condition=None):
 @pytest.mark.parametrize("count", [1, 3])
 def test_cached_sampling_equals_the_full_forward(grid, count):
     prior = small_prior(grid)
-    codes = torch.randint(11, (count, *grid))
-    torch.testing.assert_close(cached_logits(prior, codes), prior(codes), rtol=0, atol=1e-10)
+    codes, position = torch.randint(11, (count, *grid)), torch.rand(count)
+    torch.testing.assert_close(cached_logits(prior, codes, position), prior(codes, position), rtol=0, atol=1e-10)
 
 
 def test_cached_sampling_equals_the_full_forward_in_single_precision():
     prior = GatedPixelCNN(PriorConfig(grid=(64, 32))).eval()
-    codes = torch.randint(512, (2, 64, 32))
+    codes, position = torch.randint(512, (2, 64, 32)), torch.tensor([0.2, torch.nan])
     with torch.inference_mode():
-        torch.testing.assert_close(cached_logits(prior, codes), prior(codes), rtol=0, atol=1e-4)
+        torch.testing.assert_close(cached_logits(prior, codes, position), prior(codes, position), rtol=0, atol=1e-4)
 
 
 def test_dropout_is_off_while_sampling():
-    prior = small_prior((6, 4), dropout=0.5)
-    expected = prior.sample(range(4))
-    assert torch.equal(prior.train().sample(range(4)), expected)
+    prior, position = small_prior((6, 4), dropout=0.5), torch.rand(4)
+    expected = prior.sample(range(4), position)
+    assert torch.equal(prior.train().sample(range(4), position), expected)
     assert prior.training
 
 
-def test_a_condition_reaches_every_logit_and_the_sampler():
-    prior = small_prior((4, 3), condition_dim=2)
-    codes = torch.randint(11, (2, 4, 3))
-    one, other = torch.tensor([[0.0, 1.0], [2.0, 3.0]]).double(), torch.zeros(2, 2).double()
-    assert ((prior(codes, one) - prior(codes, other)).abs().amax(1) > 0).all()
-    torch.testing.assert_close(cached_logits(prior, codes, one), prior(codes, one), rtol=0, atol=1e-10)
+def test_the_position_reaches_every_logit():
+    prior = small_prior((4, 3))
+    codes = torch.randint(11, (1, 4, 3))
+    logits = [prior(codes, torch.tensor([position])) for position in (0.0, 0.5, 1.0, torch.nan)]
+    for i, one in enumerate(logits):
+        assert one.isfinite().all()
+        for other in logits[:i]:
+            assert ((one - other).abs().amax(1) > 0).all()
 
 
-@pytest.mark.parametrize("batches", [[range(6)], [range(2), range(2, 6)], [[i] for i in range(6)], [[5, 4, 3, 2, 1, 0]]])
+def test_an_unknown_position_adds_nothing():
+    prior = small_prior((4, 3))
+    torch.testing.assert_close(prior.place(torch.tensor([torch.nan])), (prior.row + prior.column)[None])
+
+
+@pytest.mark.parametrize(
+    "batches", [[range(6)], [range(2), range(2, 6)], [[i] for i in range(6)], [[5, 4, 3, 2, 1, 0]]]
+)
 def test_sample_n_does_not_depend_on_its_batch(batches):
-    prior = small_prior((8, 5))
-    expected = {n: grid for n, grid in enumerate(prior.sample(range(6), seed=3))}
+    prior, position = small_prior((8, 5)), torch.rand(6)
+    expected = dict(enumerate(prior.sample(range(6), position, seed=3)))
     for numbers in batches:
-        for n, grid in zip(numbers, prior.sample(numbers, seed=3)):
+        for n, grid in zip(numbers, prior.sample(numbers, position[list(numbers)], seed=3)):
             assert torch.equal(grid, expected[n])
 
 
 def test_samples_differ_by_number_and_by_seed():
     prior = small_prior((8, 5))
-    grids = torch.cat([prior.sample(range(3), seed=0), prior.sample(range(3), seed=1)])
+    grids = torch.cat([prior.sample(range(3), torch.zeros(3), seed=seed) for seed in (0, 1)])
     assert len(torch.unique(grids.flatten(1), dim=0)) == 6
     assert len({stream_seed(seed, number) for seed in range(100) for number in range(100)}) == 10_000
 
@@ -274,19 +283,19 @@ def test_sampling_follows_the_probabilities():
     The chance of a false alarm is 11 * 6e-7 for a correct sampler, over all seeds; this one is fixed.
     """
     prior = small_prior((1, 1))
-    p = prior(torch.zeros(1, 1, 1, dtype=torch.int64)).softmax(1).flatten().detach()
-    counts = torch.bincount(prior.sample(range(4000)).flatten(), minlength=11)
+    p = prior(torch.zeros(1, 1, 1, dtype=torch.int64), torch.zeros(1)).softmax(1).flatten().detach()
+    counts = torch.bincount(prior.sample(range(4000), torch.zeros(4000)).flatten(), minlength=11)
     assert ((counts - 4000 * p).abs() < 5 * (4000 * p * (1 - p)).sqrt()).all()
 
 
 def test_temperature_and_top_p():
-    prior = small_prior((4, 3))
-    greedy = prior.sample(range(3), temperature=1e-6)
+    prior, position = small_prior((4, 3)), torch.zeros(3)
+    greedy = prior.sample(range(3), position, temperature=1e-6)
     assert (greedy == greedy[0]).all()
-    assert torch.equal(prior.sample(range(3), top_p=1e-6), greedy)
+    assert torch.equal(prior.sample(range(3), position, top_p=1e-6), greedy)
     for bad in ({"temperature": 0.0}, {"top_p": 0.0}, {"top_p": 1.5}):
         with pytest.raises(ValueError, match="must be above 0"):
-            prior.sample(range(3), **bad)
+            prior.sample(range(3), position, **bad)
 
 
 def test_keep_top_keeps_the_fewest_codes_that_suffice():
@@ -294,8 +303,3 @@ def test_keep_top_keeps_the_fewest_codes_that_suffice():
     kept = keep_top(logits, 0.75).isfinite()
     assert kept.tolist() == [[True, False, True, False], [False, False, False, True]]
     assert torch.equal(keep_top(logits, 1.0), logits)
-
-
-def test_sampling_under_autocast_free_inference_mode_gives_no_gradient():
-    prior = small_prior((3, 3))
-    assert prior.sample(range(2)).is_inference()

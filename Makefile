@@ -1,0 +1,23 @@
+# The first commands on a fresh machine. PYTHON chooses the interpreter that makes .venv (3.10 or later).
+PYTHON ?= python3
+VENV = .venv
+INSTALLED = $(VENV)/.installed
+
+.PHONY: demo test
+
+demo: $(INSTALLED)
+	$(VENV)/bin/python train.py --preset demo --run runs/demo
+	$(VENV)/bin/python predict.py --run runs/demo --out samples/demo
+	@echo "Look at images/samples.png (new slices), images/reconstructions.png, images/vqvae_loss.png,"
+	@echo "images/codebook_usage.png and images/prior_loss.png; the new slices themselves are in samples/demo."
+
+test: $(INSTALLED)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/python -m pytest
+
+$(INSTALLED): requirements.txt
+	$(PYTHON) -c "import sys; sys.exit('Python 3.10 or later is needed: make PYTHON=python3.11' if sys.version_info < (3, 10) else 0)"
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@

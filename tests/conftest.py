@@ -1,0 +1,56 @@
+"""What the tests of train.py and predict.py share: a small phantom and a training on it that takes seconds."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import phantom
+import train
+from modules import PriorConfig, VQVAEConfig
+
+VQVAE_TINY = VQVAEConfig(downsampling=4, channels=16, blocks=1, hidden=8, codes=16, code_dim=8)
+PRIOR_TINY = PriorConfig(channels=8, cycles=1, head=16)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished run, its figures, and the folder of slices it was trained on."""
+
+    run: Path
+    images: Path
+    data: Path
+
+
+@pytest.fixture(scope="session")
+def slices_folder(tmp_path_factory):
+    """12 training, 4 validation and 4 test slices of 64x32, in HipMRI's layout."""
+    folder = tmp_path_factory.mktemp("phantom")
+    phantom.write_phantom(folder, cases=(3, 1, 1), slices=4, size=(64, 32), workers=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_preset(tmp_path_factory):
+    """--preset tiny: 12 updates and 9, with networks so small that a training takes a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        tiny = replace(train.PRESETS["demo"], vqvae=VQVAE_TINY, prior=PRIOR_TINY, updates=12, prior_updates=9)
+        patch.setitem(train.PRESETS, "tiny", tiny)
+        patch.setattr(train, "KMEANS_SLICES", 16)
+        patch.setattr(train, "LOG_LINES", 5)  # so that a line is a mean over several updates
+        patch.setenv("PROSTATEVQ_CACHE", str(tmp_path_factory.mktemp("cache")))
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # more cost more than they save on pictures this small
+        yield "tiny"
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, slices_folder, tiny_preset):
+    """One whole training with nothing replaced."""
+    root = tmp_path_factory.mktemp("trained")
+    made = Trained(root / "run", root / "images", slices_folder)
+    options = {"data": made.data, "run": made.run, "images": made.images, "preset": tiny_preset, "batch-size": 5}
+    train.main([text for name, value in options.items() for text in (f"--{name}", str(value))])
+    return made

@@ -1,0 +1,334 @@
+"""Sampling and reconstructing with a tiny trained run: what is written, and what it depends on."""
+
+import csv
+import re
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+
+import predict
+from metrics import reconstruction_metrics
+from utils import RunError, read_config
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def call(tmp_path, trained):
+    """`python predict.py --run ...` in this process; gives the folder it wrote to."""
+
+    def call(name="samples", **options):
+        folder = tmp_path / name
+        given = {"run": trained.run, "out": folder, "images": tmp_path / "images"} | options
+        predict.main(arguments(**given))
+        return folder
+
+    return call
+
+
+def arguments(**options):
+    texts = []
+    for name, value in options.items():
+        texts += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
+    return texts
+
+
+def pixels_of(folder, pattern="sample_*.nii.gz"):
+    return np.stack([nib.load(path).get_fdata() for path in sorted(folder.glob(pattern))])
+
+
+def codes_of(folder):
+    return np.load(folder / "codes.npy")
+
+
+# ---------------------------------------------------------------- samples
+
+
+def test_samples_are_written_and_numbered(call, tmp_path, capsys):
+    folder = call(num=11, batch_size=4)
+    names = [f"sample_{n:06d}.nii.gz" for n in range(11)]
+    assert sorted(path.name for path in folder.iterdir()) == ["codes.npy", *names]
+    assert [path.name for path in (tmp_path / "images").iterdir()] == ["samples.png"]
+    assert imread(tmp_path / "images" / "samples.png").shape[1] >= 8 * 64
+    assert "11 slices" in capsys.readouterr().out
+
+
+def test_samples_lie_in_space_as_the_training_slices_do(call, trained):
+    trained_on = nib.load(next((trained.data / "keras_slices_train").glob("*_slice_0.nii.gz")))
+    for path in call(num=2).glob("*.nii.gz"):
+        image = nib.load(path)
+        assert image.shape == (64, 32)
+        assert image.get_data_dtype() == np.float32
+        np.testing.assert_allclose(image.affine, trained_on.affine, atol=1e-4)
+        np.testing.assert_allclose(image.affine, read_config(trained.run)["affine"], atol=1e-4)
+        assert image.header.get_zooms() == pytest.approx(trained_on.header.get_zooms())
+        assert image.header.get_zooms() == pytest.approx((410 / 64, 205 / 32))
+        assert nib.aff2axcodes(image.affine) == nib.aff2axcodes(trained_on.affine)
+        assert image.header.get_xyzt_units()[0] == "mm"
+
+
+def test_samples_have_the_grey_levels_of_the_data(call, trained):
+    scale = read_config(trained.run)["intensity"]["scale"]
+    pixels = pixels_of(call(num=4))
+    assert pixels.min() >= 0
+    assert pixels.max() <= scale * (1 + 1e-6)
+    assert pixels.max() > 0.2 * scale
+    assert pixels.std() > 0
+
+
+def test_codes_are_written(call):
+    codes = codes_of(call(num=5, batch_size=2))
+    assert codes.shape == (5, 16, 8)
+    assert np.issubdtype(codes.dtype, np.integer)
+    assert codes.min() >= 0
+    assert codes.max() < 16
+    assert len(np.unique(codes)) > 4
+
+
+def test_the_files_are_the_decoded_codes(call, trained):
+    folder = call(num=3)
+    vqvae = predict.load_weights(trained.run / "vqvae.safetensors", predict.VQVAE, predict.VQVAEConfig)
+    decoded = vqvae.decode(torch.from_numpy(codes_of(folder)).long())[:, 0].numpy()
+    scale = read_config(trained.run)["intensity"]["scale"]
+    np.testing.assert_allclose(pixels_of(folder), (decoded + 1) / 2 * scale, atol=1e-4 * scale)
+
+
+def test_sample_n_is_the_same_in_any_batch_and_beside_any_others(call, trained):
+    expected = call("all", num=7, batch_size=7)
+    scale = read_config(trained.run)["intensity"]["scale"]
+    for batch_size, num in ((1, 7), (3, 7), (32, 7), (2, 4), (5, 9)):
+        folder = call(f"{batch_size}_{num}", num=num, batch_size=batch_size)
+        shared = min(num, 7)
+        assert (codes_of(folder)[:shared] == codes_of(expected)[:shared]).all()
+        np.testing.assert_allclose(pixels_of(folder)[:shared], pixels_of(expected)[:shared], atol=1e-4 * scale)
+
+
+def test_samples_differ_from_each_other_and_between_seeds(call):
+    grids = np.concatenate([codes_of(call(f"seed_{seed}", num=4, seed=seed)) for seed in (0, 1)])
+    assert len(np.unique(grids.reshape(8, -1), axis=0)) == 8
+
+
+def test_temperature_and_top_p_reach_the_sampler(call):
+    likeliest = codes_of(call("cold", num=3, temperature=1e-6, position=0.5))
+    assert (likeliest == likeliest[0]).all()
+    assert (codes_of(call("few", num=3, top_p=1e-6, position=0.5)) == likeliest).all()
+    assert not (codes_of(call("usual", num=3, position=0.5)) == likeliest).all()
+
+
+def test_the_position_reaches_the_sampler(call):
+    low, high = (codes_of(call(f"at_{place}", num=4, position=place)) for place in (0, 1))
+    assert not (low == high).all()
+
+
+def test_positions_are_drawn_as_in_the_training_data():
+    described = {"quantiles": np.linspace(0.25, 0.75, 101).tolist(), "unknown": 0.25}
+    positions = predict.draw_positions(range(800), 0, described).numpy()
+    assert np.isnan(positions).mean() == pytest.approx(0.25, abs=0.08)  # 5 standard deviations
+    known = positions[np.isfinite(positions)]
+    assert 0.25 <= known.min() < 0.3
+    assert 0.7 < known.max() <= 0.75
+    assert known.mean() == pytest.approx(0.5, abs=0.03)
+    np.testing.assert_array_equal(predict.draw_positions(range(5, 9), 0, described), positions[5:9])
+    assert not np.array_equal(predict.draw_positions(range(800), 1, described), positions, equal_nan=True)
+    assert predict.draw_positions(range(3), 0, {"quantiles": [], "unknown": 1}).isnan().all()
+
+
+def test_samples_of_an_earlier_call_are_replaced_and_it_says_so(call, capsys):
+    folder = call(num=5)
+    assert "replaced" not in capsys.readouterr().out
+    (folder / "notes.txt").write_text("mine")
+    call(num=2)
+    assert "6 files of an earlier call: replaced" in capsys.readouterr().out
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "codes.npy",
+        "notes.txt",
+        "sample_000000.nii.gz",
+        "sample_000001.nii.gz",
+    ]
+
+
+# ---------------------------------------------------------------- reconstructions
+
+
+def table_of(folder):
+    with open(folder / "reconstructions.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def as_trained_on(pixels, scale):
+    """What a slice is after clipping to [0, scale]."""
+    return np.clip(pixels, 0, scale)
+
+
+def written(folder, stem):
+    """The original and the reconstruction of the one slice whose name holds `stem`."""
+    pair = []
+    for kind in ("original", "reconstruction"):
+        (path,) = folder.glob(f"*{stem}*_{kind}.nii.gz")
+        pair.append(nib.load(path))
+    return pair
+
+
+def test_reconstructing_a_folder(call, trained, tmp_path, capsys):
+    data = trained.data / "keras_slices_test"
+    sources = sorted(data.glob("*.nii.gz"))
+    folder = call("out", reconstruct=[data], batch_size=3)
+    assert len(list(folder.iterdir())) == 2 * len(sources) + 1
+    images = [nib.load(path) for path in sources]
+    scale = np.percentile(np.stack([image.get_fdata() for image in images]), 99.5)
+    for path, image in zip(sources, images):
+        original, reconstruction = written(folder, path.name.split(".")[0])
+        expected = as_trained_on(image.get_fdata(), scale)
+        assert np.abs(original.get_fdata() - expected).max() <= scale / 255 / 2 * 1.001
+        for made in (original, reconstruction):
+            assert made.shape == (64, 32)
+            assert made.get_data_dtype() == np.float32
+            np.testing.assert_allclose(made.affine, image.affine, atol=1e-4)
+            assert 0 <= made.get_fdata().min() <= made.get_fdata().max() <= scale * 1.00001
+        assert np.abs(reconstruction.get_fdata() - original.get_fdata()).max() > 0
+    assert [path.name for path in (tmp_path / "images").iterdir()] == ["reconstructions.png"]
+    assert f"{len(sources)} slices" in capsys.readouterr().out
+
+
+def test_the_figures_are_those_of_the_files(call, trained, capsys):
+    """SSIM and PSNR, a slice and all together, once more from the files that were written."""
+    data = trained.data / "keras_slices_test"
+    folder = call("out", reconstruct=[data])
+    output = capsys.readouterr().out
+    scale = np.percentile(np.stack([nib.load(path).get_fdata() for path in data.iterdir()]), 99.5)
+    table = table_of(folder)
+    assert len(table) == 4
+    assert table[0].keys() == {"slice", "ssim", "psnr"}
+    overall = reconstruction_metrics()
+    for row in table:
+        pair = [torch.tensor(image.get_fdata()) for image in written(folder, Path(row["slice"]).name.split(".")[0])]
+        slices, reconstructions = (((x / scale) * 2 - 1)[None, None].float() for x in pair)
+        values = reconstruction_metrics()(reconstructions, slices)
+        assert float(row["ssim"]) == pytest.approx(values["ssim"].item(), abs=1e-4)
+        assert float(row["psnr"]) == pytest.approx(values["psnr"].item(), abs=1e-2)
+        overall.update(reconstructions, slices)
+    expected = overall.compute()
+    ssim, psnr = re.search(r"SSIM (-?[0-9.]+), PSNR (-?[0-9.]+) dB", output).groups()
+    assert float(ssim) == pytest.approx(expected["ssim"].item(), abs=6e-4)
+    assert float(psnr) == pytest.approx(expected["psnr"].item(), abs=6e-3)
+    assert float(ssim) == pytest.approx(np.mean([float(row["ssim"]) for row in table]), abs=6e-4)
+
+
+def test_reconstructing_single_files(call, trained):
+    first, second = sorted((trained.data / "keras_slices_validate").iterdir())[:2]
+    folder = call("one", reconstruct=[first])
+    scale = np.percentile(nib.load(first).get_fdata(), 99.5)  # of the one file: no other of its volume is there
+    original, _ = written(folder, first.name.split(".")[0])
+    expected = as_trained_on(nib.load(first).get_fdata(), scale)
+    assert np.abs(original.get_fdata() - expected).max() <= scale / 255 / 2 * 1.001
+    folder = call("two", reconstruct=[second, first])
+    assert [Path(row["slice"]).name for row in table_of(folder)] == [second.name, first.name]
+    assert len(list(folder.glob("*.nii.gz"))) == 4
+
+
+def test_slices_of_another_size_are_cropped(call, tmp_path):
+    """The middle stays, and its place in space too."""
+    pixels = np.random.default_rng(0).uniform(0, 500, (70, 40)).astype(np.float32)
+    affine = np.diag([-2.0, -3.0, 4.0, 1.0])
+    nib.save(nib.Nifti1Image(pixels, affine), tmp_path / "wide.nii.gz")
+    original, reconstruction = written(call("out", reconstruct=[tmp_path / "wide.nii.gz"]), "wide")
+    scale = np.percentile(pixels, 99.5)
+    expected = as_trained_on(pixels[3:67, 4:36], scale)
+    assert np.abs(original.get_fdata() - expected).max() <= scale / 255 / 2 * 1.001
+    for image in (original, reconstruction):
+        np.testing.assert_allclose(image.affine[:3, 3], affine[:3] @ (3, 4, 0, 1), atol=1e-4)
+
+
+def test_reconstructions_do_not_depend_on_the_batch_size(call, trained):
+    data, folders = trained.data / "keras_slices_test", []
+    for batch_size in (1, 3, 8):
+        folders.append(call(f"by_{batch_size}", reconstruct=[data], batch_size=batch_size))
+    first, *others = (pixels_of(folder, "*_reconstruction.nii.gz") for folder in folders)
+    for pixels in others:
+        np.testing.assert_allclose(pixels, first, atol=1e-3 * first.max())
+
+
+def test_earlier_reconstructions_are_replaced_and_it_says_so(call, trained, capsys):
+    one = sorted((trained.data / "keras_slices_test").iterdir())[0]
+    call("out", reconstruct=[trained.data / "keras_slices_test"])
+    capsys.readouterr()
+    folder = call("out", reconstruct=[one])
+    assert "9 files of an earlier call: replaced" in capsys.readouterr().out
+    assert len(list(folder.iterdir())) == 3
+
+
+# ---------------------------------------------------------------- mistakes
+
+
+def complaint(monkeypatch, capsys, given):
+    """What `python predict.py ...` says on stderr; it has to be one line and exit status 2."""
+    monkeypatch.setattr(sys, "argv", ["predict.py", *given])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / "predict.py"), run_name="__main__")
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    return error
+
+
+@pytest.mark.parametrize(
+    ("given", "part"),
+    [
+        ({"temperature": 0}, "argument --temperature: 0 is not above 0"),
+        ({"temperature": -1}, "argument --temperature: -1 is not above 0"),
+        ({"temperature": "nan"}, "argument --temperature: nan is not above 0"),
+        ({"top_p": 0}, "argument --top-p: 0 is not above 0 and at most 1"),
+        ({"top_p": 1.01}, "argument --top-p: 1.01 is not above 0 and at most 1"),
+        ({"position": 2}, "argument --position: 2 is not at least 0 and at most 1"),
+        ({"num": 0}, "argument --num: 0 is not at least 1"),
+        ({"num": "many"}, "argument --num: invalid int value: 'many'"),
+        ({"batch_size": 0}, "argument --batch-size: 0 is not at least 1"),
+        ({"seed": 2**32}, "argument --seed: 4294967296 is not at least 0"),
+        ({"device": "gpu"}, "--device gpu"),
+        ({"run": "nowhere"}, "nowhere is not a run directory"),
+        ({"reconstruct": []}, "argument --reconstruct: expected at least one argument"),
+        ({"reconstruct": ["nowhere.nii.gz"]}, "nowhere.nii.gz"),
+    ],
+)
+def test_a_mistake_is_one_line_and_writes_nothing(trained, tmp_path, monkeypatch, capsys, given, part):
+    monkeypatch.chdir(tmp_path)
+    assert part in complaint(monkeypatch, capsys, arguments(**{"run": trained.run} | given))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["config.json", "vqvae.safetensors", "prior.safetensors"])
+@pytest.mark.parametrize("content", [None, b"", b"{", b"\x80\x04K\x01."])
+def test_a_run_that_cannot_be_used_is_one_line(trained, tmp_path, monkeypatch, capsys, name, content):
+    run = tmp_path / "run"
+    shutil.copytree(trained.run, run)
+    if content is None:
+        (run / name).unlink()
+    else:
+        (run / name).write_bytes(content)
+    error = complaint(monkeypatch, capsys, arguments(run=run, out=tmp_path / "out"))
+    assert str(run) in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_folder_that_is_a_file_is_refused(call, tmp_path):
+    (tmp_path / "samples").write_text("mine")
+    with pytest.raises(RunError, match="cannot be written"):
+        call(num=1)
+    assert (tmp_path / "samples").read_text() == "mine"
+
+
+def test_slices_that_cannot_be_read_leave_earlier_reconstructions(call, trained, tmp_path):
+    folder = call("out", reconstruct=[trained.data / "keras_slices_test"])
+    before = sorted(folder.iterdir())
+    (tmp_path / "bad.nii.gz").write_bytes(b"no slice")
+    with pytest.raises(predict.DataError, match=r"bad\.nii\.gz"):
+        call("out", reconstruct=[tmp_path / "bad.nii.gz"])
+    assert sorted(folder.iterdir()) == before

@@ -1,0 +1,565 @@
+"""Whole trainings of a second each: what they write, that stopping changes nothing, and what they refuse."""
+
+import json
+import math
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from matplotlib.image import imread
+from safetensors.torch import load_file
+
+import phantom
+import train
+import utils
+from dataset import DataError, load_dataset
+from modules import VQVAE, GatedPixelCNN, PriorConfig, VQVAEConfig
+from utils import RunError, load_weights
+
+ROOT = Path(__file__).parents[1]
+REAL = ROOT.parent / "shared" / "hipmri_like"
+FIGURES = {"vqvae_loss.png", "prior_loss.png", "codebook_usage.png", "reconstructions.png"}
+FILES = {"config.json", "vqvae.safetensors", "prior.safetensors", "training.pt", "metrics.jsonl"}
+VQVAE_LOSSES = {"reconstruction_loss", "embedding_loss", "total_loss"}
+VQVAE_METRICS = VQVAE_LOSSES | {"ssim", "psnr", "codes_used", "perplexity"}
+PRIOR_LOSSES = {"nats_per_code", "bits_per_code"}
+UPDATES, PRIOR_UPDATES = 12, 9  # of the tiny preset
+
+
+def arguments(**options):
+    return [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", *str(value).split())]
+
+
+def lines_of(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def select(lines, stage, split):
+    return [line for line in lines if (line["stage"], line["split"]) == (stage, split)]
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Without figures and TensorBoard, which take most of the time of a tiny training."""
+    for name in ("write_vqvae_figures", "prior_loss_figure", "tensorboard"):
+        monkeypatch.setattr(train, name, lambda *_: None)
+
+
+@pytest.fixture
+def options(tmp_path, slices_folder, tiny_preset, quick):
+    """Of a training like the `trained` one, elsewhere."""
+    run, images = tmp_path / "run", tmp_path / "images"
+    return {"data": slices_folder, "run": run, "images": images, "preset": tiny_preset, "batch_size": 5}
+
+
+# ---------------------------------------------------------------- what a training writes
+
+
+def test_all_files_and_figures_are_written(trained):
+    assert {path.name for path in trained.run.iterdir()} - {"tensorboard"} == FILES
+    assert {path.name for path in trained.images.iterdir()} == FIGURES
+    for name in FIGURES:
+        height, width = imread(trained.images / name).shape[:2]
+        assert min(height, width) > 200
+
+
+def test_the_config_says_what_was_trained_on_what(trained):
+    config = json.loads((trained.run / "config.json").read_text())
+    data = load_dataset(str(trained.data), None, (4, 4), 0)
+    assert config["slice_size"] == config["options"]["slice_size"] == [64, 32]
+    expected = {"preset": "tiny", "updates": UPDATES, "prior_updates": PRIOR_UPDATES, "batch_size": 5, "seed": 0}
+    assert expected.items() <= config["options"].items()
+    assert config["fingerprint"] == data.fingerprint
+    assert config["intensity"]["scale"] == pytest.approx(data.scale)
+    np.testing.assert_allclose(config["affine"], data.affine)
+    assert config["libraries"].keys() == {"torch", "numpy", "nibabel", "torchmetrics", "safetensors"}
+
+
+def test_the_config_is_written_before_anything_is_trained(options, monkeypatch):
+    def stop(*_):
+        assert utils.read_config(options["run"])["options"]["batch_size"] == 5
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(train, "VQVAE", stop)
+    with pytest.raises(ZeroDivisionError):
+        train.main(arguments(**options))
+
+
+def test_metrics_have_the_promised_names(trained):
+    lines = lines_of(trained.run)
+    names = {}
+    for line in lines:
+        place = line.pop("stage"), line.pop("split")
+        line.pop("update")
+        names.setdefault(place, set()).add(frozenset(line))
+        assert all(isinstance(value, float) and math.isfinite(value) for value in line.values())
+    assert names == {
+        ("vqvae", "train"): {frozenset(VQVAE_LOSSES)},
+        ("vqvae", "validate"): {frozenset(VQVAE_METRICS)},
+        ("prior", "train"): {frozenset(PRIOR_LOSSES)},
+        ("prior", "validate"): {frozenset(PRIOR_LOSSES)},
+    }
+
+
+def test_metrics_agree_with_each_other(trained):
+    lines = lines_of(trained.run)
+    for line in lines:
+        if line["stage"] == "vqvae":
+            assert line["total_loss"] == pytest.approx(line["reconstruction_loss"] + line["embedding_loss"], rel=1e-5)
+        else:
+            assert line["bits_per_code"] == pytest.approx(line["nats_per_code"] / math.log(2), rel=1e-5)
+    for line in select(lines, "vqvae", "validate"):
+        assert 0 < line["codes_used"] <= 1
+        assert 1 <= line["perplexity"] <= 16.001
+        assert line["perplexity"] <= 16 * line["codes_used"] * 1.001
+        assert -1 <= line["ssim"] <= 1
+        assert line["psnr"] >= 10 * math.log10(4 / line["reconstruction_loss"]) - 0.2  # clipping only helps
+
+
+def test_validation_is_also_made_after_the_last_update(trained):
+    lines = lines_of(trained.run)
+    for stage, last in (("vqvae", UPDATES), ("prior", PRIOR_UPDATES)):
+        for split in ("train", "validate"):
+            updates = [line["update"] for line in select(lines, stage, split)]
+            assert updates == sorted(set(updates))
+            assert updates[-1] == last
+
+
+def test_evaluations_are_evenly_spread(options):
+    train.main(arguments(**options | {"updates": 47, "prior_updates": 1}))
+    lines = lines_of(options["run"])
+    updates = [line["update"] for line in select(lines, "vqvae", "validate")]
+    warm_up = 47 // 6
+    assert updates[0] <= warm_up + 3
+    assert updates[-1] == 47
+    assert set(np.diff(updates)) <= {2, 3}
+    assert [line["update"] for line in select(lines, "prior", "validate")] == [1]
+
+
+def test_the_weights_are_those_that_were_measured(trained):
+    """The last validation line of stage 1 again, from the saved weights, in single precision."""
+    vqvae = load_weights(trained.run / "vqvae.safetensors", VQVAE, VQVAEConfig)
+    data = load_dataset(str(trained.data), None, (4, 4), 0)
+    slices = data.validate.batch(range(len(data.validate)))
+    with torch.no_grad():
+        reconstructions, embedding_loss, codes = vqvae(slices)
+    line = select(lines_of(trained.run), "vqvae", "validate")[-1]
+    assert line["reconstruction_loss"] == pytest.approx(F.mse_loss(reconstructions, slices).item(), rel=0.05)
+    assert line["embedding_loss"] == pytest.approx(embedding_loss.item(), rel=0.05)
+    assert line["codes_used"] == pytest.approx(len(codes.unique()) / 16, abs=0.15)
+
+
+def test_the_prior_is_the_one_of_the_best_validation_loss(options, monkeypatch):
+    """Losses but the third are made worse, so that the third evaluation has to be the one that is kept."""
+    losses = []
+
+    def worse_but_once(*given):
+        losses.append(real(*given))
+        return losses[-1] + 100 * (len(losses) != 3)
+
+    real = train.evaluate_prior
+    monkeypatch.setattr(train, "evaluate_prior", worse_but_once)
+    train.main(arguments(**options))
+    logged = [line["nats_per_code"] for line in select(lines_of(options["run"]), "prior", "validate")]
+    assert len(logged) == PRIOR_UPDATES
+    assert min(logged) == pytest.approx(losses[2], rel=1e-5)
+
+    vqvae = load_weights(options["run"] / "vqvae.safetensors", VQVAE, VQVAEConfig)
+    prior = load_weights(options["run"] / "prior.safetensors", GatedPixelCNN, PriorConfig)
+    data = load_dataset(str(options["data"]), None, (4, 4), 0)
+    batch = data.validate.batch(range(len(data.validate)))
+    with utils.autocast(torch.device("cpu")), torch.no_grad():
+        codes = vqvae.encode(batch)
+        logits = prior(codes, torch.from_numpy(data.validate.positions))
+        loss = F.cross_entropy(logits.float(), codes).item()
+    others = losses[:2] + losses[3:]
+    assert abs(loss - losses[2]) < min(abs(loss - other) for other in others)
+    assert loss == pytest.approx(losses[2], abs=2e-3)
+
+
+def test_a_training_line_is_the_mean_since_the_line_before(options, trained, monkeypatch):
+    monkeypatch.setattr(train, "LOG_LINES", 250)
+    train.main(arguments(**options))
+    for stage, name in (("vqvae", "total_loss"), ("prior", "nats_per_code")):
+        each = {line["update"]: line[name] for line in select(lines_of(options["run"]), stage, "train")}
+        means = select(lines_of(trained.run), stage, "train")
+        assert len(means) == 5 < len(each)
+        for before, line in zip([{"update": 0}, *means], means):
+            expected = np.mean([each[n] for n in range(before["update"] + 1, line["update"] + 1)])
+            assert line[name] == pytest.approx(expected, rel=1e-4)
+
+
+def test_losses_fall(options, monkeypatch):
+    """On few slices, often seen: far below what constant slices and even use of the codes would give."""
+    faster = replace(train.PRESETS["tiny"], learning_rate=5e-3, prior_learning_rate=1e-2)
+    monkeypatch.setitem(train.PRESETS, "tiny", faster)
+    monkeypatch.setattr(train, "LOG_LINES", 250)
+    train.main(arguments(**options | {"updates": 150, "prior_updates": 150}))
+    lines = lines_of(options["run"])
+    data = load_dataset(str(options["data"]), None, (4, 4), 0)
+    slices = data.train.batch(range(len(data.train)))
+    reconstruction = [line["reconstruction_loss"] for line in select(lines, "vqvae", "train")]
+    assert np.mean(reconstruction[-10:]) < 0.4 * slices.var().item()
+    assert select(lines, "vqvae", "validate")[-1]["ssim"] > select(lines, "vqvae", "validate")[0]["ssim"] + 0.05
+    bits = [line["bits_per_code"] for line in select(lines, "prior", "train")]
+    assert np.mean(bits[-10:]) < 0.8 * math.log2(16)
+    assert np.mean(bits[-10:]) < 0.8 * bits[0]
+
+
+def test_the_rate_rises_and_falls_to_nothing(tmp_path):
+    run = utils.Run(tmp_path, {"options": {}, "fingerprint": ""})
+    weight = torch.nn.Linear(1, 1)
+    stage = train.Stage(run, "vqvae", weight, 400, 0.5, 0)
+    rates = []
+    for stage.update in range(1, 401):
+        stage.step(weight(torch.ones(1)).square().sum())
+        rates.append(stage.optimiser.param_groups[0]["lr"])
+    assert rates[0] == pytest.approx(0.5 / 50)
+    assert rates[24] == pytest.approx(0.25, rel=0.02)
+    assert rates[200] == pytest.approx(0.25)
+    assert 0 < rates[-1] < 1e-4
+    assert np.argmax(rates) == 49
+    assert (np.diff(rates[:50]) > 0).all()
+    assert (np.diff(rates[49:]) < 0).all()
+
+
+def test_evaluation_does_not_depend_on_the_batch_size(trained):
+    vqvae = load_weights(trained.run / "vqvae.safetensors", VQVAE, VQVAEConfig)
+    prior = load_weights(trained.run / "prior.safetensors", GatedPixelCNN, PriorConfig)
+    slices, cpu = load_dataset(str(trained.data), None, (4, 4), 0).train, torch.device("cpu")
+    values, counts = train.evaluate_vqvae(vqvae, slices, 12, cpu)
+    codes, positions = train.extract_codes(vqvae, slices, 12, cpu), torch.from_numpy(slices.positions)
+    nats = train.evaluate_prior(prior, codes, positions, 12, cpu)
+    assert counts.sum() == codes.numel() == 12 * 16 * 8
+    for batch_size in (1, 5):
+        assert torch.equal(train.extract_codes(vqvae, slices, batch_size, cpu), codes)
+        other, other_counts = train.evaluate_vqvae(vqvae, slices, batch_size, cpu)
+        assert other == pytest.approx(values, rel=1e-3)
+        assert torch.equal(other_counts, counts)
+        assert train.evaluate_prior(prior, codes, positions, batch_size, cpu) == pytest.approx(nats, rel=1e-3)
+
+
+def test_describe_positions():
+    described = train.describe_positions(np.array([0.0, 0.5, 1.0, np.nan], np.float32))
+    assert described["unknown"] == 0.25
+    np.testing.assert_allclose(described["quantiles"], np.linspace(0, 1, 101), atol=1e-6)
+    assert train.describe_positions(np.array([np.nan, np.nan])) == {"quantiles": [], "unknown": 1}
+
+
+def test_the_seed_decides(options, trained):
+    other = options | {"seed": 1}
+    train.main(arguments(**other))
+    here, there = (load_file(run / "vqvae.safetensors") for run in (other["run"], trained.run))
+    assert not torch.equal(here["codebook.embeddings"], there["codebook.embeddings"])
+
+
+# ---------------------------------------------------------------- stopping and going on
+
+
+def assert_same_run(run, other):
+    for name in ("vqvae.safetensors", "prior.safetensors"):
+        here, there = load_file(run / name), load_file(other / name)
+        assert here.keys() == there.keys()
+        for key in here:
+            assert torch.equal(here[key], there[key]), key
+    assert (run / "metrics.jsonl").read_text() == (other / "metrics.jsonl").read_text()
+
+
+def at_updates(monkeypatch, hooks):
+    """Call each hook once, as its (stage, update) begins."""
+    real = train.seed_update
+
+    def seed_update(seed, stage, update):
+        real(seed, stage, update)
+        if (stage, update) in hooks:
+            hooks.pop((stage, update))()
+
+    monkeypatch.setattr(train, "seed_update", seed_update)
+
+
+def send(kind):
+    return lambda: os.kill(os.getpid(), kind)
+
+
+STOPS = [
+    [("vqvae", 1, signal.SIGTERM)],  # in the warm-up
+    [("vqvae", 2, signal.SIGINT)],  # just before the codes are fitted
+    [("vqvae", 7, signal.SIGTERM), ("prior", 4, signal.SIGINT)],
+    [("vqvae", UPDATES, signal.SIGTERM), ("prior", PRIOR_UPDATES, signal.SIGTERM)],
+    [("vqvae", n, signal.SIGINT) for n in (3, 4, 8)] + [("prior", n, signal.SIGTERM) for n in (1, 2, 8)],
+]
+
+
+@pytest.mark.parametrize("stops", STOPS)
+def test_a_stopped_and_resumed_run_equals_one_without_a_stop(options, trained, monkeypatch, capsys, stops):
+    hooks = {(stage, update): send(kind) for stage, update, kind in stops}
+    at_updates(monkeypatch, hooks)
+    for stage, update, kind in stops:
+        with pytest.raises(SystemExit) as stop:
+            train.main(arguments(**options))
+        assert stop.value.code == 128 + kind
+        state = torch.load(options["run"] / "training.pt", weights_only=True)
+        assert (state["stage"], state["update"]) == (stage, update)
+        assert f"stopped after {stage} update {update};" in capsys.readouterr().out
+    assert not hooks
+    train.main(arguments(**options))
+    assert_same_run(options["run"], trained.run)
+
+
+def test_the_best_prior_outlives_a_stop(options, monkeypatch):
+    """The third evaluation is made the best by far; a run that is resumed after the fifth has to keep its weights."""
+    made = []
+
+    def best_at_three(*given):
+        made.append(real(*given))
+        return made[-1] + 100 * (len(made) != 3)
+
+    real = train.evaluate_prior
+    monkeypatch.setattr(train, "evaluate_prior", best_at_three)
+    at_updates(monkeypatch, {("prior", 5): send(signal.SIGTERM)})
+    with pytest.raises(SystemExit):
+        train.main(arguments(**options))
+    kept = load_file(options["run"] / "prior.safetensors")
+    train.main(arguments(**options))
+    assert len(made) == PRIOR_UPDATES
+    resumed = load_file(options["run"] / "prior.safetensors")
+    assert all(torch.equal(resumed[name], kept[name]) for name in kept)
+
+
+class EveryThird:
+    """A clock that is due each third time it is asked."""
+
+    def __init__(self, seconds):
+        self.asked = 0
+
+    def due(self):
+        self.asked += 1
+        return self.asked % 3 == 0
+
+
+class Killed(Exception):
+    """Stands for a kill that leaves no time to write anything."""
+
+
+def kill():
+    raise Killed
+
+
+@pytest.mark.parametrize(
+    "kills", [[("vqvae", 2)], [("vqvae", 9), ("vqvae", 12)], [("vqvae", 5), ("prior", 3), ("prior", 8), ("prior", 9)]]
+)
+def test_a_killed_run_goes_on_from_its_last_checkpoint(options, trained, monkeypatch, kills):
+    """Updates and log lines since then are lost, and made anew, the same."""
+    monkeypatch.setattr(train, "Clock", EveryThird)
+    for place in kills:
+        at_updates(monkeypatch, {place: kill})
+        with pytest.raises(Killed):
+            train.main(arguments(**options))
+    train.main(arguments(**options))
+    assert_same_run(options["run"], trained.run)
+
+
+def test_a_kill_between_log_line_and_checkpoint(options, trained, monkeypatch):
+    """The line of the unfinished update is there, half of the next too; neither is there twice in the end."""
+    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 0)  # a checkpoint after each update
+    real = utils.Run.log
+
+    def log(run, stage, split, update, values):
+        real(run, stage, split, update, values)
+        if (stage, split, update) == ("prior", "validate", 5):
+            with open(run.log_path, "a") as file:
+                file.write('{"stage": "pri')
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(utils.Run, "log", log)
+        with pytest.raises(Killed):
+            train.main(arguments(**options))
+    assert torch.load(options["run"] / "training.pt", weights_only=True)["update"] == 4
+    train.main(arguments(**options))
+    assert_same_run(options["run"], trained.run)
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_complete_run_says_so_and_stays_as_it_is(trained, tiny_preset, tmp_path, capsys):
+    before = contents(trained.run)
+    same = {"data": trained.data, "run": trained.run, "preset": tiny_preset, "batch_size": 5}
+    train.main(arguments(**same, images=tmp_path / "images"))
+    assert f"{trained.run} is complete" in capsys.readouterr().out
+    assert contents(trained.run) == before
+    assert not (tmp_path / "images").exists()
+
+
+# ---------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"batch_size": 6}, "--batch-size was 5, is 6"),
+        ({"seed": 2, "updates": 13}, "--updates was 12, is 13; --seed was 0, is 2"),
+        ({"prior_updates": 3}, "--prior-updates was 9, is 3"),
+        ({"preset": "demo", "updates": 12, "prior_updates": 9}, "--preset was tiny, is demo"),
+        ({"slice_size": "32 32"}, r"--slice-size was \[64, 32\], is \[32, 32\]"),
+    ],
+)
+def test_other_options_are_refused_by_name(trained, tiny_preset, changed, message):
+    before = contents(trained.run)
+    same = {"data": trained.data, "run": trained.run, "preset": tiny_preset, "batch_size": 5}
+    with pytest.raises(RunError, match=message):
+        train.main(arguments(**same | changed))
+    assert contents(trained.run) == before
+
+
+def test_other_data_are_refused(trained, tiny_preset, tmp_path):
+    phantom.write_phantom(tmp_path, cases=(3, 1, 1), slices=4, size=(64, 32), workers=1, seed=1)
+    with pytest.raises(RunError, match="the data differ"):
+        train.main(arguments(data=tmp_path, run=trained.run, preset=tiny_preset, batch_size=5))
+
+
+def test_the_same_data_elsewhere_are_not_refused(trained, tiny_preset, tmp_path, capsys):
+    phantom.write_phantom(tmp_path, cases=(3, 1, 1), slices=4, size=(64, 32), workers=1)
+    train.main(arguments(data=tmp_path, run=trained.run, preset=tiny_preset, batch_size=5))
+    assert "is complete" in capsys.readouterr().out
+
+
+def test_a_folder_of_other_things_is_left_alone(options):
+    options["run"].mkdir()
+    (options["run"] / "thesis.tex").write_text("years")
+    with pytest.raises(RunError, match="not a run directory"):
+        train.main(arguments(**options))
+    assert [path.name for path in options["run"].iterdir()] == ["thesis.tex"]
+
+
+def test_a_missing_folder_makes_no_run(options):
+    with pytest.raises(DataError, match="no such folder"):
+        train.main(arguments(**options | {"data": "nowhere"}))
+    assert not options["run"].exists()
+
+
+def complaint(monkeypatch, capsys, script, given):
+    """What `python script ...` says on stderr; it has to be one line and exit status 2."""
+    monkeypatch.setattr(sys, "argv", [script, *given])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    return error
+
+
+@pytest.mark.parametrize(
+    ("given", "part"),
+    [
+        ({"data": "nowhere"}, "no such folder: nowhere"),
+        ({"updates": 0}, "argument --updates: 0 is not at least 1"),
+        ({"updates": "many"}, "argument --updates: invalid int value: 'many'"),
+        ({"batch_size": -1}, "argument --batch-size: -1 is not at least 1"),
+        ({"seed": -1}, "argument --seed: -1 is not at least 0"),
+        ({"preset": "best"}, "argument --preset: invalid choice: 'best'"),
+        ({"device": "gpu"}, "--device gpu"),
+        ({"colour": "blue"}, "unrecognized arguments: --colour blue"),
+        ({"slice_size": "64"}, "argument --slice-size: expected 2 arguments"),
+        ({"slice_size": "62 32"}, "slice size 62x32 does not fit the network"),
+    ],
+)
+def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys, tiny_preset, given, part):
+    monkeypatch.chdir(tmp_path)
+    assert part in complaint(monkeypatch, capsys, "train.py", arguments(**given))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_cannot_be_read_is_one_line(tmp_path, monkeypatch, capsys, slices_folder, tiny_preset):
+    (tmp_path / "config.json").write_text("{")
+    error = complaint(monkeypatch, capsys, "train.py", arguments(data=slices_folder, run=tmp_path))
+    assert "config.json cannot be read" in error
+
+
+# ---------------------------------------------------------------- as it is typed
+
+
+def start(script, given, cache):
+    environment = os.environ | {"PROSTATEVQ_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, ROOT / script, *given]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process):
+    output, errors = process.communicate(timeout=120)
+    return process.returncode, output, errors
+
+
+def wait_for_content(path, process):
+    deadline = time.monotonic() + 60
+    while not (path.exists() and path.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def test_from_data_to_samples(tmp_path):
+    """The demo networks on slices of 32x16: stopped by SIGTERM, completed by the same command, sampled from."""
+    data, run, images, out = (tmp_path / name for name in ("data", "run", "images", "samples"))
+    phantom.write_phantom(data, cases=(3, 1, 1), slices=4, size=(32, 16), workers=1)
+    sizes = {"updates": 60, "prior_updates": 3, "batch_size": 4, "device": "cpu"}
+    command = arguments(preset="demo", data=data, run=run, images=images, **sizes)
+
+    process = start("train.py", command, tmp_path / "cache")
+    wait_for_content(run / "metrics.jsonl", process)
+    process.terminate()
+    status, output, errors = finish(process)
+    assert (status, errors) == (143, "")
+    assert "the same command goes on from there" in output
+    state = torch.load(run / "training.pt", weights_only=True)
+    assert state["stage"] == "vqvae"
+    assert 0 < state["update"] < 60
+
+    status, output, errors = finish(start("train.py", command, tmp_path / "cache"))
+    assert (status, errors) == (0, "")
+    assert {path.name for path in run.iterdir()} - {"tensorboard"} == FILES
+    assert {path.name for path in images.iterdir()} == FIGURES
+    updates = [line["update"] for line in select(lines_of(run), "vqvae", "train")]
+    assert updates == list(range(1, 61))
+
+    sampling = arguments(run=run, num=3, out=out, images=images, device="cpu")
+    status, output, errors = finish(start("predict.py", sampling, tmp_path / "cache"))
+    assert (status, errors) == (0, "")
+    assert sorted(path.name for path in out.iterdir()) == ["codes.npy", *(f"sample_00000{n}.nii.gz" for n in range(3))]
+    assert (images / "samples.png").exists()
+
+
+# ---------------------------------------------------------------- other data
+
+
+def test_the_embedded_phantom(options, monkeypatch):
+    """--data phantom is drawn at the preset's size, or at the one given."""
+    real = phantom.write_phantom
+    monkeypatch.setattr(phantom, "write_phantom", lambda folder, **given: real(folder, (2, 1, 1), slices=2, **given))
+    given = options | {"data": "phantom", "updates": 2, "prior_updates": 1}
+    train.main(arguments(**given, slice_size="32 16"))
+    assert utils.read_config(options["run"])["slice_size"] == [32, 16]
+    monkeypatch.setitem(train.PRESETS, "tiny", replace(train.PRESETS["tiny"], phantom_size=(48, 24)))
+    other = options["run"].parent / "other"
+    train.main(arguments(**given | {"run": other}))
+    assert utils.read_config(other)["slice_size"] == [48, 24]
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="needs the HipMRI-like slices beside the project")
+def test_real_slices(options):
+    train.main(arguments(**options | {"data": REAL, "updates": 2, "prior_updates": 2, "batch_size": 4}))
+    config = utils.read_config(options["run"])
+    assert config["slice_size"] == [256, 128]
+    prior = load_weights(options["run"] / "prior.safetensors", GatedPixelCNN, PriorConfig)
+    assert prior.config.grid == (64, 32)
+    assert {line["stage"] for line in lines_of(options["run"])} == {"vqvae", "prior"}
