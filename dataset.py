@@ -330,9 +330,9 @@ def _describe(found: list[tuple[str, str]]) -> list[_File]:
 def _refuse(bad: list[tuple[str, str]], count: int) -> None:
     """Raises DataError listing the first ten bad files of `count`, if there are any."""
     if bad:
-        lines = [f"  {name}: {reason}" for name, reason in sorted(bad)[:10]]
-        rest = [f"  and {len(bad) - 10} more"] if len(bad) > 10 else []
-        raise DataError("\n".join([f"{len(bad)} of {count} files cannot be used:", *lines, *rest]))
+        listed = [f"{name}: {reason}" for name, reason in sorted(bad)[:10]]
+        rest = [f"and {len(bad) - 10} more"] if len(bad) > 10 else []
+        raise DataError(f"{len(bad)} of {count} files cannot be used: " + "; ".join(listed + rest))
 
 
 def _positions(files: list[_File]) -> np.ndarray:

@@ -149,6 +149,8 @@ def sample(options, config: dict, vqvae: VQVAE, prior: GatedPixelCNN, device: to
 def reconstruct(options, config: dict, vqvae: VQVAE, device: torch.device) -> None:
     """Encode and decode given slices; write both, a table of SSIM and PSNR, and a figure."""
     slices, affines = read_slices(options.reconstruct, tuple(config["slice_size"]))
+    if any(Path(name).resolve().parent == options.out.resolve() for name in slices.names):
+        raise RunError(f"--out {options.out} holds the slices to reconstruct: choose another folder")
     prepare_folder(options.out, ("*_original.nii.gz", "*_reconstruction.nii.gz", "reconstructions.csv"))
     overall = reconstruction_metrics().to(device)
     single = reconstruction_metrics().to(device)
@@ -163,7 +165,7 @@ def reconstruct(options, config: dict, vqvae: VQVAE, device: torch.device) -> No
     reconstructions = np.concatenate(reconstructions)
     originals = slices.batch(np.arange(len(slices)))[:, 0].numpy()
     for i, affine in enumerate(affines):
-        name = slices.names[i].replace("/", "_").removesuffix(".gz").removesuffix(".nii")
+        name = f"{i:06d}_{Path(slices.names[i]).name.removesuffix('.gz').removesuffix('.nii')}"
         for kind, pixels in (("original", originals[i]), ("reconstruction", reconstructions[i])):
             write_slice(options.out / f"{name}_{kind}.nii.gz", unscale(pixels, slices.scales[i]), affine)
     with open(options.out / "reconstructions.csv", "w", newline="") as file:

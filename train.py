@@ -7,6 +7,7 @@ Writes the run directory --run (weights, metrics.jsonl, what resuming needs) and
 command again to resume a stopped run.
 """
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -45,6 +46,7 @@ EVALUATIONS = 20  # a stage
 LOG_LINES = 250  # of the training losses, a stage
 KMEANS_SLICES = 128
 CHECKPOINT_SECONDS = 60
+SMALLEST_SIDE = 8  # pixels; SSIM's window needs 6
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Preset:
 
 PRESETS = {
     "full": Preset(VQVAEConfig(), PriorConfig(), (256, 128), updates=5000, prior_updates=5000),
-    "demo": Preset(VQVAEConfig(), PriorConfig(), (128, 64), updates=900, prior_updates=400),
+    "demo": Preset(VQVAEConfig(), PriorConfig(), (128, 64), updates=1000, prior_updates=400),
 }
 
 
@@ -145,7 +147,7 @@ class Stage:
     def step(self, loss: Tensor) -> None:
         """One step down the gradient: the rate rises over 50 updates, then falls to 0 along a cosine."""
         rise = min(1.0, self.update / 50)
-        fall = 0.5 + 0.5 * np.cos(np.pi * (self.update - 1) / self.total)
+        fall = 0.5 + 0.5 * math.cos(math.pi * (self.update - 1) / self.total)
         for group in self.optimiser.param_groups:
             group["lr"] = self.learning_rate * rise * fall
         self.optimiser.zero_grad()
@@ -379,6 +381,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     data = load_dataset(options.data, size, (side, side), options.seed)
     for notice in data.notices:
         print(notice)
+    if min(data.slice_size) < SMALLEST_SIDE:
+        raise DataError(f"slices of {data.slice_size} pixels are too small: a side has {SMALLEST_SIDE} at least")
     options.slice_size = data.slice_size
     config = {
         "options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()},
@@ -388,6 +392,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "positions": describe_positions(data.train.positions),
         "fingerprint": data.fingerprint,
     }
+    if options.images.exists() and not options.images.is_dir():
+        raise RunError(f"--images {options.images} is not a folder")
     run = Run(options.run, config)
     state = run.load()
     sizes = f"{len(data.train)} training, {len(data.validate)} validation and {len(data.test)} test slices"

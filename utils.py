@@ -66,9 +66,11 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.zeros(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
+        there = torch.zeros(1, device=name)
+        there.cpu()  # "meta" has no values to copy
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise RunError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return there.device
 
 
 def autocast(device: torch.device) -> torch.autocast:
@@ -102,6 +104,14 @@ class StopSignals:
 # ---------------------------------------------------------------- run directory
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder where it is missing. Raises RunError where that cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{path} cannot be a folder: {error.strerror}") from None
+
+
 def write_file(path: Path, write: Callable[[Path], None]) -> None:
     """`write(temporary path)`, flush to disk, rename: path holds all of the old or all of the new."""
     temporary = path.with_name(path.name + ".part")
@@ -126,7 +136,7 @@ class Run:
             raise RunError(f"{path} exists and is not a run directory: choose another --run")
         else:
             config["libraries"] = {name: metadata.version(name) for name in LIBRARIES}
-            path.mkdir(parents=True, exist_ok=True)
+            make_folder(path)
             write_file(path / "config.json", lambda part: part.write_text(json.dumps(config, indent=1)))
         self.log_path = path / "metrics.jsonl"
         self.log_path.touch()
@@ -139,7 +149,10 @@ class Run:
     def load(self) -> dict:
         """What `save` was last given, or {}; lines logged after it are dropped: they will be logged anew."""
         path = self.path / "training.pt"
-        state = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
+        except Exception as error:  # a damaged file raises whatever its first wrong byte leads to
+            raise RunError(f"{path} cannot be used ({type(error).__name__}): choose another --run") from None
         os.truncate(self.log_path, state.get("log_bytes", 0))
         return state
 
@@ -179,7 +192,10 @@ def refuse_differences(path: Path, old: dict, new: dict) -> None:
 def read_config(path: Path) -> dict:
     """A run's config.json. Raises RunError where there is none or it cannot be read."""
     try:
-        return json.loads((path / "config.json").read_text())
+        config = json.loads((path / "config.json").read_text())
+        if not isinstance(config, dict) or not {"options", "fingerprint"} <= config.keys():
+            raise ValueError("it is not a run's config")
+        return config
     except FileNotFoundError:
         raise RunError(f"{path} is not a run directory (no config.json): train first, or name one with --run") from None
     except (OSError, ValueError) as error:
@@ -203,7 +219,7 @@ def load_weights(path: Path, network: Callable[..., nn.Module], config: type) ->
             made.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 not a dict
     except FileNotFoundError:
         raise RunError(f"{path} does not exist: train.py has not come that far") from None
-    except (safetensors.SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise RunError(f"{path} cannot be used: {error}") from None
     return made.eval()
 
@@ -229,7 +245,7 @@ def upright(slices: np.ndarray) -> np.ndarray:
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure as PNG, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     write_file(path, lambda part: figure.savefig(part, format="png", dpi=120))
 
 

@@ -51,6 +51,7 @@ def trained(tmp_path_factory, slices_folder, tiny_preset):
     """One whole training with nothing replaced."""
     root = tmp_path_factory.mktemp("trained")
     made = Trained(root / "run", root / "images", slices_folder)
-    options = {"data": made.data, "run": made.run, "images": made.images, "preset": tiny_preset, "batch-size": 5}
+    options = {"data": made.data, "run": made.run, "images": made.images, "preset": tiny_preset}
+    options |= {"batch-size": 5, "device": "cpu"}
     train.main([text for name, value in options.items() for text in (f"--{name}", str(value))])
     return made

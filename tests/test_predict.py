@@ -26,7 +26,7 @@ def call(tmp_path, trained):
 
     def call(name="samples", **options):
         folder = tmp_path / name
-        given = {"run": trained.run, "out": folder, "images": tmp_path / "images"} | options
+        given = {"run": trained.run, "out": folder, "images": tmp_path / "images", "device": "cpu"} | options
         predict.main(arguments(**given))
         return folder
 
@@ -264,6 +264,32 @@ def test_earlier_reconstructions_are_replaced_and_it_says_so(call, trained, caps
     assert len(list(folder.iterdir())) == 3
 
 
+def test_slices_of_like_names_are_all_written(call, trained, tmp_path, monkeypatch):
+    """a/b.nii.gz, a_b.nii.gz and the like are different slices; and none of the files is a hidden one."""
+    source = nib.load(next((trained.data / "keras_slices_test").iterdir()))
+    (tmp_path / "in" / "a").mkdir(parents=True)
+    for name in ("a/b.nii.gz", "a_b.nii.gz", "a/b.nii"):
+        nib.save(source, tmp_path / "in" / name)
+    monkeypatch.chdir(tmp_path / "in" / "a")
+    folder = call("out", reconstruct=[".."])
+    names = [path.name for path in folder.glob("*_reconstruction.nii.gz")]
+    assert len(names) == 3
+    assert not any(name.startswith(".") for name in names)
+
+
+def test_the_slices_that_are_reconstructed_are_never_removed(call, trained, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    source = folder / "case_001_week_0_slice_0_original.nii.gz"
+    shutil.copy(next((trained.data / "keras_slices_test").iterdir()), source)
+    before = source.read_bytes()
+    try:
+        call("in", reconstruct=[folder])
+    except RunError as error:
+        assert "--out" in str(error)
+    assert source.read_bytes() == before
+
+
 # ---------------------------------------------------------------- mistakes
 
 
@@ -323,6 +349,12 @@ def test_an_output_folder_that_is_a_file_is_refused(call, tmp_path):
     with pytest.raises(RunError, match="cannot be written"):
         call(num=1)
     assert (tmp_path / "samples").read_text() == "mine"
+
+
+def test_a_figure_folder_that_is_a_file_is_refused(call, tmp_path):
+    (tmp_path / "images").write_text("mine")
+    with pytest.raises(RunError, match="images"):
+        call(num=1)
 
 
 def test_slices_that_cannot_be_read_leave_earlier_reconstructions(call, trained, tmp_path):

@@ -58,7 +58,14 @@ def quick(monkeypatch):
 def options(tmp_path, slices_folder, tiny_preset, quick):
     """Of a training like the `trained` one, elsewhere."""
     run, images = tmp_path / "run", tmp_path / "images"
-    return {"data": slices_folder, "run": run, "images": images, "preset": tiny_preset, "batch_size": 5}
+    return {
+        "data": slices_folder,
+        "run": run,
+        "images": images,
+        "preset": tiny_preset,
+        "batch_size": 5,
+        "device": "cpu",
+    }
 
 
 # ---------------------------------------------------------------- what a training writes
@@ -447,6 +454,13 @@ def test_a_missing_folder_makes_no_run(options):
     with pytest.raises(DataError, match="no such folder"):
         train.main(arguments(**options | {"data": "nowhere"}))
     assert not options["run"].exists()
+
+
+def test_a_place_for_figures_that_is_none_is_noticed_before_training(options, monkeypatch):
+    options["images"].write_text("mine")
+    monkeypatch.setattr(train, "train_vqvae", lambda *_: pytest.fail("began to train"))
+    with pytest.raises(RunError, match="images"):
+        train.main(arguments(**options))
 
 
 def complaint(monkeypatch, capsys, script, given):

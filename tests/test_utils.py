@@ -92,7 +92,7 @@ def test_pick_device():
     assert utils.pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.mark.parametrize("name", ["gpu", "cuda:99", "cpu:x", ""])
+@pytest.mark.parametrize("name", ["gpu", "cuda:99", "cpu:x", "", "meta", "hpu"])
 def test_a_device_that_is_not_there(name):
     with pytest.raises(RunError) as error:
         utils.pick_device(name)
@@ -199,6 +199,12 @@ def test_a_file_is_refused(tmp_path):
     assert path.read_text() == "content"
 
 
+def test_a_place_below_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("content")
+    with pytest.raises(RunError, match="file/run"):
+        Run(tmp_path / "file" / "run", config_of())
+
+
 def test_other_options_are_refused_by_name(tmp_path):
     Run(tmp_path, config_of())
     before = (tmp_path / "config.json").read_bytes()
@@ -232,7 +238,7 @@ def test_tuples_and_lists_are_no_difference(tmp_path):
         Run(tmp_path, config_of(slice_size=(32, 64)))
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00"])
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"{}", b"[]"])
 def test_a_damaged_config_is_a_run_error(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(RunError, match=r"config\.json cannot be read"):
@@ -280,6 +286,16 @@ def test_without_a_checkpoint_the_log_starts_anew(tmp_path):
     run.log("vqvae", "train", 1, {"loss": 1.0})
     assert run.load() == {}
     assert run.log_path.read_bytes() == b""
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", b"PK\x03\x04", b"\x80\x02}q\x00."])
+def test_a_damaged_checkpoint_is_a_run_error(tmp_path, content):
+    run = Run(tmp_path, config_of())
+    run.log("vqvae", "train", 1, {"loss": 1.0})
+    (tmp_path / "training.pt").write_bytes(content)
+    with pytest.raises(RunError, match=r"training\.pt cannot be used"):
+        run.load()
+    assert run.log_path.stat().st_size > 0
 
 
 def test_log_lines_and_curves(tmp_path):
@@ -376,7 +392,11 @@ def without_a_tensor(path):
     safetensors.torch.save_file({"weight": torch.zeros(2, 3)}, path, header)
 
 
-DAMAGES = [pickled, torch_saved, empty, cut_short, without_config, with_unknown_field, with_another_shape]
+def a_folder(path):
+    path.mkdir()
+
+
+DAMAGES = [a_folder, pickled, torch_saved, empty, cut_short, without_config, with_unknown_field, with_another_shape]
 
 
 @pytest.mark.parametrize("write", [*DAMAGES, without_a_tensor])
@@ -414,6 +434,13 @@ def test_vqvae_loss_figure(tmp_path):
     curves = curves_of("reconstruction_loss", "embedding_loss", "total_loss", "ssim")
     utils.vqvae_loss_figure(path, curves)
     read_png(path, 1440, 384)
+
+
+def test_figures_that_have_no_place_are_a_run_error(tmp_path):
+    (tmp_path / "images").write_text("mine")
+    with pytest.raises(RunError, match="images"):
+        utils.prior_loss_figure(tmp_path / "images" / "loss.png", curves_of("bits_per_code"), 512)
+    assert (tmp_path / "images").read_text() == "mine"
 
 
 def test_prior_loss_figure(tmp_path):
