@@ -65,7 +65,7 @@ class Preset:
 
 PRESETS = {
     "full": Preset(VQVAEConfig(), PriorConfig(), (256, 128), updates=5000, prior_updates=5000),
-    "demo": Preset(VQVAEConfig(), PriorConfig(), (128, 64), updates=1000, prior_updates=400),
+    "demo": Preset(VQVAEConfig(), PriorConfig(), (128, 64), updates=1000, prior_updates=350),
 }
 
 
@@ -82,7 +82,7 @@ def parse_options(arguments: Sequence[str] | None):
         "--preset",
         choices=PRESETS,
         default="full",
-        help="full: the published recipe (default); demo: smaller networks, some minutes on two CPU cores",
+        help="full: the published recipe (default); demo: fewer updates, phantom of half the size: minutes on a CPU",
     )
     parser.add_argument("--updates", type=whole, metavar="N", help="updates of the VQ-VAE (default: the preset's)")
     parser.add_argument("--prior-updates", type=whole, metavar="N", help="updates of the prior (default: the preset's)")
