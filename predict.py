@@ -27,10 +27,10 @@ from utils import (
     read_config,
     reconstructions_figure,
     samples_figure,
+    spread,
 )
 
 SHOWN = 64  # samples in the figure
-COMPARED = 6  # reconstructions in the figure
 
 
 def parse_options(arguments: Sequence[str] | None):
@@ -172,7 +172,7 @@ def reconstruct(options, config: dict, vqvae: VQVAE, device: torch.device) -> No
         writer = csv.DictWriter(file, ("slice", "ssim", "psnr"))
         writer.writeheader()
         writer.writerows(rows)
-    chosen = np.unique(np.linspace(0, len(slices) - 1, COMPARED).round().astype(int))
+    chosen = spread(len(slices))
     titles = [f"{Path(slices.names[i]).name.split('.')[0]}\nSSIM {rows[i]['ssim']:.3f}" for i in chosen]
     reconstructions_figure(options.images / "reconstructions.png", originals[chosen], reconstructions[chosen], titles)
     figures = {name: value.item() for name, value in overall.compute().items()}

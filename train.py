@@ -38,6 +38,7 @@ from utils import (
     reconstructions_figure,
     save_weights,
     seed_update,
+    spread,
     tensorboard,
     vqvae_loss_figure,
 )
@@ -65,7 +66,7 @@ class Preset:
 
 PRESETS = {
     "full": Preset(VQVAEConfig(), PriorConfig(), (256, 128), updates=5000, prior_updates=5000),
-    "demo": Preset(VQVAEConfig(), PriorConfig(cycles=1), (128, 64), updates=1000, prior_updates=500),
+    "demo": Preset(VQVAEConfig(), PriorConfig(cycles=1), (128, 64), updates=900, prior_updates=400),
 }
 
 
@@ -281,7 +282,7 @@ def write_vqvae_figures(
     curves = run.curves("vqvae")
     vqvae_loss_figure(images / "vqvae_loss.png", curves)
     codebook_figure(images / "codebook_usage.png", curves, counts.cpu().numpy())
-    chosen = np.unique(np.linspace(0, len(slices) - 1, 6).round().astype(int))
+    chosen = spread(len(slices))
     batch = slices.batch(chosen).to(device)
     reconstructions = model.decode(model.encode(batch))
     ssim = [

@@ -243,6 +243,11 @@ def upright(slices: np.ndarray) -> np.ndarray:
     return slices.swapaxes(-1, -2)
 
 
+def spread(count: int, most: int = 6) -> np.ndarray:
+    """At most `most` indices evenly spread over [0, count): what a figure shows of many."""
+    return np.unique(((np.arange(most) + 0.5) * count / most).astype(int))
+
+
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure as PNG, whole or not at all."""
     make_folder(path.parent)
@@ -336,7 +341,7 @@ def reconstructions_figure(path: Path, slices: np.ndarray, reconstructions: np.n
 
 
 def samples_figure(path: Path, slices: np.ndarray, title: str, columns: int = 8) -> None:
-    """A sheet of slices (n, H, W) in [-1, 1]."""
+    """A sheet of slices (n, H, W) in [-1, 1]; small ones are drawn larger, by a whole number."""
     pictures = upright(slices)
     n, height, width = pictures.shape
     columns = min(columns, n)
@@ -346,7 +351,7 @@ def samples_figure(path: Path, slices: np.ndarray, title: str, columns: int = 8)
     for i, picture in enumerate(pictures):
         top, left = i // columns * (height + gap), i % columns * (width + gap)
         sheet[top : top + height, left : left + width] = picture
-    inches = np.array(sheet.shape[::-1]) / 120
+    inches = np.array(sheet.shape[::-1]) * max(1, 256 // width) / 120
     figure = Figure(figsize=(inches[0], inches[1] + 0.35))
     axes = figure.add_axes((0, 0, 1, inches[1] / (inches[1] + 0.35)))
     axes.imshow(sheet, cmap="gray", vmin=-1, vmax=1)

@@ -507,25 +507,38 @@ def sheet_of(path, slices, columns):
 
 
 def test_samples_are_upright_and_black_is_black(tmp_path):
-    slices = np.stack([marked_slice(64, 32, -1.0, 1.0)])
+    slices = np.stack([marked_slice(256, 64, -1.0, 1.0)])
     sheet = sheet_of(tmp_path / "samples.png", slices, 8)
-    assert sheet.shape[1] > 32
-    shown = sheet[-32:, :64]  # 64 rows become 64 columns
-    np.testing.assert_allclose(shown[2:6, 2:14], 1, atol=0.01)
-    for rest in (shown[2:6, 18:-2], shown[10:-2, 2:14], shown[10:-2, 18:-2]):
+    assert sheet.shape[1] > 64
+    shown = sheet[-64:, :256]  # 256 rows become 256 columns
+    np.testing.assert_allclose(shown[2:14, 2:62], 1, atol=0.01)
+    for rest in (shown[2:14, 66:-2], shown[18:-2, 2:62], shown[18:-2, 66:-2]):
         np.testing.assert_allclose(rest, 0, atol=0.01)
+
+
+def test_small_samples_are_drawn_larger(tmp_path):
+    slices = np.stack([marked_slice(64, 32, -1.0, 1.0)])
+    utils.samples_figure(tmp_path / "samples.png", slices, "a title")
+    shown = imread(tmp_path / "samples.png")[-128:, :256, 0]  # four times as large
+    np.testing.assert_allclose(shown[3:28, 3:60], 1, atol=0.01)
+    np.testing.assert_allclose(shown[36:-3, 3:-3], 0, atol=0.01)
+
+
+def test_spread_is_even_and_within():
+    assert utils.spread(60, 6).tolist() == [5, 15, 25, 35, 45, 55]
+    assert utils.spread(3, 6).tolist() == [0, 1, 2]
 
 
 def test_grey_levels_are_those_of_the_slice_whatever_is_beside_it(tmp_path):
     """No stretching to what the sheet happens to hold: -1 is black and +1 white, 0 half way, 2 and -3 are clipped."""
     values = np.array([0.0, 0.2, -0.5, -3.0, 2.0, 0.1, 0.0])
-    slices = np.broadcast_to(values[:, None, None], (7, 40, 24))
+    slices = np.broadcast_to(values[:, None, None], (7, 160, 24))
     sheet = sheet_of(tmp_path / "samples.png", slices, 3)
-    gap = (sheet.shape[1] - 3 * 40) // 2
+    gap = (sheet.shape[1] - 3 * 160) // 2
     top = sheet.shape[0] - (3 * 24 + 2 * gap)
     for i, value in enumerate(values.clip(-1, 1)):
-        y, x = top + i // 3 * (24 + gap), i % 3 * (40 + gap)
-        np.testing.assert_allclose(sheet[y + 3 : y + 20, x + 3 : x + 36], (value + 1) / 2, atol=0.01)
+        y, x = top + i // 3 * (24 + gap), i % 3 * (160 + gap)
+        np.testing.assert_allclose(sheet[y + 3 : y + 20, x + 3 : x + 156], (value + 1) / 2, atol=0.01)
 
 
 def test_reconstructions_figure(tmp_path):
