@@ -75,7 +75,10 @@ def pick_device(name: str) -> torch.device:
 
 def autocast(device: torch.device) -> torch.autocast:
     """bfloat16 autocast where the processor computes in it natively; off elsewhere, where it would be slower."""
-    native = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.autocast(device.type, torch.bfloat16, enabled=native)
 
 

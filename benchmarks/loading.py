@@ -1,0 +1,102 @@
+"""Slices a second of the first pass over a folder, and what reopening its cache costs, on phantom slices.
+
+python benchmarks/loading.py [--slices 12660] [--workers 2] [--profile]
+"""
+
+import argparse
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from common import interleave, machine, profile, report
+from reference import NibabelSlices
+
+import phantom
+from dataset import load_dataset
+
+FIRST_PASS = 2000  # slices; 20 a volume
+OPEN = """
+import resource, sys, time
+import numpy, torch, nibabel, tqdm, phantom
+from dataset import batch_indices, load_dataset
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+start = time.perf_counter()
+data = load_dataset(sys.argv[1])
+data.train.batch(batch_indices(len(data.train), 32, 0, 0))
+seconds = time.perf_counter() - start
+print(seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+def write(folder: Path, slices: int) -> None:
+    """Phantom slices at HipMRI's size, 20 a patient; about one in twenty for validation and for test."""
+    patients = slices // 20
+    few = max(1, patients // 20)
+    phantom.write_phantom(folder, cases=(patients - 2 * few, few, few))
+
+
+def first_pass(folder: Path, workers: int) -> None:
+    """Decode the folder into an empty cache."""
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["PROSTATEVQ_CACHE"] = cache
+        load_dataset(str(folder), workers=workers)
+
+
+def reopen(folder: Path, cache: Path) -> tuple[float, float]:
+    """Seconds to the first batch, and megabytes beyond what the imports take, in a process of its own."""
+    environment = os.environ | {"PROSTATEVQ_CACHE": str(cache), "PYTHONPATH": str(Path(__file__).parent.parent)}
+    command = [sys.executable, "-c", OPEN, str(folder)]
+    printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    seconds, megabytes = map(float, printed.split())
+    return seconds, megabytes
+
+
+def main() -> None:
+    """Print the JSON lines and the sentence."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--slices", type=int, default=12_660, help="of the cache reopened (default: HipMRI's 12660)")
+    parser.add_argument("--workers", type=int, default=2, help="threads of the first pass (default: 2)")
+    parser.add_argument("--profile", action="store_true", help="also print where the first pass spends its time")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        few, many, cache = (Path(temporary, name) for name in ("few", "many", "cache"))
+        write(few, FIRST_PASS)
+        images = sorted(few.glob("keras_slices_[tv]*/*.nii.gz"))
+        plain = NibabelSlices(images)
+        seconds = interleave(
+            {"ours": lambda: first_pass(few, options.workers), "nibabel": lambda: [plain[i] for i in range(500)]}, 3
+        )
+        ours, nibabel = len(images) / seconds["ours"], 500 / seconds["nibabel"]
+        write(many, options.slices)
+        os.environ["PROSTATEVQ_CACHE"] = str(cache)
+        start = time.perf_counter()
+        load_dataset(str(many), workers=options.workers)
+        whole = time.perf_counter() - start
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        opened = sorted(reopen(many, cache) for _ in range(3))[1]
+    settings = {"slice_size": [256, 128], "workers": options.workers, "machine": machine(torch.device("cpu"))}
+    report("first_pass_slices_per_second", ours, "slices/s", slices=len(images), **settings)
+    report("nibabel_slices_per_second", nibabel, "slices/s", slices=500, **settings | {"workers": 1})
+    report("first_pass_speedup", ours / nibabel, "times", **settings)
+    report("first_pass_whole_seconds", whole, "s", slices=options.slices, **settings)
+    report("first_pass_peak_megabytes", peak, "MB", slices=options.slices, **settings)
+    report("cache_open_seconds", opened[0], "s", slices=options.slices, **settings)
+    report("cache_open_megabytes", opened[1], "MB", slices=options.slices, **settings)
+    if options.profile:
+        with tempfile.TemporaryDirectory() as temporary:
+            write(Path(temporary), 200)
+            profile(lambda: first_pass(Path(temporary), options.workers))
+    print(
+        f"On {settings['machine']}: the first pass reads {ours:.0f} slices/s ({ours / nibabel:.1f} times nibabel a "
+        f"slice); {options.slices} slices take {whole:.1f} s once, and {opened[0]:.2f} s and {opened[1]:.0f} MB from "
+        "then on."
+    )
+
+
+if __name__ == "__main__":
+    main()

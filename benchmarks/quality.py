@@ -1,0 +1,157 @@
+"""What the textbook's networks and ours reach after equal updates, on slices brought to 128x64.
+
+Held-out SSIM of the VQ-VAEs, then held-out nats a code of the priors on the same codes (ours), both without
+augmentation: the networks are compared, not the training around them.
+
+    python benchmarks/quality.py [--data DIR] [--updates 1000] [--prior-updates 500] [--seed 0]
+"""
+
+import argparse
+import math
+import sys
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from common import machine, report
+from reference import PaperPixelCNN, TextbookVQVAE
+from torch import Tensor
+from tqdm import tqdm
+
+from dataset import Slices, batch_indices, load_dataset
+from metrics import reconstruction_metrics
+from modules import VQVAE, GatedPixelCNN, PriorConfig, VQVAEConfig
+from train import PRESETS, code_loss
+from utils import autocast, pick_device
+
+BATCH = 32
+
+
+def halved(slices: Slices, device: torch.device) -> Tensor:
+    """All slices (N, 1, H/2, W/2), each pixel the mean of four."""
+    return F.avg_pool2d(slices.batch(np.arange(len(slices))), 2).to(device)
+
+
+def train(model, loss_of, data: Tensor, updates: int, rate: float, seed: int) -> None:
+    """Adam with the rate that train.py uses, the same for both."""
+    optimiser = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    for update in tqdm(range(updates), desc=type(model).__name__, disable=None, file=sys.stderr):
+        for group in optimiser.param_groups:
+            group["lr"] = rate * min(1.0, (update + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * update / updates))
+        optimiser.zero_grad()
+        loss_of(update, torch.from_numpy(batch_indices(len(data), BATCH, seed, update))).backward()
+        optimiser.step()
+
+
+def train_ours(model: VQVAE, slices: Tensor, options) -> None:
+    """As train.py does, without mirroring: warmed up without codes, codes then put where the vectors are."""
+    warm_up = min(100, options.updates // 6)
+
+    def loss_of(update: int, chosen: Tensor) -> Tensor:
+        batch = slices[chosen]
+        if update == warm_up:
+            with torch.no_grad():
+                model.codebook.fit(model.encoder(slices[:128]).permute(0, 2, 3, 1).flatten(0, 2))
+        with autocast(slices.device):
+            reconstructions, embedding_loss, _ = model(batch, quantise=update >= warm_up)
+        return F.mse_loss(reconstructions, batch) + embedding_loss
+
+    train(model, loss_of, slices, options.updates, PRESETS["full"].learning_rate, options.seed)
+    model.eval()
+
+
+def train_textbook(model: TextbookVQVAE, slices: Tensor, options) -> None:
+    """Plainly, in float32, with the same learning rates."""
+
+    def loss_of(update: int, chosen: Tensor) -> Tensor:
+        reconstructions, embedding_loss, _ = model(slices[chosen])
+        return F.mse_loss(reconstructions, slices[chosen]) + embedding_loss
+
+    train(model, loss_of, slices, options.updates, PRESETS["full"].learning_rate, options.seed)
+
+
+@torch.no_grad()
+def heldout_ssim(model, slices: Tensor) -> float:
+    """Mean SSIM of reconstructions, float32."""
+    figures = reconstruction_metrics().to(slices.device)
+    for batch in slices.split(BATCH):
+        figures.update(model(batch)[0], batch)
+    return figures.compute()["ssim"].item()
+
+
+@torch.no_grad()
+def heldout_nats(model, logits_of, codes: Tensor) -> float:
+    """Nats a code, float32, dropout off."""
+    model.eval()
+    chosen = torch.arange(len(codes), device=codes.device).split(BATCH)
+    total = sum(code_loss(logits_of(codes[part], part), codes[part]).item() * len(part) for part in chosen)
+    model.train()
+    return total / len(codes)
+
+
+def best_nats(model, logits_of, heldout_logits_of, codes: Tensor, heldout: Tensor, options, rate: float) -> float:
+    """The lowest held-out nats a code of ten looks at even intervals: both priors keep their best weights."""
+    looks = []
+
+    def loss_of(update: int, chosen: Tensor) -> Tensor:
+        if update and update % (options.prior_updates // 10) == 0:
+            looks.append(heldout_nats(model, heldout_logits_of, heldout))
+        with autocast(codes.device):
+            return code_loss(logits_of(codes[chosen], chosen), codes[chosen])
+
+    train(model, loss_of, codes, options.prior_updates, rate, options.seed)
+    return min(*looks, heldout_nats(model, heldout_logits_of, heldout))
+
+
+def main() -> None:
+    """Print the JSON lines and the sentence."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--data", default="phantom", help="folder of slices, or 'phantom' (default)")
+    parser.add_argument("--updates", type=int, default=1000, help="of each VQ-VAE (default: 1000)")
+    parser.add_argument("--prior-updates", type=int, default=500, help="of each prior (default: 500)")
+    parser.add_argument("--seed", type=int, default=0, help="of both (default: 0)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda ... (default: a GPU where there is one)")
+    options = parser.parse_args()
+    device = pick_device(options.device)
+    data = load_dataset(options.data, multiple=(8, 8))
+    slices, heldout = halved(data.train, device), halved(data.validate, device)
+    settings = {"data": options.data, "slice_size": list(slices.shape[2:]), "batch": BATCH, "seed": options.seed}
+    settings["machine"] = machine(device)
+
+    torch.manual_seed(options.seed)
+    ours = VQVAE(VQVAEConfig()).to(device, memory_format=torch.channels_last)
+    train_ours(ours, slices, options)
+    textbook = TextbookVQVAE().to(device)
+    train_textbook(textbook, slices, options)
+    ssim = heldout_ssim(ours, heldout), heldout_ssim(textbook, heldout)
+    report("heldout_ssim_ours", ssim[0], "SSIM", updates=options.updates, **settings)
+    report("heldout_ssim_reference", ssim[1], "SSIM", updates=options.updates, **settings)
+
+    codes, heldout_codes = (torch.cat([ours.encode(b) for b in x.split(BATCH)]) for x in (slices, heldout))
+    places, heldout_places = (torch.from_numpy(x.positions).to(device) for x in (data.train, data.validate))
+    prior = GatedPixelCNN(PriorConfig(grid=tuple(codes.shape[1:]))).to(device, memory_format=torch.channels_last)
+    paper = PaperPixelCNN().to(device)
+    nats = (
+        best_nats(
+            prior,
+            lambda batch, chosen: prior(batch, places[chosen]),
+            lambda batch, chosen: prior(batch, heldout_places[chosen]),
+            codes,
+            heldout_codes,
+            options,
+            PRESETS["full"].prior_learning_rate,
+        ),
+        best_nats(
+            paper, lambda batch, _: paper(batch), lambda batch, _: paper(batch), codes, heldout_codes, options, 1e-3
+        ),
+    )
+    report("heldout_nats_ours", nats[0], "nats/code", updates=options.prior_updates, **settings)
+    report("heldout_nats_reference", nats[1], "nats/code", updates=options.prior_updates, **settings)
+    print(
+        f"After equal updates on {options.data}: held-out SSIM {ssim[0]:.3f}, the textbook's {ssim[1]:.3f}; "
+        f"{nats[0]:.2f} nats a held-out code, the paper's network {nats[1]:.2f}."
+    )
+
+
+if __name__ == "__main__":
+    main()
