@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV = .venv
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test
+.PHONY: demo test bench bench-quality
 
 demo: $(INSTALLED)
 	$(VENV)/bin/python train.py --preset demo --run runs/demo
@@ -21,3 +21,14 @@ $(INSTALLED): requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
+
+# Speeds, in at most 15 minutes on two cores; then quality at equal updates, in about an hour.
+DATA ?= phantom
+
+bench: $(INSTALLED)
+	$(VENV)/bin/python benchmarks/training.py
+	$(VENV)/bin/python benchmarks/sampling.py
+	$(VENV)/bin/python benchmarks/loading.py
+
+bench-quality: $(INSTALLED)
+	$(VENV)/bin/python benchmarks/quality.py --data $(DATA)

@@ -310,16 +310,15 @@ class GatedPixelCNN(nn.Module):
         _, columns = self.config.grid
         streams = [torch.Generator().manual_seed(stream_seed(seed, number)) for number in numbers]
         noise = torch.empty(len(streams), columns, self.config.codes)
-        waiting = noise.to(self.row.device)
+        gumbel = noise.to(self.row.device)
 
         def draw(logits: Tensor, row: int, column: int) -> Tensor:
             if column == 0:
                 progress(row)
                 for numbers_of_row, stream in zip(noise, streams):
-                    numbers_of_row.exponential_(generator=stream)
-                waiting.copy_(noise.log_())
-            logits = keep_top(logits / temperature, top_p)
-            return (logits - waiting[:, column]).argmax(1)  # -log of an exponential is a Gumbel number
+                    numbers_of_row.uniform_(generator=stream)
+                gumbel.copy_(noise.log_().neg_().log_())  # less its sign
+            return (keep_top(logits / temperature, top_p) - gumbel[:, column]).argmax(1)
 
         return self.generate(position, draw)
 
