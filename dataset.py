@@ -10,7 +10,7 @@ import re
 import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -62,6 +62,11 @@ class Slices:
         """Gives the slices at `indices` as (n, 1, H, W) float32 in [-1, 1]."""
         gathered = self.pixels[np.asarray(indices, dtype=np.int64)]
         return torch.from_numpy(gathered).to(torch.float32).div_(127.5).sub_(1).unsqueeze(1)
+
+    def batches(self, size: int) -> Iterator[torch.Tensor]:
+        """Gives all slices in order, at most `size` at a time, as `batch` does."""
+        for start in range(0, len(self), size):
+            yield self.batch(range(start, min(start + size, len(self))))
 
 
 @dataclass(frozen=True)
@@ -206,7 +211,7 @@ def _load_folder(
     files = [file for split in SPLITS for file in splits[split]]
     owners = [split for split in SPLITS for _ in splits[split]]
     described = [(owner, *file[1:4]) for owner, file in zip(owners, files)]
-    choices = (CACHE_FORMAT, PERCENTILE, os.path.realpath(folder), slice_size, multiple, seed)
+    choices = (CACHE_FORMAT, PERCENTILE, os.path.realpath(folder), slice_size, multiple)
     key = hashlib.sha256(ascii((choices, described)).encode()).hexdigest()[:32]
     cached = _cache_folder() / key
     opened = _open_cache(cached, len(files))

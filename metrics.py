@@ -39,5 +39,6 @@ def codebook_use(counts: Tensor) -> tuple[float, float]:
     """
     if counts.sum() == 0:
         raise ValueError("no codes were counted")
-    p = counts.double() / counts.sum()
+    counts = counts.cpu().double()
+    p = counts / counts.sum()
     return (counts > 0).double().mean().item(), torch.special.entr(p).sum().exp().item()

@@ -125,13 +125,14 @@ class Codebook(nn.Module):
 
     def follow(self, vectors: Tensor, codes: Tensor) -> None:
         """One step of the moving average, then the revival of codes hardly used."""
-        counts = torch.bincount(codes, minlength=len(self.counts)).to(self.counts.dtype)
+        ones = torch.ones(len(codes), device=codes.device)
+        counts = torch.zeros_like(self.counts).index_add_(0, codes, ones)  # bincount would make the host wait for a GPU
         sums = torch.zeros_like(self.sums).index_add_(0, codes, vectors)
         self.counts.lerp_(counts, 1 - self.decay)
         self.sums.lerp_(sums, 1 - self.decay)
         mean = self.counts.mean()
         dead = self.counts < self.REVIVE * mean
-        # A revived code starts at the mean count: it has some 200 updates to find its use.
+        # A revived code starts at the mean count: it has over 100 updates to find its use.
         drawn = vectors[torch.randint(len(vectors), self.counts.shape, device=vectors.device)]
         self.counts.copy_(torch.where(dead, mean, self.counts))
         self.sums.copy_(torch.where(dead[:, None], mean * drawn, self.sums))
@@ -164,22 +165,25 @@ class VQVAE(nn.Module):
         and dimensions: eq. 3's codebook term |sg[z] - e|^2 is minimised by the moving average instead.
         With quantise=False the vectors pass as they are, for warming up the encoder; the loss is then 0.
         """
-        z = self.encoder(slices).float()  # (N, D, h, w)
-        vectors = z.permute(0, 2, 3, 1)  # (N, h, w, D)
+        z = self.vectors(slices)  # (N, h, w, D)
         if not quantise:
-            codes = torch.zeros(vectors.shape[:3], dtype=torch.int64, device=z.device)
-            return self.decoder(z).float(), z.new_zeros(()), codes
+            codes = torch.zeros(z.shape[:3], dtype=torch.int64, device=z.device)
+            return self.decoder(z.permute(0, 3, 1, 2)).float(), z.new_zeros(()), codes
         with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
-            embeddings, codes = self.codebook(vectors.flatten(0, 2))
-        e = embeddings.view_as(vectors).permute(0, 3, 1, 2)  # (N, D, h, w)
+            embeddings, codes = self.codebook(z.flatten(0, 2))
+        e = embeddings.view_as(z)
         embedding_loss = self.config.commitment * F.mse_loss(z, e)
         straight_through = z + (e - z).detach()  # value of e, gradient of z
-        return self.decoder(straight_through).float(), embedding_loss, codes.view(vectors.shape[:3])
+        return self.decoder(straight_through.permute(0, 3, 1, 2)).float(), embedding_loss, codes.view(z.shape[:3])
+
+    def vectors(self, slices: Tensor) -> Tensor:
+        """Slices (N, 1, H, W) to the encoder's vectors (N, h, w, D), float32."""
+        return self.encoder(slices).float().permute(0, 2, 3, 1)
 
     @torch.no_grad()
     def encode(self, slices: Tensor) -> Tensor:
         """Slices (N, 1, H, W) in [-1, 1] to codes (N, h, w). Moves no code, in training mode neither."""
-        vectors = self.encoder(slices).float().permute(0, 2, 3, 1)  # (N, h, w, D)
+        vectors = self.vectors(slices)
         with torch.autocast(vectors.device.type, enabled=False):
             return self.codebook.nearest(vectors.flatten(0, 2)).view(vectors.shape[:3])
 
@@ -203,7 +207,7 @@ def dilations(reach: int) -> list[int]:
 
 
 def gated(gates: Tensor) -> Tensor:
-    """a * sigmoid(b) for gates [a, b] (N, 2C, h, w): F.glu, whose backward is slow on grids stored channels last."""
+    """a * sigmoid(b) for gates [a, b] (N, 2C, h, w). F.glu is the same, but slow backward on channels-last grids."""
     a, b = gates.chunk(2, 1)
     return a * b.sigmoid()
 

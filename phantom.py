@@ -779,14 +779,20 @@ def write_phantom(
     keys = [(split, case, week) for case, split in enumerate(split_of_case, 1) for week in range(weeks)]
     write = functools.partial(write_volume, folder, seed, slices, size)
     bar = functools.partial(tqdm, total=len(keys), desc="phantom", unit="volume", disable=None)
-    workers = workers or os.cpu_count() or 1
-    if workers == 1:
+    workers = min(workers or usable_cores(), len(keys))
+    if workers <= 1:
         for key in bar(keys):
             write(key)
         return
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         for _ in bar(pool.map(write, keys)):
             pass
+
+
+def usable_cores():
+    """Cores this process may use, which on a cluster are fewer than the machine has; 8 at most: each has to start."""
+    own = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    return min(len(own), 8)
 
 
 def main(arguments: list[str] | None = None) -> int:

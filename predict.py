@@ -31,6 +31,7 @@ from utils import (
 )
 
 SHOWN = 64  # samples in the figure
+DIGITS = "[0-9]" * 6  # in the names of files
 
 
 def parse_options(arguments: Sequence[str] | None):
@@ -109,7 +110,7 @@ def draw_positions(numbers: Sequence[int], seed: int, described: dict) -> torch.
 
 def sample(options, config: dict, vqvae: VQVAE, prior: GatedPixelCNN, device: torch.device) -> None:
     """Draw code grids, decode them, write slices, codes and the sheet."""
-    prepare_folder(options.out, ("sample_*.nii.gz", "codes.npy"))
+    prepare_folder(options.out, (f"sample_{DIGITS}.nii.gz", "codes.npy"))
     rows = prior.config.grid[0]
     codes, slices, seconds = [], [], [0.0, 0.0]
     batches = [range(i, min(i + options.batch_size, options.num)) for i in range(0, options.num, options.batch_size)]
@@ -151,16 +152,19 @@ def reconstruct(options, config: dict, vqvae: VQVAE, device: torch.device) -> No
     slices, affines = read_slices(options.reconstruct, tuple(config["slice_size"]))
     if any(Path(name).resolve().parent == options.out.resolve() for name in slices.names):
         raise RunError(f"--out {options.out} holds the slices to reconstruct: choose another folder")
-    prepare_folder(options.out, ("*_original.nii.gz", "*_reconstruction.nii.gz", "reconstructions.csv"))
+    prepare_folder(
+        options.out, (f"{DIGITS}_*_original.nii.gz", f"{DIGITS}_*_reconstruction.nii.gz", "reconstructions.csv")
+    )
     overall = reconstruction_metrics().to(device)
     single = reconstruction_metrics().to(device)
     rows, reconstructions = [], []
-    for part in np.array_split(np.arange(len(slices)), -(-len(slices) // options.batch_size)):
-        batch = slices.batch(part).to(device)
+    for batch in slices.batches(options.batch_size):
+        batch = batch.to(device)
         decoded = vqvae.decode(vqvae.encode(batch))
         overall.update(decoded, batch)
-        for i, pair in zip(part, zip(decoded.split(1), batch.split(1))):
-            rows.append({"slice": slices.names[i]} | {name: value.item() for name, value in single(*pair).items()})
+        for pair in zip(decoded.split(1), batch.split(1)):
+            figures = {name: value.item() for name, value in single(*pair).items()}
+            rows.append({"slice": slices.names[len(rows)]} | figures)
         reconstructions.append(decoded[:, 0].cpu().numpy())
     reconstructions = np.concatenate(reconstructions)
     originals = slices.batch(np.arange(len(slices)))[:, 0].numpy()
@@ -183,6 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line `python predict.py`."""
     options = parse_options(arguments)
     device = pick_device(options.device)
+    torch.backends.cudnn.allow_tf32 = False  # on a GPU, too coarse for a sample to be the same at every batch size
     config = read_config(options.run)
     vqvae = load_weights(options.run / "vqvae.safetensors", VQVAE, VQVAEConfig).to(device)
     if options.reconstruct:

@@ -10,9 +10,11 @@ command again to resume a stopped run.
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -83,7 +85,7 @@ def parse_options(arguments: Sequence[str] | None):
         "--preset",
         choices=PRESETS,
         default="full",
-        help="full: the published recipe (default); demo: fewer updates, phantom of half the size: minutes on a CPU",
+        help="full: the published recipe (default); demo: half the prior, fewer updates, a smaller phantom: minutes",
     )
     parser.add_argument("--updates", type=whole, metavar="N", help="updates of the VQ-VAE (default: the preset's)")
     parser.add_argument("--prior-updates", type=whole, metavar="N", help="updates of the prior (default: the preset's)")
@@ -128,22 +130,23 @@ class Stage:
         self.writer = tensorboard(self.run.path / "tensorboard" / self.name, self.update)
         self.bar = tqdm(total=self.total, initial=self.update, desc=self.name, unit="update", disable=None)
         self.started, self.start = time.monotonic(), self.update
-        with StopSignals() as signals:
+        with ExitStack() as closing:
+            closing.callback(self.bar.close)
+            if self.writer:
+                closing.callback(self.writer.close)
+            signals = closing.enter_context(StopSignals())
             while self.update < self.total:
                 self.update += 1
                 seed_update(self.seed, self.name, self.update)
                 yield self.update
                 self.bar.update()
+                if signals.received or self.clock.due():
+                    self.checkpoint()
                 if signals.received:
-                    self.checkpoint()
-                    self.bar.close()
-                    print(f"stopped after {self.name} update {self.update}; the same command goes on from there")
+                    self.bar.write(
+                        f"stopped after {self.name} update {self.update}; the same command goes on from there"
+                    )
                     raise SystemExit(128 + signals.received)
-                if self.clock.due():
-                    self.checkpoint()
-        self.bar.close()
-        if self.writer:
-            self.writer.close()
 
     def step(self, loss: Tensor) -> None:
         """One step down the gradient: the rate rises over 50 updates, then falls to 0 along a cosine."""
@@ -169,7 +172,9 @@ class Stage:
         return self.update * times // self.total > (self.update - 1) * times // self.total
 
     def log(self, split: str, values: dict[str, float]) -> None:
-        """To metrics.jsonl, TensorBoard, and for validation the terminal."""
+        """To metrics.jsonl, TensorBoard, and for validation the terminal. Raises RunError where training diverged."""
+        if not all(map(math.isfinite, values.values())):
+            raise RunError(f"{self.name} update {self.update}: the {split} loss is not finite; the checkpoint is kept")
         self.run.log(self.name, split, self.update, values)
         if self.writer:
             for name, value in values.items():
@@ -200,6 +205,7 @@ def train_vqvae(run: Run, state: dict, data: Dataset, options, preset: Preset, d
     model = VQVAE(preset.vqvae).to(device, memory_format=torch.channels_last)
     stage = Stage(run, "vqvae", model, options.updates, preset.learning_rate, options.seed)
     stage.resume(state)
+    left_right = left_right_axis(data.affine)
     # The encoder first learns without codes; they then start where its vectors are, and nearly all stay in use.
     warm_up = min(100, options.updates // 6)
     figures_due = Clock(CHECKPOINT_SECONDS)
@@ -208,7 +214,7 @@ def train_vqvae(run: Run, state: dict, data: Dataset, options, preset: Preset, d
         if update == warm_up + 1:
             model.codebook.fit(encoder_vectors(model, data.train, options, device))
         chosen = batch_indices(len(data.train), options.batch_size, options.seed, update - 1)
-        slices = mirror(data.train.batch(chosen).to(device, memory_format=torch.channels_last))
+        slices = mirror(data.train.batch(chosen).to(device, memory_format=torch.channels_last), left_right)
         with autocast(device):
             reconstructions, embedding_loss, _ = model(slices, quantise=update > warm_up)
         reconstruction_loss = F.mse_loss(reconstructions, slices)
@@ -227,10 +233,18 @@ def train_vqvae(run: Run, state: dict, data: Dataset, options, preset: Preset, d
     return model.eval()
 
 
-def mirror(slices: Tensor) -> Tensor:
-    """Slices (N, 1, H, W), each left-right mirrored (rows run from side to side) by the toss of a coin."""
+def left_right_axis(affine: np.ndarray) -> int | None:
+    """The axis of slices (N, 1, H, W) that runs from side to side: 2 in HipMRI's, none in sagittal slices."""
+    sides = [code in ("L", "R") for code in nib.aff2axcodes(affine)[:2]]
+    return 2 + sides.index(True) if any(sides) else None
+
+
+def mirror(slices: Tensor, axis: int | None) -> Tensor:
+    """Slices (N, 1, H, W), each mirrored along the axis by the toss of a coin: a mirrored pelvis is one too."""
+    if axis is None:
+        return slices
     heads = torch.rand(len(slices), 1, 1, 1, device=slices.device) < 0.5
-    return torch.where(heads, slices.flip(2), slices)
+    return torch.where(heads, slices.flip(axis), slices)
 
 
 @torch.no_grad()
@@ -240,8 +254,8 @@ def encoder_vectors(model: VQVAE, train: Slices, options, device: torch.device) 
     vectors = []
     for part in np.array_split(chosen, -(-KMEANS_SLICES // options.batch_size)):
         with autocast(device):
-            z = model.encoder(train.batch(part).to(device, memory_format=torch.channels_last))
-        vectors.append(z.float().permute(0, 2, 3, 1).flatten(0, 2))
+            z = model.vectors(train.batch(part).to(device, memory_format=torch.channels_last))
+        vectors.append(z.flatten(0, 2))
     vectors = torch.cat(vectors)
     return vectors[torch.randperm(len(vectors), device=device)[:65536]]
 
@@ -254,12 +268,12 @@ def evaluate_vqvae(
     model.eval()
     figures = reconstruction_metrics().to(device)
     counts = torch.zeros(model.config.codes, dtype=torch.int64, device=device)
-    sums = torch.zeros(2, dtype=torch.float64, device=device)
-    for part in np.array_split(np.arange(len(slices)), -(-len(slices) // batch_size)):
-        batch = slices.batch(part).to(device, memory_format=torch.channels_last)
+    sums = np.zeros(2)
+    for batch in slices.batches(batch_size):
+        batch = batch.to(device, memory_format=torch.channels_last)
         with autocast(device):
             reconstructions, embedding_loss, codes = model(batch)
-        sums += len(batch) * torch.stack((F.mse_loss(reconstructions, batch), embedding_loss))
+        sums += len(batch) * np.array([F.mse_loss(reconstructions, batch).item(), embedding_loss.item()])
         counts += code_counts(codes, model.config.codes)
         figures.update(reconstructions, batch)
     model.train()
@@ -297,9 +311,9 @@ def write_vqvae_figures(
 def extract_codes(model: VQVAE, slices: Slices, batch_size: int, device: torch.device) -> Tensor:
     """The codes (N, h, w) of a split, on the device."""
     codes = []
-    for part in np.array_split(np.arange(len(slices)), -(-len(slices) // batch_size)):
+    for batch in slices.batches(batch_size):
         with autocast(device):
-            codes.append(model.encode(slices.batch(part).to(device, memory_format=torch.channels_last)))
+            codes.append(model.encode(batch.to(device, memory_format=torch.channels_last)))
     return torch.cat(codes)
 
 
@@ -316,11 +330,12 @@ def train_prior(
     stage = Stage(run, "prior", model, options.prior_updates, preset.prior_learning_rate, options.seed)
     stage.resume(state)
     stage.checkpoint()  # from here on stage 1 need not be looked at again
+    left_right = left_right_axis(data.affine)
     figures_due = Clock(CHECKPOINT_SECONDS)
 
     for update in stage.updates():
         chosen = batch_indices(len(data.train), options.batch_size, options.seed, update - 1)
-        slices = mirror(data.train.batch(chosen).to(device, memory_format=torch.channels_last))
+        slices = mirror(data.train.batch(chosen).to(device, memory_format=torch.channels_last), left_right)
         with autocast(device):
             codes = vqvae.encode(slices)  # anew for each update: a mirrored slice has other codes
             loss = code_loss(model(codes, positions[torch.from_numpy(chosen).to(device)]), codes)
@@ -364,12 +379,12 @@ def evaluate_prior(
 ) -> float:
     """Mean negative log-likelihood of codes (N, h, w) at positions (N,), in nats a code."""
     model.eval()
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    total = 0.0
     for batch, position in zip(codes.split(batch_size), positions.split(batch_size)):
         with autocast(device):
-            total += code_loss(model(batch, position), batch) * batch.numel()
+            total += code_loss(model(batch, position), batch).item() * batch.numel()
     model.train()
-    return total.item() / codes.numel()
+    return total / codes.numel()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

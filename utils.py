@@ -78,7 +78,8 @@ def autocast(device: torch.device) -> torch.autocast:
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        native = any(getattr(torch.cpu, name, lambda: False)() for name in asked)
     return torch.autocast(device.type, torch.bfloat16, enabled=native)
 
 
@@ -146,7 +147,9 @@ class Run:
 
     def save(self, **state) -> None:
         """Write training.pt: plain types and tensors, and where the metrics log ends."""
-        state["log_bytes"] = self.log_path.stat().st_size
+        with open(self.log_path, "rb+") as file:
+            os.fsync(file.fileno())
+            state["log_bytes"] = os.fstat(file.fileno()).st_size
         write_file(self.path / "training.pt", lambda part: torch.save(state, part))
 
     def load(self) -> dict:
@@ -156,7 +159,7 @@ class Run:
             state = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
         except Exception as error:  # a damaged file raises whatever its first wrong byte leads to
             raise RunError(f"{path} cannot be used ({type(error).__name__}): choose another --run") from None
-        os.truncate(self.log_path, state.get("log_bytes", 0))
+        os.truncate(self.log_path, min(state.get("log_bytes", 0), self.log_path.stat().st_size))
         return state
 
     def log(self, stage: str, split: str, update: int, values: dict[str, float]) -> None:

@@ -51,7 +51,8 @@ def train_ours(model: VQVAE, slices: Tensor, options) -> None:
         batch = slices[chosen]
         if update == warm_up:
             with torch.no_grad():
-                model.codebook.fit(model.encoder(slices[:128]).permute(0, 2, 3, 1).flatten(0, 2))
+                start = slices[torch.from_numpy(batch_indices(len(slices), 128, options.seed, 0))]
+                model.codebook.fit(model.vectors(start).flatten(0, 2))
         with autocast(slices.device):
             reconstructions, embedding_loss, _ = model(batch, quantise=update >= warm_up)
         return F.mse_loss(reconstructions, batch) + embedding_loss
@@ -94,13 +95,13 @@ def best_nats(model, logits_of, heldout_logits_of, codes: Tensor, heldout: Tenso
     looks = []
 
     def loss_of(update: int, chosen: Tensor) -> Tensor:
-        if update and update % (options.prior_updates // 10) == 0:
+        if update and update % max(1, options.prior_updates // 10) == 0:
             looks.append(heldout_nats(model, heldout_logits_of, heldout))
         with autocast(codes.device):
             return code_loss(logits_of(codes[chosen], chosen), codes[chosen])
 
     train(model, loss_of, codes, options.prior_updates, rate, options.seed)
-    return min(*looks, heldout_nats(model, heldout_logits_of, heldout))
+    return min([*looks, heldout_nats(model, heldout_logits_of, heldout)])
 
 
 def main() -> None:

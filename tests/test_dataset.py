@@ -755,3 +755,11 @@ def test_real_slices():
     shown = loaded.train.batch(range(first, first + len(names)))[:, 0]
     np.testing.assert_allclose(unscale(shown, scale), np.clip(volume, 0, scale), atol=scale / 509)
     np.testing.assert_allclose(loaded.affine, nibabel.load(REAL / names[0]).affine, rtol=1e-6)
+
+
+def test_batches_are_all_slices_in_order(data):
+    write_splits(data)
+    train = load_dataset(str(data)).train
+    batches = list(train.batches(3))
+    assert [len(batch) for batch in batches[:-1]] == [3] * (len(batches) - 1)
+    assert torch.equal(torch.cat(batches), train.batch(range(len(train))))

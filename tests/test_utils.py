@@ -463,6 +463,17 @@ def test_figures_hold_no_state_of_pyplot(tmp_path):
     assert plt.get_fignums() == before
 
 
+def test_a_log_that_lost_lines_is_not_filled_up(tmp_path):
+    run = utils.Run(tmp_path / "run", {"options": {}, "fingerprint": ""})
+    for update in (1, 2):
+        run.log("vqvae", "train", update, {"total_loss": 1.0})
+    run.save(stage="vqvae")
+    first = run.log_path.read_text().splitlines(keepends=True)[0]
+    run.log_path.write_text(first)
+    run.load()
+    assert run.log_path.read_text() == first
+
+
 def test_draw_curves_draws_both_splits():
     axes = Figure().subplots()
     curves = curves_of("total_loss", "ssim")
