@@ -212,7 +212,8 @@ def save_weights(path: Path, network: nn.Module) -> None:
     """Weights as safetensors, with the network's config as JSON in the file's metadata."""
     tensors = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
     header = {"config": json.dumps(asdict(network.config))}
-    write_file(path, lambda part: safetensors.torch.save_file(tensors, part, header))
+    content = safetensors.torch.save(tensors, header)  # save_file would hide the file from a group's other members
+    write_file(path, lambda part: part.write_bytes(content))
 
 
 def load_weights(path: Path, network: Callable[..., nn.Module], config: type) -> nn.Module:
