@@ -68,7 +68,7 @@ class Preset:
 
 PRESETS = {
     "full": Preset(VQVAEConfig(), PriorConfig(), (256, 128), updates=5000, prior_updates=5000),
-    "demo": Preset(VQVAEConfig(), PriorConfig(cycles=1), (128, 64), updates=900, prior_updates=400),
+    "demo": Preset(VQVAEConfig(), PriorConfig(cycles=1), (128, 64), updates=1000, prior_updates=400),
 }
 
 

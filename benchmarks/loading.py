@@ -1,4 +1,4 @@
-"""Slices a second of the first pass over a folder, and what reopening its cache costs, on phantom slices.
+"""Slices a second of the first pass over a folder, and what reopening its cache costs, on phantom slices. Linux only.
 
 python benchmarks/loading.py [--slices 12660] [--workers 2] [--profile]
 """
@@ -19,18 +19,19 @@ from reference import NibabelSlices
 import phantom
 from dataset import load_dataset
 
-KILO = 2**20 if sys.platform == "darwin" else 2**10  # of ru_maxrss: bytes there, kilobytes elsewhere
 FIRST_PASS = 2000  # slices; 20 a volume
 OPEN = """
-import resource, sys, time
+import re, sys, time
 import numpy, torch, nibabel, tqdm, phantom
 from dataset import batch_indices, load_dataset
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak():  # kilobytes; getrusage would count the parent's too
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+before = peak()
 start = time.perf_counter()
 data = load_dataset(sys.argv[1])
 data.train.batch(batch_indices(len(data.train), 32, 0, 0))
 seconds = time.perf_counter() - start
-print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(seconds, (peak() - before) / 1024)
 """
 
 
@@ -53,8 +54,8 @@ def reopen(folder: Path, cache: Path) -> tuple[float, float]:
     environment = os.environ | {"PROSTATEVQ_CACHE": str(cache), "PYTHONPATH": str(Path(__file__).parent.parent)}
     command = [sys.executable, "-c", OPEN, str(folder)]
     printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-    seconds, more = map(float, printed.split())
-    return seconds, more / KILO
+    seconds, megabytes = map(float, printed.split())
+    return seconds, megabytes
 
 
 def main() -> None:
@@ -78,7 +79,7 @@ def main() -> None:
         start = time.perf_counter()
         load_dataset(str(many), workers=options.workers)
         whole = time.perf_counter() - start
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / KILO
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         opened = sorted(reopen(many, cache) for _ in range(3))[1]
     settings = {"slice_size": [256, 128], "workers": options.workers, "machine": machine(torch.device("cpu"))}
     report("first_pass_slices_per_second", ours, "slices/s", slices=len(images), **settings)
