@@ -318,7 +318,7 @@ def codebook_figure(path: Path, curves: dict, counts: np.ndarray) -> None:
     right.set_title(f"use on validation slices: {(counts > 0).mean():.0%} of codes", fontsize=10, loc="left")
     right.set_xlabel("code, most used first")
     right.set_ylabel("share of all codes")
-    right.yaxis.set_major_formatter(PercentFormatter(1))
+    right.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
     right.set_xlim(0, len(share))
     right.spines[["top", "right"]].set_visible(False)
     right.legend(frameon=False)
@@ -341,7 +341,7 @@ def reconstructions_figure(path: Path, slices: np.ndarray, reconstructions: np.n
     for axes in rows.flat:
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
-    bar = figure.colorbar(shown, ax=rows[2].tolist(), fraction=0.02, pad=0.01, format=PercentFormatter(1))
+    bar = figure.colorbar(shown, ax=rows[2].tolist(), fraction=0.02, pad=0.01, format=PercentFormatter(1, decimals=0))
     bar.set_label("of the range", fontsize=8)
     bar.ax.tick_params(labelsize=8)
     save_figure(figure, path)
