@@ -373,7 +373,7 @@ class GatedPixelCNN(nn.Module):
             past.append(v)
             gates = F.conv2d(pair, conv.weight, conv.bias, padding=(0, layer.columns), dilation=(1, layer.columns))
             v = v + F.glu(gates[:, :, 0], 1)
-            links.append(F.conv1d(v, layer.link.weight[..., 0], layer.link.bias).permute(2, 0, 1).contiguous())
+            links.append(F.linear(v.permute(2, 0, 1), layer.link.weight[:, :, 0, 0], layer.link.bias))
         return links
 
 
