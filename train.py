@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dataset import DataError, Dataset, Slices, batch_indices, load_dataset
+from dataset import PERCENTILE, DataError, Dataset, Slices, batch_indices, load_dataset
 from metrics import code_counts, codebook_use, reconstruction_metrics
 from modules import VQVAE, GatedPixelCNN, PriorConfig, VQVAEConfig
 from utils import (
@@ -403,7 +403,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = {
         "options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()},
         "slice_size": data.slice_size,
-        "intensity": {"percentile": 99.5, "scale": data.scale},
+        "intensity": {"percentile": PERCENTILE, "scale": data.scale},
         "affine": data.affine.tolist(),
         "positions": describe_positions(data.train.positions),
         "fingerprint": data.fingerprint,

@@ -1,5 +1,7 @@
 """What the tests of train.py and predict.py share: a small phantom and a training on it that takes seconds."""
 
+import runpy
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import phantom
 import train
 from modules import PriorConfig, VQVAEConfig
 
+ROOT = Path(__file__).parents[1]
 VQVAE_TINY = VQVAEConfig(downsampling=4, channels=16, blocks=1, hidden=8, codes=16, code_dim=8)
 PRIOR_TINY = PriorConfig(channels=8, cycles=1, head=16)
 
@@ -55,3 +58,20 @@ def trained(tmp_path_factory, slices_folder, tiny_preset):
     options |= {"batch-size": 5, "device": "cpu"}
     train.main([text for name, value in options.items() for text in (f"--{name}", str(value))])
     return made
+
+
+@pytest.fixture
+def complaint(monkeypatch, capsys):
+    """What `python script ...` says on stderr; it has to be one line and exit status 2."""
+
+    def run(script, given):
+        monkeypatch.setattr(sys, "argv", [script, *given])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        error = capsys.readouterr().err
+        assert stop.value.code == 2
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1
+        return error
+
+    return run

@@ -2,9 +2,7 @@
 
 import csv
 import re
-import runpy
 import shutil
-import sys
 from pathlib import Path
 
 import nibabel as nib
@@ -293,18 +291,6 @@ def test_the_slices_that_are_reconstructed_are_never_removed(call, trained, tmp_
 # ---------------------------------------------------------------- mistakes
 
 
-def complaint(monkeypatch, capsys, given):
-    """What `python predict.py ...` says on stderr; it has to be one line and exit status 2."""
-    monkeypatch.setattr(sys, "argv", ["predict.py", *given])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(ROOT / "predict.py"), run_name="__main__")
-    error = capsys.readouterr().err
-    assert stop.value.code == 2
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    return error
-
-
 @pytest.mark.parametrize(
     ("given", "part"),
     [
@@ -324,22 +310,22 @@ def complaint(monkeypatch, capsys, given):
         ({"reconstruct": ["nowhere.nii.gz"]}, "nowhere.nii.gz"),
     ],
 )
-def test_a_mistake_is_one_line_and_writes_nothing(trained, tmp_path, monkeypatch, capsys, given, part):
+def test_a_mistake_is_one_line_and_writes_nothing(trained, tmp_path, monkeypatch, complaint, given, part):
     monkeypatch.chdir(tmp_path)
-    assert part in complaint(monkeypatch, capsys, arguments(**{"run": trained.run} | given))
+    assert part in complaint("predict.py", arguments(**{"run": trained.run} | given))
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["config.json", "vqvae.safetensors", "prior.safetensors"])
 @pytest.mark.parametrize("content", [None, b"", b"{", b"\x80\x04K\x01."])
-def test_a_run_that_cannot_be_used_is_one_line(trained, tmp_path, monkeypatch, capsys, name, content):
+def test_a_run_that_cannot_be_used_is_one_line(trained, tmp_path, complaint, name, content):
     run = tmp_path / "run"
     shutil.copytree(trained.run, run)
     if content is None:
         (run / name).unlink()
     else:
         (run / name).write_bytes(content)
-    error = complaint(monkeypatch, capsys, arguments(run=run, out=tmp_path / "out"))
+    error = complaint("predict.py", arguments(run=run, out=tmp_path / "out"))
     assert str(run) in error
     assert not (tmp_path / "out").exists()
 

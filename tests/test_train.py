@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -495,18 +494,6 @@ def test_a_place_for_figures_that_is_none_is_noticed_before_training(options, mo
         train.main(arguments(**options))
 
 
-def complaint(monkeypatch, capsys, script, given):
-    """What `python script ...` says on stderr; it has to be one line and exit status 2."""
-    monkeypatch.setattr(sys, "argv", [script, *given])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(ROOT / script), run_name="__main__")
-    error = capsys.readouterr().err
-    assert stop.value.code == 2
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    return error
-
-
 @pytest.mark.parametrize(
     ("given", "part"),
     [
@@ -522,15 +509,15 @@ def complaint(monkeypatch, capsys, script, given):
         ({"slice_size": "62 32"}, "slice size 62x32 does not fit the network"),
     ],
 )
-def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys, tiny_preset, given, part):
+def test_a_mistake_is_one_line(tmp_path, monkeypatch, complaint, tiny_preset, given, part):
     monkeypatch.chdir(tmp_path)
-    assert part in complaint(monkeypatch, capsys, "train.py", arguments(**given))
+    assert part in complaint("train.py", arguments(**given))
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_that_cannot_be_read_is_one_line(tmp_path, monkeypatch, capsys, slices_folder, tiny_preset):
+def test_a_run_that_cannot_be_read_is_one_line(tmp_path, monkeypatch, complaint, slices_folder, tiny_preset):
     (tmp_path / "config.json").write_text("{")
-    error = complaint(monkeypatch, capsys, "train.py", arguments(data=slices_folder, run=tmp_path))
+    error = complaint("train.py", arguments(data=slices_folder, run=tmp_path))
     assert "config.json cannot be read" in error
 
 
