@@ -515,7 +515,7 @@ def test_a_mistake_is_one_line(tmp_path, monkeypatch, complaint, tiny_preset, gi
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_that_cannot_be_read_is_one_line(tmp_path, monkeypatch, complaint, slices_folder, tiny_preset):
+def test_a_run_that_cannot_be_read_is_one_line(tmp_path, complaint, slices_folder, tiny_preset):
     (tmp_path / "config.json").write_text("{")
     error = complaint("train.py", arguments(data=slices_folder, run=tmp_path))
     assert "config.json cannot be read" in error
