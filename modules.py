@@ -12,7 +12,6 @@ van den Oord et al. 2017, Neural Discrete Representation Learning, arXiv:1711.00
 van den Oord et al. 2016, Conditional Image Generation with PixelCNN Decoders, arXiv:1606.05328 (gated PixelCNN)
 """
 
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -270,17 +269,17 @@ class GatedPixelCNN(nn.Module):
             nn.ReLU(), nn.Conv2d(c, config.head, 1), nn.ReLU(), nn.Conv2d(config.head, config.codes, 1)
         )
 
-    def place(self, position: Tensor) -> Tensor:
-        """What both stacks are told besides codes: (N, C, h, w), for positions (N,)."""
+    def position_features(self, position: Tensor) -> Tensor:
+        """What both stacks are told of the slices' positions (N,): (N, C)."""
         waves = position[:, None] * torch.arange(1, self.config.position_waves + 1, device=position.device) * torch.pi
         known = torch.cat([torch.ones_like(position)[:, None], waves.sin(), waves.cos()], 1)
         features = known.where(position[:, None].isfinite(), 0)  # where it is not known nothing is added
-        return self.row + self.column + self.position(features.to(self.row.dtype))[:, :, None, None]
+        return self.position(features.to(self.row.dtype))
 
     def forward(self, codes: Tensor, position: Tensor) -> Tensor:
         """Codes (N, h, w), positions (N,) to logits (N, K, h, w); those at a place depend on earlier codes alone."""
         x = self.embedding(codes).permute(0, 3, 1, 2)  # (N, C, h, w)
-        place = self.place(position)
+        place = self.row + self.column + self.position_features(position)[:, :, None, None]  # (N, C, h, w)
         if torch.is_autocast_enabled(x.device.type):  # else the stacks stay float32, and each layer casts them anew
             x, place = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, place))
         v = F.pad(x, (0, 0, 1, 0))[:, :, :-1] + place  # row r holds row r-1
@@ -312,69 +311,112 @@ class GatedPixelCNN(nn.Module):
         if temperature <= 0 or not 0 < top_p <= 1:
             raise ValueError(f"temperature {temperature} must be above 0, and top_p {top_p} in (0, 1]")
         _, columns = self.config.grid
-        streams = [torch.Generator().manual_seed(stream_seed(seed, number)) for number in numbers]
-        noise = torch.empty(len(streams), columns, self.config.codes)
-        gumbel = noise.to(self.row.device)
+        device = position.device
+        streams = [torch.Generator(device).manual_seed(stream_seed(seed, number)) for number in numbers]
+        gumbel = torch.empty(len(streams), columns, self.config.codes, device=device)
 
-        def draw(logits: Tensor, row: int, column: int) -> Tensor:
-            if column == 0:
-                progress(row)
-                for numbers_of_row, stream in zip(noise, streams):
-                    numbers_of_row.uniform_(generator=stream)
-                gumbel.copy_(noise.log_().neg_().log_())  # less its sign
+        def begin(row: int) -> None:
+            progress(row)
+            for noise, stream in zip(gumbel, streams):
+                noise.uniform_(generator=stream)
+            gumbel.log_().neg_().log_()  # less its sign
+
+        def draw(logits: Tensor, column: int) -> Tensor:
             return (keep_top(logits / temperature, top_p) - gumbel[:, column]).argmax(1)
 
-        return self.generate(position, draw)
+        return self.generate(position, begin, draw)
 
     @torch.inference_mode()
-    def generate(self, position: Tensor, draw: Callable[[Tensor, int, int], Tensor]) -> Tensor:
-        """Code grids (N, h, w) for positions (N,), code by code: draw(logits (N, K), row, column) gives codes (N,).
+    def generate(self, position: Tensor, begin: Callable[[int], None], draw: Callable[[Tensor, int], Tensor]) -> Tensor:
+        """Code grids (N, h, w) for positions (N,), code by code: draw(logits (N, K), column) gives codes (N,).
 
-        Does what `forward` does, without dropout, and computes nothing twice: the vertical stack once a row,
-        the horizontal stack once a code. What later steps need is kept: `dilation` rows of each vertical
-        layer, one row of each horizontal layer. Memory grows with N, not with the grid squared.
+        Does what `forward` does, without dropout, and computes nothing twice (RowMaker). begin(row) is called
+        before each row. On a GPU a row is recorded once and replayed, `draw` with it: launching its small
+        steps one by one would take longer than computing them.
         """
-        rows, columns = self.config.grid
-        c = self.config.channels
-        place = self.place(position)  # (N, C, h, w)
-        count = len(place)
-        weights = [step_weights(layer) for layer in self.layers]
-        first, last = self.head[1], self.head[3]
-        zeros = place.new_zeros(count, c, columns)
-        above = [deque([zeros] * layer.rows, maxlen=layer.rows) for layer in self.layers]
-        codes = torch.empty(count, rows, columns, dtype=torch.int64, device=place.device)
-        row_above = zeros
-        for r in range(rows):
-            links = self.vertical_row(row_above + place[:, :, r], above)
-            at = place[:, :, r].permute(2, 0, 1).contiguous()  # (w, N, C)
-            left = [[] for _ in self.layers]
-            x = zeros[:, :, 0]
-            for column in range(columns):
-                h = x + at[column]
-                for layer, link, past, (now, before, output) in zip(self.layers, links, left, weights):
-                    gates = torch.addmm(link[column], h, now)  # (N, 2C)
-                    if column >= layer.left:
-                        gates.addmm_(past[column - layer.left], before)
-                    past.append(h)
-                    h = torch.addmm(h, F.glu(gates, 1), output)
-                hidden = F.linear(h.relu(), first.weight[:, :, 0, 0], first.bias).relu()
-                logits = F.linear(hidden, last.weight[:, :, 0, 0], last.bias)  # (N, K)
-                codes[:, r, column] = draw(logits, r, column)
-                x = self.embedding(codes[:, r, column])
-            row_above = self.embedding(codes[:, r]).transpose(1, 2)  # (N, C, w)
-        return codes
+        maker = RowMaker(self, position, draw)
+        grid = []
+        with torch.cuda.device_of(position):  # does nothing on a CPU
+            make_row = maker.recorded() if position.is_cuda else maker.make_row
+            for row in range(self.config.grid[0]):
+                begin(row)
+                make_row()
+                grid.append(maker.codes.clone())
+        return torch.stack(grid, 1)
 
-    def vertical_row(self, v: Tensor, above: list[deque]) -> list[Tensor]:
+
+class RowMaker:
+    """Makes code grids row by row: the vertical stack is computed once a row, the horizontal stack once a code.
+
+    What later steps need is kept: `dilation` rows of each vertical layer, one row of each horizontal layer.
+    Memory grows with N, not with the grid squared. What goes from row to row stays at the same addresses, the
+    row's number among it, so that a recorded row can be replayed.
+    """
+
+    def __init__(self, prior: GatedPixelCNN, position: Tensor, draw: Callable[[Tensor, int], Tensor]):
+        self.prior, self.draw = prior, draw
+        self.weights = [step_weights(layer) for layer in prior.layers]
+        self.told = prior.position_features(position)  # (N, C)
+        n, c, columns = *self.told.shape, prior.config.grid[1]
+        self.row = torch.zeros(1, dtype=torch.int64, device=position.device)
+        self.codes = self.row.new_zeros(n, columns)
+        self.above = self.told.new_zeros(n, c, columns)  # the row above, embedded
+        self.kept = [self.told.new_zeros(layer.rows, n, c, columns) for layer in prior.layers]
+
+    def make_row(self) -> None:
+        """The next row of codes, into `codes` (N, w)."""
+        prior = self.prior
+        first, last = prior.head[1], prior.head[3]
+        here = prior.row.index_select(1, self.row) + prior.column  # (C, 1, w)
+        place = here.permute(2, 1, 0) + self.told  # (w, N, C)
+        links = self.vertical_row(self.above + place.permute(1, 2, 0))
+        left = [[] for _ in prior.layers]
+        x = self.told.new_zeros(self.told.shape)
+        for column in range(prior.config.grid[1]):
+            h = x + place[column]
+            for layer, link, past, (now, before, output) in zip(prior.layers, links, left, self.weights):
+                gates = torch.addmm(link[column], h, now)  # (N, 2C)
+                if column >= layer.left:
+                    gates.addmm_(past[column - layer.left], before)
+                past.append(h)
+                h = torch.addmm(h, F.glu(gates, 1), output)
+            hidden = F.linear(h.relu(), first.weight[:, :, 0, 0], first.bias).relu()
+            codes = self.draw(F.linear(hidden, last.weight[:, :, 0, 0], last.bias), column)
+            self.codes[:, column] = codes
+            x = prior.embedding(codes)
+        self.above.copy_(prior.embedding(self.codes).transpose(1, 2))
+        self.row += 1
+
+    def vertical_row(self, v: Tensor) -> list[Tensor]:
         """The vertical stack on one row (N, C, w); its links to the horizontal stack, each (w, N, 2C)."""
         links = []
-        for layer, past in zip(self.layers, above):
-            pair = torch.stack([past[0], v], 2)  # (N, C, 2, w): rows r - dilation and r
+        for layer, kept in zip(self.prior.layers, self.kept):
+            oldest = self.row % layer.rows  # where row - dilation lies, and this one takes its place
+            pair = torch.stack([kept.index_select(0, oldest)[0], v], 2)  # (N, C, 2, w)
+            kept.index_copy_(0, oldest, v[None])
             conv = layer.vertical
-            past.append(v)
             gates = F.conv2d(pair, conv.weight, conv.bias, padding=(0, layer.columns), dilation=(1, layer.columns))
             v = v + F.glu(gates[:, :, 0], 1)
             links.append(F.linear(v.permute(2, 0, 1), layer.link.weight[:, :, 0, 0], layer.link.bias))
         return links
+
+    def recorded(self) -> Callable[[], None]:
+        """`make_row` recorded as a CUDA graph: one launch a row instead of some two thousand."""
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            self.make_row()  # libraries set themselves up in a first call, which cannot be recorded
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.make_row()
+        self.rewind()
+        return graph.replay
+
+    def rewind(self) -> None:
+        """Back to the first row."""
+        for state in (self.row, self.above, *self.kept):
+            state.zero_()
 
 
 def step_weights(layer: GatedLayer) -> tuple[Tensor, Tensor, Tensor]:

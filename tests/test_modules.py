@@ -12,6 +12,7 @@ from modules import (
     Codebook,
     GatedPixelCNN,
     PriorConfig,
+    RowMaker,
     VQVAEConfig,
     dilations,
     keep_top,
@@ -212,14 +213,20 @@ def test_causality_of_the_published_grid():
 
 def cached_logits(prior, codes, position):
     """The sampler's logits where the codes drawn are given ones."""
-    logits = []
+    given = codes[:, 0].clone()
+    logits = torch.empty(*given.shape, prior.config.codes, dtype=prior.row.dtype, device=codes.device)
+    rows = []
 
-    def draw(step, row, column):
-        logits.append(step)
-        return codes[:, row, column]
+    def begin(row):
+        rows.append(logits.clone())
+        given.copy_(codes[:, row])
 
-    assert torch.equal(prior.generate(position, draw), codes)
-    return torch.stack(logits, 2).view(len(codes), -1, *codes.shape[1:])
+    def draw(step, column):
+        logits[:, column] = step
+        return given[:, column]
+
+    assert torch.equal(prior.generate(position, begin, draw), codes)
+    return torch.stack([*rows[1:], logits], 1).permute(0, 3, 1, 2)
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -235,6 +242,30 @@ def test_cached_sampling_equals_the_full_forward_in_single_precision():
     codes, position = torch.randint(512, (2, 64, 32)), torch.tensor([0.2, torch.nan])
     with torch.inference_mode():
         torch.testing.assert_close(cached_logits(prior, codes, position), prior(codes, position), rtol=0, atol=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+def test_a_recorded_row_equals_the_full_forward():
+    prior = small_prior((9, 7)).cuda()
+    codes, position = torch.randint(11, (3, 9, 7), device="cuda"), torch.rand(3, device="cuda")
+    torch.testing.assert_close(cached_logits(prior, codes, position), prior(codes, position), rtol=0, atol=1e-10)
+
+
+def test_rewinding_leaves_no_trace():
+    """Recording needs a row made before the first."""
+    prior = small_prior((9, 7))
+    maker = RowMaker(prior, torch.rand(3), lambda logits, column: logits.argmax(1))
+    runs = []
+    with torch.inference_mode():
+        for _ in range(2):
+            rows = []
+            for _ in range(9):
+                maker.make_row()
+                rows.append(maker.codes.clone())
+            runs.append(torch.stack(rows, 1))
+            maker.rewind()
+    assert torch.equal(*runs)
+    assert len(runs[0].unique()) > 1
 
 
 def test_dropout_is_off_while_sampling():
@@ -256,7 +287,8 @@ def test_the_position_reaches_every_logit():
 
 def test_an_unknown_position_adds_nothing():
     prior = small_prior((4, 3))
-    torch.testing.assert_close(prior.place(torch.tensor([torch.nan])), (prior.row + prior.column)[None])
+    assert (prior.position_features(torch.tensor([torch.nan])) == 0).all()
+    assert (prior.position_features(torch.tensor([0.5])) != 0).any()
 
 
 @pytest.mark.parametrize(
