@@ -60,8 +60,7 @@ class Slices:
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> torch.Tensor:
         """Gives the slices at `indices` as (n, 1, H, W) float32 in [-1, 1]."""
-        gathered = self.pixels[np.asarray(indices, dtype=np.int64)]
-        return torch.from_numpy(gathered).to(torch.float32).div_(127.5).sub_(1).unsqueeze(1)
+        return intensities(torch.from_numpy(self.pixels[np.asarray(indices, dtype=np.int64)]))
 
     def batches(self, size: int) -> Iterator[torch.Tensor]:
         """Gives all slices in order, at most `size` at a time, as `batch` does."""
@@ -185,6 +184,11 @@ def batch_indices(count: int, batch_size: int, seed: int, update: int) -> np.nda
     first, last = start // count, (start + batch_size - 1) // count
     epochs = [np.random.default_rng((seed, epoch)).permutation(count) for epoch in range(first, last + 1)]
     return np.concatenate(epochs)[start - first * count :][:batch_size]
+
+
+def intensities(pixels: torch.Tensor) -> torch.Tensor:
+    """Slices (N, 1, H, W) float32 in [-1, 1] of pixels (N, H, W) uint8, on their device."""
+    return pixels.to(torch.float32).div_(127.5).sub_(1).unsqueeze(1)
 
 
 def unscale(slices: np.ndarray | torch.Tensor, scale: float | np.ndarray) -> np.ndarray:

@@ -269,6 +269,18 @@ class GatedPixelCNN(nn.Module):
             nn.ReLU(), nn.Conv2d(c, config.head, 1), nn.ReLU(), nn.Conv2d(config.head, config.codes, 1)
         )
 
+    @torch.no_grad()
+    def know_codes(self, embeddings: Tensor) -> None:
+        """Start the embedding of codes at a codebook's vectors (K, D), scaled to variance 1.
+
+        Codes that decode to like pixels are then alike from the first update on; without it a prior has to
+        find that out from how often they stand side by side, for which a few dozen patients do not suffice.
+        """
+        spread = (embeddings - embeddings.mean(0)) / embeddings.std()
+        d, c = embeddings.shape[1], self.config.channels
+        turn = torch.eye(d) if d == c else torch.randn(d, c) / d**0.5
+        self.embedding.weight.copy_(spread @ turn.to(spread))
+
     def position_features(self, position: Tensor) -> Tensor:
         """What both stacks are told of the slices' positions (N,): (N, C)."""
         waves = position[:, None] * torch.arange(1, self.config.position_waves + 1, device=position.device) * torch.pi

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dataset import PERCENTILE, DataError, Dataset, Slices, batch_indices, load_dataset
+from dataset import PERCENTILE, DataError, Dataset, Slices, batch_indices, intensities, load_dataset
 from metrics import code_counts, codebook_use, reconstruction_metrics
 from modules import VQVAE, GatedPixelCNN, PriorConfig, VQVAEConfig
 from utils import (
@@ -205,7 +205,7 @@ def train_vqvae(run: Run, state: dict, data: Dataset, options, preset: Preset, d
     model = VQVAE(preset.vqvae).to(device, memory_format=torch.channels_last)
     stage = Stage(run, "vqvae", model, options.updates, preset.learning_rate, options.seed)
     stage.resume(state)
-    left_right = left_right_axis(data.affine)
+    feed = Feed(data, options, device)
     # The encoder first learns without codes; they then start where its vectors are, and nearly all stay in use.
     warm_up = min(100, options.updates // 6)
     figures_due = Clock(CHECKPOINT_SECONDS)
@@ -213,8 +213,7 @@ def train_vqvae(run: Run, state: dict, data: Dataset, options, preset: Preset, d
     for update in stage.updates():
         if update == warm_up + 1:
             model.codebook.fit(encoder_vectors(model, data.train, options, device))
-        chosen = batch_indices(len(data.train), options.batch_size, options.seed, update - 1)
-        slices = mirror(data.train.batch(chosen).to(device, memory_format=torch.channels_last), left_right)
+        slices, _ = feed(update)
         with autocast(device):
             reconstructions, embedding_loss, _ = model(slices, quantise=update > warm_up)
         reconstruction_loss = F.mse_loss(reconstructions, slices)
@@ -231,6 +230,31 @@ def train_vqvae(run: Run, state: dict, data: Dataset, options, preset: Preset, d
 
     save_weights(run.path / "vqvae.safetensors", model)
     return model.eval()
+
+
+class Feed:
+    """The training slices of each update, mirrored at random, and their positions.
+
+    On a GPU their pixels lie in its memory, where they leave half of it free: a batch is then one gather there,
+    and the host never waits.
+    """
+
+    def __init__(self, data: Dataset, options, device: torch.device):
+        self.train, self.options, self.device = data.train, options, device
+        self.left_right = left_right_axis(data.affine)
+        self.positions = torch.from_numpy(data.train.positions).to(device)
+        resident = device.type == "cuda" and data.train.pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 2
+        self.pixels = torch.tensor(data.train.pixels, device=device) if resident else None
+
+    def __call__(self, update: int) -> tuple[Tensor, Tensor]:
+        """Slices (N, 1, H, W) and positions (N,) on the device."""
+        chosen = batch_indices(len(self.train), self.options.batch_size, self.options.seed, update - 1)
+        indices = torch.from_numpy(chosen)
+        if self.device.type == "cuda":
+            indices = indices.pin_memory().to(self.device, non_blocking=True)
+        slices = self.train.batch(chosen).to(self.device) if self.pixels is None else intensities(self.pixels[indices])
+        slices = mirror(slices.contiguous(memory_format=torch.channels_last), self.left_right)
+        return slices, self.positions[indices]
 
 
 def left_right_axis(affine: np.ndarray) -> int | None:
@@ -321,24 +345,23 @@ def train_prior(
     run: Run, state: dict, vqvae: VQVAE, data: Dataset, options, preset: Preset, device: torch.device
 ) -> None:
     """Stage 2: the prior on the codes of the training slices, its best weights to prior.safetensors."""
-    positions = torch.from_numpy(data.train.positions).to(device)
     validation_codes = extract_codes(vqvae, data.validate, options.batch_size, device)
     validation_positions = torch.from_numpy(data.validate.positions).to(device)
     seed_update(options.seed, "prior", 0)
     config = replace(preset.prior, grid=tuple(validation_codes.shape[1:]), codes=vqvae.config.codes)
     model = GatedPixelCNN(config).to(device, memory_format=torch.channels_last)
+    model.know_codes(vqvae.codebook.embeddings)
     stage = Stage(run, "prior", model, options.prior_updates, preset.prior_learning_rate, options.seed)
     stage.resume(state)
     stage.checkpoint()  # from here on stage 1 need not be looked at again
-    left_right = left_right_axis(data.affine)
+    feed = Feed(data, options, device)
     figures_due = Clock(CHECKPOINT_SECONDS)
 
     for update in stage.updates():
-        chosen = batch_indices(len(data.train), options.batch_size, options.seed, update - 1)
-        slices = mirror(data.train.batch(chosen).to(device, memory_format=torch.channels_last), left_right)
+        slices, positions = feed(update)
         with autocast(device):
             codes = vqvae.encode(slices)  # anew for each update: a mirrored slice has other codes
-            loss = code_loss(model(codes, positions[torch.from_numpy(chosen).to(device)]), codes)
+            loss = code_loss(model(codes, positions), codes)
         stage.step(loss)
         stage.note(**in_bits(loss))
 

@@ -43,9 +43,9 @@ def machine(device: torch.device) -> str:
     return f"{os.cpu_count()} CPU cores ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})"
 
 
-def profile(function: Callable[[], object]) -> None:
+def profile(function: Callable[[], object], device: torch.device) -> None:
     """The ten operations that one call spends most time in, on stderr."""
     with torch.profiler.profile() as profiler:
         function()
-    table = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=10, max_name_column_width=40)
-    print(table, file=sys.stderr)
+    time_of = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    print(profiler.key_averages().table(sort_by=time_of, row_limit=10, max_name_column_width=40), file=sys.stderr)

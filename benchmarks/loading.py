@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from common import interleave, machine, profile, report
+from peers import monai_slices
 from reference import NibabelSlices
 
 import phantom
@@ -70,9 +71,10 @@ def main() -> None:
         write(few, FIRST_PASS)
         images = sorted(few.glob("keras_slices_[tv]*/*.nii.gz"))
         plain = NibabelSlices(images)
-        seconds = interleave(
-            {"ours": lambda: first_pass(few, options.workers), "nibabel": lambda: [plain[i] for i in range(500)]}, 3
-        )
+        readers = {"nibabel": lambda: [plain[i] for i in range(500)]}
+        if monai := monai_slices(images):
+            readers["monai"] = lambda: [monai(i) for i in range(500)]
+        seconds = interleave({"ours": lambda: first_pass(few, options.workers), **readers}, 3)
         ours, nibabel = len(images) / seconds["ours"], 500 / seconds["nibabel"]
         write(many, options.slices)
         os.environ["PROSTATEVQ_CACHE"] = str(cache)
@@ -83,7 +85,8 @@ def main() -> None:
         opened = sorted(reopen(many, cache) for _ in range(3))[1]
     settings = {"slice_size": [256, 128], "workers": options.workers, "machine": machine(torch.device("cpu"))}
     report("first_pass_slices_per_second", ours, "slices/s", slices=len(images), **settings)
-    report("nibabel_slices_per_second", nibabel, "slices/s", slices=500, **settings | {"workers": 1})
+    for name in readers:
+        report(f"{name}_slices_per_second", 500 / seconds[name], "slices/s", slices=500, **settings | {"workers": 1})
     report("first_pass_speedup", ours / nibabel, "times", **settings)
     report("first_pass_whole_seconds", whole, "s", slices=options.slices, **settings)
     report("first_pass_peak_megabytes", peak, "MB", slices=options.slices, **settings)
@@ -92,7 +95,7 @@ def main() -> None:
     if options.profile:
         with tempfile.TemporaryDirectory() as temporary:
             write(Path(temporary), 200)
-            profile(lambda: first_pass(Path(temporary), options.workers))
+            profile(lambda: first_pass(Path(temporary), options.workers), torch.device("cpu"))
     print(
         f"On {settings['machine']}: the first pass reads {ours:.0f} slices/s ({ours / nibabel:.1f} times nibabel a "
         f"slice); {options.slices} slices take {whole:.1f} s once, and {opened[0]:.2f} s and {opened[1]:.0f} MB from "

@@ -131,6 +131,7 @@ def main() -> None:
     codes, heldout_codes = (torch.cat([ours.encode(b) for b in x.split(BATCH)]) for x in (slices, heldout))
     places, heldout_places = (torch.from_numpy(x.positions).to(device) for x in (data.train, data.validate))
     prior = GatedPixelCNN(PriorConfig(grid=tuple(codes.shape[1:]))).to(device, memory_format=torch.channels_last)
+    prior.know_codes(ours.codebook.embeddings)
     paper = PaperPixelCNN().to(device)
     nats = (
         best_nats(

@@ -1,6 +1,7 @@
-"""Seconds to sample code grids, against a full forward a code with the same prior.
+"""Seconds to sample code grids, against a full forward a code with the same prior; then slices, decoded.
 
 The full forwards are timed at places spread over the grid and multiplied up: all 2048 would take most of an hour.
+pythae and MONAI, where they are installed, in the same way.
 
     python benchmarks/sampling.py [--device cuda] [--rounds 3] [--profile]
 """
@@ -9,13 +10,25 @@ import argparse
 
 import torch
 from common import interleave, machine, profile, report
+from peers import sampling_steps
 from reference import sample_by_full_forwards
 
-from modules import GatedPixelCNN, PriorConfig
+from modules import VQVAE, GatedPixelCNN, PriorConfig, VQVAEConfig
 from utils import pick_device
 
 BATCH, GRID = 32, (64, 32)
-FORWARDS = 2  # full forwards a timing
+PLACES = [(16, 8), (48, 24)]  # where full forwards are timed
+SLICES = {"cpu": (64, 32), "cuda": (1024, 512)}  # how many are sampled and decoded, how many at a time
+
+
+def sample_and_decode(prior: GatedPixelCNN, vqvae: VQVAE, device: torch.device) -> torch.Tensor:
+    """Slices (N, 1, 256, 128) as predict.py makes them, on the host."""
+    count, batch = SLICES[device.type]
+    slices = []
+    for start in range(0, count, batch):
+        codes = prior.sample(range(start, start + batch), torch.full((batch,), 0.5, device=device))
+        slices.append(vqvae.decode(codes).cpu())
+    return torch.cat(slices)
 
 
 def main() -> None:
@@ -23,37 +36,46 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--device", default="auto", help="cpu, cuda ... (default: a GPU where there is one)")
     parser.add_argument("--rounds", type=int, default=3, help="timings of each (default: 3)")
-    parser.add_argument("--profile", action="store_true", help="also print where sampling one grid spends its time")
+    parser.add_argument("--profile", action="store_true", help="also print where sampling spends its time")
     options = parser.parse_args()
     device = pick_device(options.device)
     torch.manual_seed(0)
     prior = GatedPixelCNN(PriorConfig(grid=GRID)).to(device, memory_format=torch.channels_last).eval()
+    vqvae = VQVAE(VQVAEConfig()).to(device, memory_format=torch.channels_last).eval()
     positions = torch.rand(BATCH, device=device)
     codes = torch.randint(512, (BATCH, *GRID), device=device)
-    places = [(16, 8), (48, 24)][:FORWARDS]
+    steps = sampling_steps(GRID, device)
     seconds = interleave(
         {
             "batch": lambda: prior.sample(range(BATCH), positions),
             "one": lambda: prior.sample(range(1), positions[:1]),
-            "forwards": lambda: sample_by_full_forwards(lambda c: prior(c, positions), codes, places),
+            "forwards": lambda: sample_by_full_forwards(lambda c: prior(c, positions), codes, PLACES),
+            "slices": lambda: sample_and_decode(prior, vqvae, device),
+            **steps,
         },
         options.rounds,
     )
     settings = {"batch": BATCH, "grid": list(GRID), "codes": 512, "machine": machine(device)}
-    forward = seconds["forwards"] / FORWARDS
+    one = settings | {"batch": 1}
+    forward = seconds["forwards"] / len(PLACES)
     by_forwards = forward * GRID[0] * GRID[1]
     speedup = by_forwards / seconds["batch"]
+    count, _ = SLICES[device.type]
     report("sampling_seconds", seconds["batch"], "s", **settings)
-    report("sampling_one_grid_seconds", seconds["one"], "s", **settings | {"batch": 1})
-    report("sampling_by_full_forwards_seconds", by_forwards, "s", **settings, extrapolated_from=FORWARDS)
+    report("sampling_one_grid_seconds", seconds["one"], "s", **one)
+    report("sampling_by_full_forwards_seconds", by_forwards, "s", **settings, extrapolated_from=len(PLACES))
     report("sampling_speedup", speedup, "times", **settings)
     report("sampling_over_one_forward", seconds["batch"] / forward, "times", **settings)
+    report("sampled_and_decoded_seconds", seconds["slices"], "s", **settings, slices=count)
+    for name in steps:
+        whole = seconds[name] * GRID[0] * GRID[1]
+        report(f"sampling_one_grid_seconds_{name}", whole, "s", **one, extrapolated_from=1)
     if options.profile:
-        profile(lambda: prior.sample(range(BATCH), positions))
+        profile(lambda: prior.sample(range(BATCH), positions), device)
     print(
         f"On {settings['machine']}: {BATCH} grids of {GRID[0]}x{GRID[1]} codes take {seconds['batch']:.1f} s, "
         f"{seconds['batch'] / forward:.1f} times one forward over them and {speedup:.0f} times as fast as a forward "
-        f"a code; one grid takes {seconds['one']:.2f} s."
+        f"a code; one grid takes {seconds['one']:.2f} s; {count} slices with decoding {seconds['slices']:.1f} s."
     )
 
 

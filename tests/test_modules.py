@@ -291,6 +291,22 @@ def test_an_unknown_position_adds_nothing():
     assert (prior.position_features(torch.tensor([0.5])) != 0).any()
 
 
+@pytest.mark.parametrize("dim", [5, 8, 12])
+def test_the_embedding_starts_as_the_codebook_lies(dim):
+    """Distances between codes are those between the codebook's vectors, as far as a projection keeps them."""
+    prior = GatedPixelCNN(PriorConfig(grid=(4, 3), codes=300, channels=8)).double()
+    vectors = 7 + 3 * torch.randn(300, dim, dtype=torch.float64)
+    vectors[150:] = vectors[:150] + 0.01
+    prior.know_codes(vectors)
+    weight = prior.embedding.weight.detach()
+    if dim == prior.config.channels:
+        between = torch.nn.PairwiseDistance(eps=0)
+        expected = between(vectors[:150], vectors[1:151]) / vectors.std()
+        torch.testing.assert_close(between(weight[:150], weight[1:151]), expected)
+    assert 0.8 < weight.std() < 1.2
+    assert (weight[150:] - weight[:150]).norm(dim=1).max() < 0.05 * (weight[1:150] - weight[:149]).norm(dim=1).mean()
+
+
 @pytest.mark.parametrize(
     "batches", [[range(6)], [range(2), range(2, 6)], [[i] for i in range(6)], [[5, 4, 3, 2, 1, 0]]]
 )

@@ -286,6 +286,22 @@ def test_mirror_turns_about_half_of_the_slices_round():
     assert torch.equal(train.mirror(slices, None), slices)
 
 
+def test_slices_in_the_memory_of_a_gpu_are_the_same(options, slices_folder):
+    """The path of a GPU, on the CPU."""
+    given = train.parse_options(arguments(**options))
+    feed = train.Feed(load_dataset(str(slices_folder)), given, torch.device("cpu"))
+    for update in (1, 2, 9):
+        torch.manual_seed(update)
+        slices, positions = feed(update)
+        feed.pixels = torch.tensor(feed.train.pixels)
+        torch.manual_seed(update)
+        resident, same_positions = feed(update)
+        feed.pixels = None
+        assert torch.equal(slices, resident)
+        assert torch.equal(positions, same_positions)
+        assert slices.shape == (given.batch_size, 1, 64, 32)
+
+
 def test_a_loss_that_is_not_finite_ends_the_run(options, monkeypatch):
     monkeypatch.setattr(train, "code_loss", lambda logits, codes: logits.sum() * torch.nan)
     with pytest.raises(RunError, match="prior update .* is not finite"):
