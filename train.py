@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from dataset import PERCENTILE, DataError, Dataset, Slices, batch_indices, intensities, load_dataset
@@ -49,6 +50,7 @@ EVALUATIONS = 20  # a stage
 LOG_LINES = 250  # of the training losses, a stage
 KMEANS_SLICES = 128
 CHECKPOINT_SECONDS = 60
+AVERAGE_DECAY = 0.99  # of the prior's averaged weights: a memory of some 100 updates
 SMALLEST_SIDE = 8  # pixels; SSIM's window needs 6
 
 
@@ -110,7 +112,8 @@ class Stage:
     """What both training loops share: resuming, the optimiser's step, log lines, checkpoints, a stop on a signal."""
 
     def __init__(self, run: Run, name: str, model: nn.Module, updates: int, learning_rate: float, seed: int):
-        self.run, self.name, self.model, self.total, self.seed = run, name, model, updates, seed
+        self.run, self.name, self.total, self.seed = run, name, updates, seed
+        self.networks = {"model": model}  # what a checkpoint holds the weights of
         self.optimiser = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
         self.learning_rate = learning_rate
         self.update, self.best = 0, float("inf")
@@ -120,7 +123,8 @@ class Stage:
     def resume(self, state: dict) -> None:
         """Go on from a checkpoint of this stage; from the beginning where it is another's."""
         if state.get("stage") == self.name:
-            self.model.load_state_dict(state["model"])
+            for name, network in self.networks.items():
+                network.load_state_dict(state[name])
             self.optimiser.load_state_dict(state["optimiser"])
             self.update, self.best = state["update"], state["best"]
             self.sums, self.summed = state["sums"], state["summed"]
@@ -194,8 +198,8 @@ class Stage:
             best=self.best,
             sums=self.sums,
             summed=self.summed,
-            model=self.model.state_dict(),
             optimiser=self.optimiser.state_dict(),
+            **{name: network.state_dict() for name, network in self.networks.items()},
         )
 
 
@@ -351,7 +355,9 @@ def train_prior(
     config = replace(preset.prior, grid=tuple(validation_codes.shape[1:]), codes=vqvae.config.codes)
     model = GatedPixelCNN(config).to(device, memory_format=torch.channels_last)
     model.know_codes(vqvae.codebook.embeddings)
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE_DECAY))
     stage = Stage(run, "prior", model, options.prior_updates, preset.prior_learning_rate, options.seed)
+    stage.networks["averaged"] = averaged
     stage.resume(state)
     stage.checkpoint()  # from here on stage 1 need not be looked at again
     feed = Feed(data, options, device)
@@ -363,15 +369,16 @@ def train_prior(
             codes = vqvae.encode(slices)  # anew for each update: a mirrored slice has other codes
             loss = code_loss(model(codes, positions), codes)
         stage.step(loss)
+        averaged.update_parameters(model)
         stage.note(**in_bits(loss))
 
-        # At even intervals and after the last update: validation; the best weights so far are kept.
+        # At even intervals and after the last update: validation of the averaged weights; the best so far are kept.
         if stage.at_share(EVALUATIONS):
-            nats = evaluate_prior(model, validation_codes, validation_positions, options.batch_size, device)
+            nats = evaluate_prior(averaged.module, validation_codes, validation_positions, options.batch_size, device)
             stage.log("validate", in_bits(nats))
             if nats < stage.best:
                 stage.best = nats
-                save_weights(run.path / "prior.safetensors", model)
+                save_weights(run.path / "prior.safetensors", averaged.module)
             if figures_due.due() or update == options.prior_updates:
                 prior_loss_figure(options.images / "prior_loss.png", run.curves("prior"), config.codes)
 
