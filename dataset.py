@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import combinations
+from itertools import combinations, islice
 from pathlib import Path
 from shutil import rmtree
 from stat import S_ISREG
@@ -45,7 +45,7 @@ MAX_SIDE = 2048  # pixels; in-plane MR matrices end near 1024, so a longer side 
 MAX_OFFSET = 1 << 24  # bytes before the pixels; header extensions are kilobytes
 MAX_DISTANCE = 1e9  # of an affine: a kilometre in micrometres; squares of it still fit float32
 MIN_DISTANCE = 1e-6  # of an affine: a nanometre in millimetres
-MAX_VOLUME = 1 << 28  # pixels that are held together to be scaled, 1 GiB; HipMRI's volumes have 5 million
+MAX_VOLUME = 1 << 28  # pixels that are scaled together, 1 GiB as float32; HipMRI's volumes have 5 million
 MAX_FILES = 1_000_000  # slices of a folder: HipMRI has 12,660; records of a million take a gigabyte
 MAX_FOLDERS = 100_000  # below the data folder: where there are more, a link leads out of it, to / perhaps
 MAX_MEMBERS = 1024  # gzip members of a file; block-wise writers (bgzip) put 64 KiB into each
@@ -338,25 +338,32 @@ def _is_slice(name: str) -> bool:
 def _list_files(root: Path) -> list[_File]:
     """Finds the slices anywhere below `root`, ordered by folder, case, week, slice number and name."""
     start = len(os.path.join(root, ""))
-    found, folders, seen = [], [str(root)], set()
+    slices = (entry.path for entry in _walk(root) if _is_slice(entry.name))
+    found = [(path, path[start:].replace(os.sep, "/")) for path in islice(slices, MAX_FILES + 1)]
+    if len(found) > MAX_FILES:
+        raise DataError(f"more than {MAX_FILES} slices are below {root}")
+    return sorted(_describe(found), key=lambda file: (file.volume, file.number or 0, file.name))
+
+
+def _walk(root: Path) -> Iterator[os.DirEntry]:
+    """Gives what is no folder, anywhere below `root` but in folders of label maps and hidden ones."""
+    folders, seen = [str(root)], set()
     while folders:
         folder = folders.pop()
         if os.path.realpath(folder) in seen:  # a link to a folder above would go round for ever
             continue
         seen.add(os.path.realpath(folder))
+        if len(seen) > MAX_FOLDERS:
+            raise DataError(f"more than {MAX_FOLDERS} folders are below {root}")
         try:
             with os.scandir(folder) as entries:
                 for entry in entries:
-                    inside = _is_folder(entry)
-                    if inside and not entry.name.lower().startswith(("keras_slices_seg", ".")):
+                    if not _is_folder(entry):
+                        yield entry
+                    elif not entry.name.lower().startswith(("keras_slices_seg", ".")):
                         folders.append(entry.path)
-                    elif not inside and _is_slice(entry.name):
-                        found.append((entry.path, entry.path[start:].replace(os.sep, "/")))
-                    if len(found) > MAX_FILES or len(seen) > MAX_FOLDERS:
-                        raise DataError(f"more than {MAX_FILES} slices or {MAX_FOLDERS} folders are below {root}")
         except OSError as problem:
             raise DataError(f"cannot read folder {folder}: {problem.strerror}") from problem
-    return sorted(_describe(found), key=lambda file: (file.volume, file.number or 0, file.name))
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
@@ -712,7 +719,7 @@ def _read_content(opened: BinaryIO, limit: int) -> bytes | bytearray:
     while len(content) < limit and (raw := raw or opened.read(READ_BYTES)):
         # What is zipped is never twice as long, but for names and notes; empty members would go on for ever.
         if opened.tell() > 2 * (limit + READ_BYTES) or members > MAX_MEMBERS:
-            raise DataError(f"zipped to far more than the {limit} bytes that were to be read")
+            raise DataError("damaged: its zipped data is far longer than its content")
         if stream.eof:  # some writers make several members
             raw = raw.lstrip(b"\0")  # padding is allowed
             if not raw:
