@@ -301,10 +301,11 @@ class Worker:
         self.pipe.send(path)
         if not self.pipe.poll(GIVE_UP_SECONDS):
             self.process.kill()
+            self.process.join()
             return "hung", f"no answer in {GIVE_UP_SECONDS} s", 0
         try:
             return self.pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             self.process.join()
             return "crashed", f"the process ended with {self.process.exitcode}", 0
 
