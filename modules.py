@@ -169,7 +169,7 @@ class VQVAE(nn.Module):
             codes = torch.zeros(z.shape[:3], dtype=torch.int64, device=z.device)
             return self.decoder(z.permute(0, 3, 1, 2)).float(), z.new_zeros(()), codes
         with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
-            embeddings, codes = self.codebook(z.flatten(0, 2))
+            embeddings, codes = self.codebook(z.detach().flatten(0, 2))
         e = embeddings.view_as(z)
         embedding_loss = self.config.commitment * F.mse_loss(z, e)
         straight_through = z + (e - z).detach()  # value of e, gradient of z
