@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from dataset import PERCENTILE, DataError, Dataset, Slices, batch_indices, intensities, load_dataset
@@ -50,7 +50,7 @@ EVALUATIONS = 20  # a stage
 LOG_LINES = 250  # of the training losses, a stage
 KMEANS_SLICES = 128
 CHECKPOINT_SECONDS = 60
-AVERAGE_DECAY = 0.99  # of the prior's averaged weights: a memory of some 100 updates
+AVERAGE_DECAY = 0.99  # of the prior's averaged weights in the end: a memory of some 100 updates
 SMALLEST_SIDE = 8  # pixels; SSIM's window needs 6
 
 
@@ -384,7 +384,7 @@ def train_prior(
     config = replace(preset.prior, grid=tuple(validation_codes.shape[1:]), codes=vqvae.config.codes)
     model = GatedPixelCNN(config).to(device, memory_format=torch.channels_last)
     model.know_codes(vqvae.codebook.embeddings)
-    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE_DECAY))
+    averaged = AveragedModel(model, multi_avg_fn=average)
     stage = Stage(run, "prior", model, options.prior_updates, preset.prior_learning_rate, options.seed)
     stage.networks["averaged"] = averaged
     stage.resume(state)
@@ -410,6 +410,12 @@ def train_prior(
                 save_weights(run.path / "prior.safetensors", averaged.module)
             if figures_due.due() or update == options.prior_updates:
                 prior_loss_figure(options.images / "prior_loss.png", run.curves("prior"), config.codes)
+
+
+def average(averaged: list[Tensor], weights: list[Tensor], count: Tensor) -> None:
+    """One step of the moving average of a network's weights, in place; its memory grows with the steps done."""
+    decay = min(AVERAGE_DECAY, (1 + count.item()) / (10 + count.item()))
+    torch._foreach_lerp_(averaged, weights, 1 - decay)
 
 
 def code_loss(logits: Tensor, codes: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.image import imread
 from safetensors.torch import load_file
+from torch.optim.swa_utils import AveragedModel
 
 import phantom
 import train
@@ -284,6 +285,23 @@ def test_mirror_turns_about_half_of_the_slices_round():
         assert (turned ^ kept).all()
         assert 60 < turned.sum() < 140
     assert torch.equal(train.mirror(slices, None), slices)
+
+
+def test_averaged_weights_forget_the_first_ones_soon():
+    """Weights that are 1 after a start at 0: by hand, and nearly there after a few updates."""
+    layer = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(layer.weight)
+    averaged = AveragedModel(layer, multi_avg_fn=train.average)
+    averaged.update_parameters(layer)
+    torch.nn.init.ones_(layer.weight)
+    expected = 0.0
+    for count in range(1, 2000):
+        averaged.update_parameters(layer)
+        expected += (1 - expected) * max(0.01, 9 / (10 + count))
+        if count in (1, 5, 30, 1999):
+            assert averaged.module.weight.item() == pytest.approx(expected, abs=1e-5)
+        if count == 30:
+            assert expected > 0.9999
 
 
 def test_varied_slices_are_slices_each_changed_a_little(slices_folder):
