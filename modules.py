@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 # Rows of vectors searched at once: the table of scores (rows x K) then stays in a processor's cache.
 SEARCH_ROWS = 8192
+VARIATIONS = 6  # numbers that say how a slice was augmented
 
 
 @dataclass(frozen=True)
@@ -246,7 +247,9 @@ class GatedPixelCNN(nn.Module):
     The vertical stack sees all rows above, the horizontal stack the codes to the left in its own row: no
     blind spot (there, section 2.2). Dilations double from layer to layer, so that each cycle through them
     reaches every earlier code of the grid. Both stacks are told where they are: the row and the column of the
-    code, and the slice's position in its volume, from 0 (lowest) to 1, or NaN where it is not known.
+    code, and the slice's position in its volume, from 0 (lowest) to 1, or NaN where it is not known. In training
+    they are also told how the slice was augmented, so that samples, of which nothing is told, look like slices that
+    were not (Karras et al. 2022, arXiv:2206.00364, appendix F.2).
     """
 
     def __init__(self, config: PriorConfig):
@@ -258,6 +261,7 @@ class GatedPixelCNN(nn.Module):
         self.row = nn.Parameter(0.1 * torch.randn(c, rows, 1))
         self.column = nn.Parameter(0.1 * torch.randn(c, 1, columns))
         self.position = nn.Linear(1 + 2 * config.position_waves, c, bias=False)
+        self.variation = nn.Linear(VARIATIONS, c, bias=False)
         # The shift of the inputs is the first step up and the first step left.
         up, left, aside = dilations(rows - 2), dilations(columns - 2), dilations(columns - 1)
         depth = max(len(up), len(left), len(aside), 1)
@@ -288,10 +292,16 @@ class GatedPixelCNN(nn.Module):
         features = known.where(position[:, None].isfinite(), 0)  # where it is not known nothing is added
         return self.position(features.to(self.row.dtype))
 
-    def forward(self, codes: Tensor, position: Tensor) -> Tensor:
-        """Codes (N, h, w), positions (N,) to logits (N, K, h, w); those at a place depend on earlier codes alone."""
+    def forward(self, codes: Tensor, position: Tensor, variation: Tensor | None = None) -> Tensor:
+        """Codes (N, h, w), positions (N,) to logits (N, K, h, w); those at a place depend on earlier codes alone.
+
+        variation: (N, VARIATIONS), how the slices were augmented, of mean 0; None where they were not.
+        """
         x = self.embedding(codes).permute(0, 3, 1, 2)  # (N, C, h, w)
-        place = self.row + self.column + self.position_features(position)[:, :, None, None]  # (N, C, h, w)
+        told = self.position_features(position)  # (N, C)
+        if variation is not None:
+            told = told + self.variation(variation)
+        place = self.row + self.column + told[:, :, None, None]  # (N, C, h, w)
         if torch.is_autocast_enabled(x.device.type):  # else the stacks stay float32, and each layer casts them anew
             x, place = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, place))
         v = F.pad(x, (0, 0, 1, 0))[:, :, :-1] + place  # row r holds row r-1

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from dataset import PERCENTILE, DataError, Dataset, Slices, batch_indices, intensities, load_dataset
 from metrics import code_counts, codebook_use, reconstruction_metrics
-from modules import VQVAE, GatedPixelCNN, PriorConfig, VQVAEConfig
+from modules import VARIATIONS, VQVAE, GatedPixelCNN, PriorConfig, VQVAEConfig
 from utils import (
     Clock,
     Parser,
@@ -224,7 +224,7 @@ def train_vqvae(run: Run, state: dict, data: Dataset, options, preset: Preset, d
     for update in stage.updates():
         if update == warm_up + 1:
             model.codebook.fit(encoder_vectors(model, data.train, options, device))
-        slices, _ = feed(update)
+        slices, _, _ = feed(update)
         with autocast(device):
             reconstructions, embedding_loss, _ = model(slices, quantise=update > warm_up)
         reconstruction_loss = F.mse_loss(reconstructions, slices)
@@ -257,15 +257,18 @@ class Feed:
         resident = device.type == "cuda" and data.train.pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 2
         self.pixels = torch.tensor(data.train.pixels, device=device) if resident else None
 
-    def __call__(self, update: int) -> tuple[Tensor, Tensor]:
-        """Slices (N, 1, H, W) and positions (N,) on the device."""
+    def __call__(self, update: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Slices (N, 1, H, W), positions (N,) and how the slices were varied (N, VARIATIONS), on the device."""
         chosen = batch_indices(len(self.train), self.options.batch_size, self.options.seed, update - 1)
         indices = torch.from_numpy(chosen)
         if self.device.type == "cuda":
             indices = indices.pin_memory().to(self.device, non_blocking=True)
         slices = self.train.batch(chosen).to(self.device) if self.pixels is None else intensities(self.pixels[indices])
-        slices = vary(mirror(slices, self.left_right), self.options.augmentation)
-        return slices.contiguous(memory_format=torch.channels_last), self.positions[indices]
+        variation = self.options.augmentation * torch.randn(len(chosen), VARIATIONS, device=self.device)
+        slices = mirror(slices, self.left_right)
+        if self.options.augmentation:
+            slices = vary(slices, variation)
+        return slices.contiguous(memory_format=torch.channels_last), self.positions[indices], variation
 
 
 def left_right_axis(affine: np.ndarray) -> int | None:
@@ -282,25 +285,22 @@ def mirror(slices: Tensor, axis: int | None) -> Tensor:
     return torch.where(heads, slices.flip(axis), slices)
 
 
-def vary(slices: Tensor, strength: float) -> Tensor:
+def vary(slices: Tensor, variation: Tensor) -> Tensor:
     """Slices (N, 1, H, W), each turned, stretched, shifted and changed in contrast a little, as patients differ.
 
-    Normally distributed; standard deviations at strength 1: 3.4 degrees, 5 % along either axis, 1.5 % of a side,
-    and 15 % of the exponent (gamma) of brightness in [0, 1]. What comes in from outside is black.
+    variation: (N, 6), of which 1 stands for 3.4 degrees, 5 % along either axis, 1.5 % of either side, and 15 % of the
+    exponent (gamma) of brightness in [0, 1]. What comes in from outside is black.
     """
-    if strength == 0:
-        return slices
-    n, device = len(slices), slices.device
     height, width = slices.shape[2:]
-    angle = 0.06 * strength * torch.randn(n, device=device)
-    stretch = (0.05 * strength * torch.randn(n, 2, device=device)).exp()
-    shift = 0.03 * strength * torch.randn(n, 2, device=device)  # grid_sample's coordinates: a side is 2 long
+    angle = 0.06 * variation[:, 0]
+    stretch = (0.05 * variation[:, 1:3]).exp()
+    shift = 0.03 * variation[:, 3:5]  # grid_sample's coordinates: a side is 2 long
     cos, sin = angle.cos(), angle.sin()
     across = torch.stack([cos * stretch[:, 0], -sin * stretch[:, 0] * height / width, shift[:, 0]], 1)
     along = torch.stack([sin * stretch[:, 1] * width / height, cos * stretch[:, 1], shift[:, 1]], 1)
     places = F.affine_grid(torch.stack([across, along], 1), list(slices.shape), align_corners=False)
     brightness = F.grid_sample((slices + 1) / 2, places, align_corners=False).clamp(0, 1)
-    gamma = (0.15 * strength * torch.randn(n, 1, 1, 1, device=device)).exp()
+    gamma = (0.15 * variation[:, 5]).exp()[:, None, None, None]
     return 2 * brightness**gamma - 1
 
 
@@ -393,10 +393,10 @@ def train_prior(
     figures_due = Clock(CHECKPOINT_SECONDS)
 
     for update in stage.updates():
-        slices, positions = feed(update)
+        slices, positions, variation = feed(update)
         with autocast(device):
             codes = vqvae.encode(slices)  # anew for each update: a mirrored slice has other codes
-            loss = code_loss(model(codes, positions), codes)
+            loss = code_loss(model(codes, positions, variation), codes)
         stage.step(loss)
         averaged.update_parameters(model)
         stage.note(**in_bits(loss))

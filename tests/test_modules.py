@@ -29,7 +29,7 @@ def seeded():
 
 
 def small_prior(grid, **fields):
-    return GatedPixelCNN(PriorConfig(grid=grid, codes=11, channels=8, head=16, **fields)).double().eval()
+    return GatedPixelCNN(PriorConfig(grid=grid, codes=11, channels=20, head=64, **fields)).double().eval()
 
 
 # ---------------------------------------------------------------- codebook
@@ -283,6 +283,15 @@ def test_the_position_reaches_every_logit():
         assert one.isfinite().all()
         for other in logits[:i]:
             assert ((one - other).abs().amax(1) > 0).all()
+
+
+def test_the_variation_reaches_every_logit_and_none_is_a_slice_as_it_was():
+    prior = small_prior((4, 3))
+    codes, position = torch.randint(11, (1, 4, 3)), torch.tensor([0.5])
+    plain = prior(codes, position)
+    assert torch.equal(prior(codes, position, torch.zeros(1, 6, dtype=torch.float64)), plain)
+    for told in torch.eye(6, dtype=torch.float64):
+        assert ((prior(codes, position, told[None]) - plain).abs().amax(1) > 0).all()
 
 
 def test_an_unknown_position_adds_nothing():
