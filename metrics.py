@@ -32,7 +32,7 @@ DATA_RANGE = (-1.0, 1.0)
 SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # of MS-SSIM, from full resolution to a sixteenth
 SMALLEST_SIDE = 16  # pixels, of slices whose samples are measured: the Laplacian pyramid's last level
 BATCH = 64  # slices computed at a time
-PATCH = 7  # pixels a side
+PATCH, PATCHES = 7, 16384  # pixels a side, patches a level
 CLASSIFIER_UPDATES = 300
 SHIFT = 4  # pixels a copy may be moved by: a code of the default VQ-VAE
 CANDIDATES = 8  # training slices compared at full resolution
@@ -194,11 +194,11 @@ def enlarge(slices: Tensor, shape: torch.Size, kernel: Tensor) -> Tensor:
     return F.conv2d(F.pad(spread, (2, 2, 2, 2), mode="reflect"), 4 * kernel)
 
 
-def draw_patches(slices: Tensor, count: int = 16384) -> Tensor:
-    """Patches (count, PATCH * PATCH) of slices and places drawn at random."""
+def draw_patches(slices: Tensor) -> Tensor:
+    """Patches (PATCHES, PATCH * PATCH) of slices and places drawn at random."""
     random = torch.Generator().manual_seed(1)
     ends = (len(slices), *(side - PATCH + 1 for side in slices.shape[2:]))
-    n, y, x = (torch.randint(end, (count, 1, 1), generator=random).to(slices.device) for end in ends)
+    n, y, x = (torch.randint(end, (PATCHES, 1, 1), generator=random).to(slices.device) for end in ends)
     within = torch.arange(PATCH, device=slices.device)
     return slices[n, 0, y + within[:, None], x + within].flatten(1)
 

@@ -356,7 +356,7 @@ def evaluate(options, config: dict, vqvae: VQVAE, prior: GatedPixelCNN, device: 
     strips = {
         f"{options.split} slices": real.slices[by_height],
         "reconstructions": reconstructions.slices[by_height],
-        "samples": samples.slices[np.argsort(drawn.positions)[spread(count)]],
+        "samples": samples.slices[drawn.positions.argsort()[spread(count)]],
     }
     distances = {"samples": near, f"reconstructions of {options.split} slices": near_decoded}
     distances[f"{options.split} slices"] = near_real
@@ -502,7 +502,7 @@ floor          training slices in their place (for copying half of the held-out 
 def print_table(results: dict) -> None:
     """A line a figure: of both networks on slices, then of samples."""
     settings = results["settings"]
-    print(f"\n{settings['heldout_slices']} {settings['split']} slices of {settings['heldout_cases']} cases")
+    print(f"\n{settings['heldout_slices']} {settings['split']} slices (cases: {settings['heldout_cases']})")
     print_lines(NETWORK_LINES, {settings["split"]: results, "training": results["training"]})
     print(f"\n{settings['samples']} samples")
     columns = {name.replace("_", " "): results[name] for name in ("decoder_alone", "prior_alone", "floor")}

@@ -431,7 +431,7 @@ def draw_bars(axes: Axes, values: dict[str, float], colours: Iterable[str], form
     for label in axes.bar_label(bars, [f"{value:{form}}" for value in values.values()], padding=3, fontsize=8):
         label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.5})
     axes.set_ylim(len(values) - 0.5, -0.5)
-    axes.set_xlim(0, 1.3 * max(values.values()))
+    axes.set_xlim(0, 1.3 * max(values.values()) or 1)
     axes.set_title(title, fontsize=10, loc="left")
     axes.set_xlabel(better, fontsize=8, loc="left")
     axes.set_xticks([])
