@@ -33,6 +33,7 @@ SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # of MS-SSIM, from ful
 SMALLEST_SIDE = 16  # pixels, of slices whose samples are measured: the Laplacian pyramid's last level
 BATCH = 64  # slices computed at a time
 PATCH, PATCHES = 7, 16384  # pixels a side, patches a level
+PAIRS = 500  # of slices compared for diversity
 CLASSIFIER_UPDATES = 300
 SHIFT = 4  # pixels a copy may be moved by: a code of the default VQ-VAE
 CANDIDATES = 8  # training slices compared at full resolution
@@ -287,12 +288,12 @@ def ms_ssim_diversity(slices: Tensor) -> float:
     Odena et al. 2017, arXiv:1610.09585, who give the mean itself. Scales as in `scale_weights`.
     """
     random = torch.Generator().manual_seed(0)
-    first = torch.randint(len(slices), (500,), generator=random)
-    second = (first + torch.randint(1, len(slices), (500,), generator=random)) % len(slices)
+    first = torch.randint(len(slices), (PAIRS,), generator=random)
+    second = (first + torch.randint(1, len(slices), (PAIRS,), generator=random)) % len(slices)
     how = {"data_range": DATA_RANGE, "betas": scale_weights(slices.shape[2:]), "reduction": "sum"}
     pairs = zip(first.to(slices.device).split(BATCH), second.to(slices.device).split(BATCH))
     total = sum(multiscale_structural_similarity_index_measure(slices[a], slices[b], **how) for a, b in pairs)
-    return 1 - total.item() / 500
+    return 1 - total.item() / PAIRS
 
 
 # ---------------------------------------------------------------- samples: two-sample test

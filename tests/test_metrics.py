@@ -276,6 +276,13 @@ def test_sliced_wasserstein_of_a_shift_in_brightness(few_patches):
     assert distances["32x16"] * last.std().item() / 0.1 == pytest.approx(mean, abs=5 * 0.027 + 0.04)
 
 
+def test_sliced_wasserstein_is_in_units_of_the_reference(few_patches):
+    """Twice the contrast is twice as far from the slices, measured in their units, as they are from it in its units."""
+    slices = torch.randn(20, 1, 64, 32)
+    one, other = metrics.sliced_wasserstein(2 * slices, slices), metrics.sliced_wasserstein(slices, 2 * slices)
+    assert one == pytest.approx({level: 2 * distance for level, distance in other.items()}, rel=1e-4)
+
+
 def test_sliced_wasserstein_finds_smoothness_in_the_fine_level(few_patches):
     slices = torch.randn(20, 1, 64, 32)
     blurred = torch.nn.functional.avg_pool2d(torch.nn.functional.pad(slices, (1, 1, 1, 1), mode="reflect"), 3, 1)

@@ -310,9 +310,10 @@ OF_COPYING = {"smallest_distance", "median_distance", "share_nearer_than_heldout
 
 @pytest.fixture(scope="module")
 def quick():
-    """Fewer patches and updates of the classifier: what they are good for is tested with the metrics."""
+    """Fewer patches, pairs and updates of the classifier: what they are good for is tested with the metrics."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metrics, "PATCHES", 256)
+        patch.setattr(metrics, "PAIRS", 10)
         patch.setattr(metrics, "CLASSIFIER_UPDATES", 2)
         yield
 
@@ -321,11 +322,14 @@ def quick():
 def evaluated(tmp_path_factory, trained, quick):
     """The folder of figures, evaluation.json and the printed lines of one evaluation of a copy of the run."""
 
-    def evaluate(**options):
+    def evaluate(draw=False, **options):
         folder = tmp_path_factory.mktemp("evaluated")
         shutil.copytree(trained.run, folder / "run")
         given = {"run": folder / "run", "images": folder / "images", "device": "cpu"} | options
-        with contextlib.redirect_stdout(io.StringIO()) as printed:
+        with contextlib.redirect_stdout(io.StringIO()) as printed, pytest.MonkeyPatch.context() as patch:
+            for figure in ("evaluation_figure", "write_copying_figure"):
+                if not draw:  # half of the time
+                    patch.setattr(predict, figure, lambda *given: None)
             predict.main(["--evaluate", *arguments(**given)])
         return folder / "images", json.loads((folder / "run" / "evaluation.json").read_text()), printed.getvalue()
 
@@ -334,7 +338,7 @@ def evaluated(tmp_path_factory, trained, quick):
 
 @pytest.fixture(scope="module")
 def evaluation(evaluated):
-    return evaluated(num=6)
+    return evaluated(draw=True, num=6)
 
 
 def numbers_of(value):
@@ -448,6 +452,43 @@ def test_copies_are_found_out(evaluated, trained, monkeypatch):
         assert part["copying"]["share_nearer_than_heldout"] == 1
         assert part["copying"]["statistic"] < -2
     assert results["floor"]["copying"]["smallest_distance"] > 0
+
+
+def test_each_column_compares_what_it_says(evaluated, trained, monkeypatch):
+    """What reaches the two-sample test and the copying statistic, told by the mean of each slice."""
+    compared, copying = [], []
+
+    def means(slices):
+        return slices.mean((1, 2, 3)).tolist()
+
+    def two_sample_test(slices, cases, reference, reference_cases):
+        assert (len(slices), len(reference)) == (len(cases), len(reference_cases))
+        compared.append((means(slices), means(reference)))
+        return 1, 2
+
+    def nearest(slices, training, count, axis):
+        assert (count, axis) == (12, 2)
+        return metrics.Nearest(slices.mean((1, 2, 3)), torch.zeros(len(slices)).long(), torch.zeros(len(slices)).long())
+
+    def copying_statistic(near, reference):
+        copying.append((near.distances.tolist(), reference.distances.tolist()))
+        return 0.0
+
+    for replaced in (two_sample_test, nearest, copying_statistic):
+        monkeypatch.setattr(predict, replaced.__name__, replaced)
+    evaluated(num=12)  # as many as training slices
+    data = predict.load_dataset(str(trained.data), (64, 32), (4, 4), 0)
+    vqvae = predict.load_weights(trained.run / "vqvae.safetensors", predict.VQVAE, predict.VQVAEConfig)
+    real, training = data.test.batch(range(4)), data.train.batch(range(12))
+    decoded, decoded_training = (metrics.quantise(vqvae.decode(vqvae.encode(slices))) for slices in (real, training))
+    samples = compared[0][0]
+    assert len(samples) == 12
+    expected = [(samples, means(real)), (means(decoded_training), means(real))]
+    expected += [(samples, means(decoded)), (means(training), means(real))]
+    np.testing.assert_allclose(sum(sum(compared, ()), []), sum(sum(expected, ()), []), atol=1e-5)
+    halves = (means(real[[0, 2]]), means(real[[1, 3]]))
+    expected = [(samples, means(real)), (means(decoded), means(real)), (samples, means(decoded)), halves]
+    np.testing.assert_allclose(sum(sum(copying, ()), []), sum(sum(expected, ()), []), atol=1e-5)
 
 
 def test_other_data_are_refused(trained, tmp_path, complaint):
