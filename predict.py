@@ -1,35 +1,69 @@
-"""Sample new slices from a trained run, or reconstruct given ones.
+"""Sample new slices from a trained run, reconstruct given ones, or evaluate the run.
 
 python predict.py --run runs/default --num 64                    # new slices to samples/ and images/samples.png
 python predict.py --run runs/default --reconstruct FILE_OR_FOLDER --out reconstructions
+python predict.py --run runs/default --evaluate                  # a table, evaluation.json in the run, and figures
 """
 
 import csv
+import json
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from tqdm import tqdm
 
-from dataset import DataError, read_slices, unscale
-from metrics import reconstruction_metrics
+from dataset import SLICE_NAME, DataError, Dataset, Slices, load_dataset, read_slices, unscale
+from metrics import (
+    SMALLEST_SIDE,
+    Nearest,
+    RandomFeatures,
+    all_reconstruction_metrics,
+    bits_per_pixel,
+    closest_views,
+    code_counts,
+    codebook_use,
+    copying_statistic,
+    density_and_coverage,
+    frechet_distance,
+    halves,
+    jpeg2000_bits,
+    ms_ssim_diversity,
+    nearest,
+    quantise,
+    reconstruction_metrics,
+    share_nearer,
+    sliced_wasserstein,
+    two_sample_test,
+    wilson_interval,
+)
 from modules import VQVAE, GatedPixelCNN, PriorConfig, VQVAEConfig
 from utils import (
     Parser,
     RunError,
+    evaluation_figure,
     fail,
+    left_right_axis,
     load_weights,
+    make_folder,
     number,
     pick_device,
     read_config,
     reconstructions_figure,
     samples_figure,
     spread,
+    write_file,
 )
 
+DEFAULT_NUM = 64  # samples
+FEWEST = 4  # slices or samples that can be evaluated
 SHOWN = 64  # samples in the figure
 DIGITS = "[0-9]" * 6  # in the names of files
 
@@ -39,7 +73,12 @@ def parse_options(arguments: Sequence[str] | None):
     whole = number(int, 1)
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--run", type=Path, default=Path("runs/default"), help="run directory (default: %(default)s)")
-    parser.add_argument("--num", type=whole, default=64, metavar="N", help="slices to sample (default: 64)")
+    parser.add_argument(
+        "--num",
+        type=whole,
+        metavar="N",
+        help="slices to sample (default: 64; with --evaluate as many as held-out slices if they are more)",
+    )
     parser.add_argument("--out", type=Path, default=Path("samples"), help="folder of slices (default: %(default)s)")
     parser.add_argument("--images", type=Path, default=Path("images"), help="folder of figures (default: %(default)s)")
     parser.add_argument(
@@ -67,14 +106,31 @@ def parse_options(arguments: Sequence[str] | None):
         "--seed", type=number(int, 0, 2**32 - 1), default=0, help="of the samples; sample n is fixed by it (default: 0)"
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
-    parser.add_argument(
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
         "--reconstruct",
         type=Path,
         nargs="+",
         metavar="PATH",
         help="instead of sampling: encode and decode these files, or a folder's",
     )
-    return parser.parse_args(arguments)
+    instead.add_argument(
+        "--evaluate",
+        action="store_true",
+        help="instead of sampling: measure reconstructions, prior, samples and copying on held-out slices",
+    )
+    parser.add_argument(
+        "--split", choices=("validate", "test"), default="test", help="held-out slices of --evaluate (default: test)"
+    )
+    parser.add_argument(
+        "--data", metavar="DIR", help="where the training data of --evaluate lie now (default: where they lay then)"
+    )
+    options = parser.parse_args(arguments)
+    if options.evaluate and options.position is not None:
+        parser.error("--position goes with no --evaluate: held-out slices are of every height")
+    if options.evaluate and options.num is not None and options.num < FEWEST:
+        parser.error(f"--evaluate needs --num {FEWEST} at least")
+    return options
 
 
 def prepare_folder(out: Path, patterns: Sequence[str]) -> None:
@@ -108,13 +164,22 @@ def draw_positions(numbers: Sequence[int], seed: int, described: dict) -> torch.
     return torch.from_numpy(positions).float()
 
 
-def sample(options, config: dict, vqvae: VQVAE, prior: GatedPixelCNN, device: torch.device) -> None:
-    """Draw code grids, decode them, write slices, codes and the sheet."""
-    prepare_folder(options.out, (f"sample_{DIGITS}.nii.gz", "codes.npy"))
-    rows = prior.config.grid[0]
-    codes, slices, seconds = [], [], [0.0, 0.0]
-    batches = [range(i, min(i + options.batch_size, options.num)) for i in range(0, options.num, options.batch_size)]
-    with tqdm(total=len(batches) * rows, desc="sampling", unit="row", disable=None) as bar:
+class Samples(NamedTuple):
+    """New slices and what they were made from."""
+
+    slices: Tensor  # (N, 1, H, W) in [-1, 1]
+    codes: Tensor  # (N, h, w) int64
+    positions: Tensor  # (N,) in [0, 1], NaN for not known
+    seconds: tuple[float, float]  # for codes, for decoding
+
+
+def draw_samples(
+    options, config: dict, vqvae: VQVAE, prior: GatedPixelCNN, count: int, device: torch.device
+) -> Samples:
+    """Samples 0 to count - 1, the same ones at every batch size."""
+    parts, seconds = [], [0.0, 0.0]
+    batches = [range(i, min(i + options.batch_size, count)) for i in range(0, count, options.batch_size)]
+    with tqdm(total=len(batches) * prior.config.grid[0], desc="sampling", unit="row", disable=None) as bar:
         for numbers in batches:
             start = time.perf_counter()
             positions = draw_positions(numbers, options.seed, config["positions"])
@@ -128,21 +193,33 @@ def sample(options, config: dict, vqvae: VQVAE, prior: GatedPixelCNN, device: to
                 options.top_p,
                 progress=lambda row: bar.update(),
             )
-            codes.append(drawn.cpu().numpy())
+            codes = drawn.cpu()
             drawn_at = time.perf_counter()
-            slices.append(vqvae.decode(drawn)[:, 0].cpu().numpy())
+            parts.append((vqvae.decode(drawn).cpu(), codes, positions))
             seconds[0] += drawn_at - start
             seconds[1] += time.perf_counter() - drawn_at
-    slices = np.concatenate(slices)
-    np.save(options.out / "codes.npy", np.concatenate(codes).astype(np.int16))
+    return Samples(*map(torch.cat, zip(*parts)), tuple(seconds))
+
+
+def describe_sampling(options) -> str:
+    """The options that samples depend on, for a title."""
+    return f"temperature {options.temperature:g}, top-p {options.top_p:g}, seed {options.seed}"
+
+
+def sample(options, config: dict, vqvae: VQVAE, prior: GatedPixelCNN, device: torch.device) -> None:
+    """Draw code grids, decode them, write slices, codes and the sheet."""
+    prepare_folder(options.out, (f"sample_{DIGITS}.nii.gz", "codes.npy"))
+    samples = draw_samples(options, config, vqvae, prior, options.num or DEFAULT_NUM, device)
+    slices = samples.slices[:, 0].numpy()
+    np.save(options.out / "codes.npy", samples.codes.numpy().astype(np.int16))
     affine = np.array(config["affine"])
     for i, pixels in enumerate(unscale(slices, config["intensity"]["scale"])):
         write_slice(options.out / f"sample_{i:06d}.nii.gz", pixels, affine)
-    shown = min(options.num, SHOWN)
-    settings = f"temperature {options.temperature:g}, top-p {options.top_p:g}, seed {options.seed}"
-    samples_figure(options.images / "samples.png", slices[:shown], f"{shown} samples, {settings}")
+    shown = min(len(slices), SHOWN)
+    samples_figure(options.images / "samples.png", slices[:shown], f"{shown} samples, {describe_sampling(options)}")
+    seconds = samples.seconds
     print(
-        f"{options.num} slices in {sum(seconds):.1f} s ({options.num / sum(seconds):.1f} slices/s; codes "
+        f"{len(slices)} slices in {sum(seconds):.1f} s ({len(slices) / sum(seconds):.1f} slices/s; codes "
         f"{seconds[0]:.1f} s, decoding {seconds[1]:.1f} s): {options.out}, {options.images / 'samples.png'}"
     )
 
@@ -183,6 +260,283 @@ def reconstruct(options, config: dict, vqvae: VQVAE, device: torch.device) -> No
     print(f"{len(slices)} slices: SSIM {figures['ssim']:.3f}, PSNR {figures['psnr']:.2f} dB: {options.out}")
 
 
+# ---------------------------------------------------------------- evaluation
+
+
+class Group(NamedTuple):
+    """Slices that are measured together."""
+
+    slices: Tensor  # (N, 1, H, W) in [-1, 1], of 256 levels
+    cases: Sequence  # N patients; each sample is a case of its own
+
+
+def evaluate(options, config: dict, vqvae: VQVAE, prior: GatedPixelCNN, device: torch.device) -> None:
+    """Measure a run on held-out slices: a table, RUN/evaluation.json, images/evaluation.png and images/copying.png.
+
+    A sample may be unlike a real slice because of the decoder or because of the prior. So what is measured of samples
+    is measured four times:
+
+    samples        Samples beside held-out slices.
+    decoder_alone  Reconstructions in the samples' place: they owe nothing to the prior. They are of training slices,
+                   so that none lies beside its own original; for copying of the held-out slices, which neither network
+                   has seen.
+    prior_alone    Samples beside reconstructions of the held-out slices: both come out of the decoder. Copying is to
+                   be judged here, because the decoder smooths, and a smooth slice is nearer to every other slice.
+    floor          Training slices, as many as samples, in their place: how much real slices of other patients differ.
+                   For copying half of the held-out cases beside the other half.
+    """
+    started = time.perf_counter()
+    make_folder(options.images)
+    data = training_data(options, config, vqvae)
+    held_out = getattr(data, options.split)
+    count = options.num or max(DEFAULT_NUM, len(held_out))
+    drawn = draw_samples(options, config, vqvae, prior, count, device)
+    samples = Group(quantise(drawn.slices).to(device), range(count))
+    real = take(held_out, np.arange(len(held_out)), device)
+    chosen = np.sort(np.random.default_rng(0).permutation(len(data.train))[:count])
+    training = take(data.train, chosen, device)
+    codes, reconstructions = reconstruct_all(vqvae, real, options.batch_size)
+    training_codes, training_reconstructions = reconstruct_all(vqvae, training, options.batch_size)
+
+    print(f"{count} samples drawn; measuring reconstructions and the prior")
+    results = {
+        "settings": {
+            "split": options.split,
+            "heldout_slices": len(held_out),
+            "heldout_cases": len(set(real.cases)),
+            "training_slices": len(data.train),
+            "samples": count,
+            "seed": options.seed,
+            "temperature": options.temperature,
+            "top_p": options.top_p,
+        },
+        **network_figures(vqvae, prior, real, reconstructions, codes, held_out.positions, options.batch_size),
+        "training": network_figures(
+            vqvae,
+            prior,
+            training,
+            training_reconstructions,
+            training_codes,
+            data.train.positions[chosen],
+            options.batch_size,
+        ),
+    }
+    results["prior"]["jpeg2000_bits_per_slice"] = jpeg2000_bits(real.slices, results["reconstructions"]["psnr"])
+
+    print("measuring samples")
+    features = RandomFeatures(training.slices)
+    compared = {
+        "samples": (samples, real),
+        "decoder_alone": (training_reconstructions, real),
+        "prior_alone": (samples, reconstructions),
+        "floor": (training, real),
+    }
+    of_samples = {name: sample_figures(features, *pair) for name, pair in compared.items()}
+
+    print(f"searching {len(data.train)} training slices for copies")
+    axis = left_right_axis(np.array(config["affine"]))
+    near, near_decoded, near_real = (
+        nearest(group.slices, data.train.batch, len(data.train), axis) for group in (samples, reconstructions, real)
+    )
+    half = torch.from_numpy(halves(real.cases)).to(device)
+    near_halves = (Nearest(*(values[those] for values in near_real)) for those in (~half, half))
+    compared = {
+        "samples": (near, near_real),
+        "decoder_alone": (near_decoded, near_real),
+        "prior_alone": (near, near_decoded),
+        "floor": near_halves,
+    }
+    of_copying = {name: copying_figures(*pair) for name, pair in compared.items()}
+    parts = {name: {"samples": of_samples[name], "copying": of_copying[name]} for name in compared}
+    results |= parts.pop("samples") | parts
+
+    print_table(results)
+    write_file(options.run / "evaluation.json", lambda part: part.write_text(json.dumps(results, indent=1)))
+    by_height = np.argsort(held_out.positions)[spread(len(held_out))]
+    strips = {
+        f"{options.split} slices": real.slices[by_height],
+        "reconstructions": reconstructions.slices[by_height],
+        "samples": samples.slices[drawn.positions.argsort()[spread(count)]],
+    }
+    distances = {"samples": near, f"reconstructions of {options.split} slices": near_decoded}
+    distances[f"{options.split} slices"] = near_real
+    evaluation_figure(
+        options.images / "evaluation.png",
+        results,
+        {label: slices[:, 0].cpu().numpy() for label, slices in strips.items()},
+        {label: found.distances.cpu().numpy() for label, found in distances.items()},
+        f"{options.run}: {count} samples ({describe_sampling(options)}) and {len(held_out)} {options.split} slices",
+    )
+    found = {"sample": (samples, near), f"{options.split} slice": (real, near_real)}
+    write_copying_figure(options.images / "copying.png", data.train, found, axis)
+    print(f"{time.perf_counter() - started:.0f} s: {options.run / 'evaluation.json'}, figures in {options.images}")
+
+
+def take(slices: Slices, chosen: Sequence[int], device: torch.device) -> Group:
+    """Chosen slices and their cases; where a name gives none, the case is None."""
+    matches = [SLICE_NAME.match(Path(slices.names[i]).name) for i in chosen]
+    return Group(slices.batch(chosen).to(device), [match and match[1] for match in matches])
+
+
+def training_data(options, config: dict, vqvae: VQVAE) -> Dataset:
+    """The data a run was trained on. Raises RunError where they are others, or cannot be evaluated."""
+    folder = options.data or config["options"]["data"]
+    if folder != "phantom" and not Path(folder).exists():
+        raise RunError(f"the data of {options.run} are not in {folder}: say where they are with --data")
+    side = vqvae.config.downsampling
+    data = load_dataset(folder, tuple(config["slice_size"]), (side, side), config["options"]["seed"])
+    for notice in data.notices:
+        print(notice)
+    if data.fingerprint != config["fingerprint"]:
+        raise RunError(f"{folder} does not hold the data {options.run} was trained on: say where they are with --data")
+    if len(getattr(data, options.split)) < FEWEST or len(data.train) < FEWEST:
+        raise RunError(f"{folder} has fewer than {FEWEST} training or {options.split} slices: choose another --split")
+    if min(data.slice_size) < SMALLEST_SIDE:
+        raise RunError(f"slices of {data.slice_size} pixels cannot be evaluated: {SMALLEST_SIDE} a side at least")
+    return data
+
+
+def reconstruct_all(vqvae: VQVAE, group: Group, batch_size: int) -> tuple[Tensor, Group]:
+    """Codes (N, h, w) of slices, and their reconstructions."""
+    codes = torch.cat([vqvae.encode(batch) for batch in group.slices.split(batch_size)])
+    decoded = torch.cat([vqvae.decode(batch) for batch in codes.split(batch_size)])
+    return codes, Group(quantise(decoded), group.cases)
+
+
+@torch.no_grad()
+def network_figures(
+    vqvae: VQVAE,
+    prior: GatedPixelCNN,
+    originals: Group,
+    reconstructions: Group,
+    codes: Tensor,
+    positions: np.ndarray,
+    batch_size: int,
+) -> dict[str, dict[str, float]]:
+    """What is measured of both networks on slices, of their reconstructions, and of their codes (N, h, w)."""
+    metrics = all_reconstruction_metrics(originals.slices.shape[2:]).to(codes.device)
+    for pair in zip(reconstructions.slices.split(batch_size), originals.slices.split(batch_size)):
+        metrics.update(*pair)
+    rate = bits_per_pixel(codes.shape[1:], vqvae.config.codes, originals.slices.shape[2:])
+    used, perplexity = codebook_use(code_counts(codes, vqvae.config.codes))
+    places = torch.from_numpy(positions).to(codes.device)
+    total = sum(
+        F.cross_entropy(prior(batch, place), batch, reduction="sum").item()
+        for batch, place in zip(codes.split(batch_size), places.split(batch_size))
+    )
+    bits = total / codes.numel() / math.log(2)
+    return {
+        "reconstructions": {name: value.item() for name, value in metrics.compute().items()} | {"bits_per_pixel": rate},
+        "codes": {"used": used, "perplexity": perplexity},
+        "prior": {
+            "nats_per_code": total / codes.numel(),
+            "bits_per_code": bits,
+            "bits_per_slice": bits * codes[0].numel(),
+        },
+    }
+
+
+def sample_figures(features: RandomFeatures, group: Group, reference: Group) -> dict:
+    """What is measured of slices beside a reference."""
+    right, trials = two_sample_test(*group, *reference)
+    of, reference_of = features(group.slices), features(reference.slices)
+    density, coverage = density_and_coverage(of, reference_of, reference.cases)
+    levels = sliced_wasserstein(group.slices, reference.slices)
+    return {
+        "two_sample_accuracy": right / trials,
+        "two_sample_interval": wilson_interval(right, trials),
+        "coverage": coverage,
+        "density": density,
+        "frechet_distance": frechet_distance(of, reference_of),
+        "sliced_wasserstein": sum(levels.values()) / len(levels),
+        "sliced_wasserstein_levels": levels,
+        "ms_ssim_diversity": ms_ssim_diversity(group.slices),
+    }
+
+
+def copying_figures(near: Nearest, reference: Nearest) -> dict[str, float]:
+    """How near slices are to training slices, beside a reference."""
+    return {
+        "smallest_distance": near.distances.min().item(),
+        "median_distance": near.distances.median().item(),
+        "share_nearer_than_heldout": share_nearer(near.distances, reference.distances),
+        "statistic": copying_statistic(near, reference),
+    }
+
+
+# What a line of the table shows: section and name in evaluation.json, label, format, and which way is better.
+NETWORK_LINES = (
+    ("reconstructions", "ssim", "SSIM", ".3f", "higher is better, 1 at most"),
+    ("reconstructions", "ms_ssim", "MS-SSIM", ".3f", "higher is better, 1 at most"),
+    ("reconstructions", "psnr", "PSNR, dB", ".2f", "higher is better"),
+    ("reconstructions", "mse", "MSE", ".4f", "lower is better"),
+    ("reconstructions", "bits_per_pixel", "bits a pixel of the code grid", ".4f", "fixed by the network"),
+    ("codes", "used", "share of codes used", ".3f", "higher is better, 1 at most"),
+    ("codes", "perplexity", "perplexity of codes", ".0f", "higher is better, K at most"),
+    ("prior", "nats_per_code", "prior, nats a code", ".3f", "lower is better; far lower in training: overfitted"),
+    ("prior", "bits_per_code", "prior, bits a code", ".3f", "the same in bits"),
+    ("prior", "bits_per_slice", "prior, bits a slice", ".0f", "the same for the grid; should be below JPEG 2000"),
+    ("prior", "jpeg2000_bits_per_slice", "JPEG 2000, bits a slice", ".0f", "at the PSNR of the reconstructions"),
+)
+SAMPLE_LINES = (
+    ("samples", "two_sample_accuracy", "two-sample accuracy", ".3f", "0.5 is perfect, 1 the worst"),
+    ("samples", "two_sample_interval", "  95 % interval", ".2f", ""),
+    ("samples", "coverage", "coverage", ".3f", "higher is better, 1 at most"),
+    ("samples", "density", "density", ".3f", "the floor's is best"),
+    ("samples", "frechet_distance", "Frechet distance", ".1f", "lower is better"),
+    ("samples", "sliced_wasserstein", "sliced Wasserstein distance", ".3f", "lower is better"),
+    ("samples", "ms_ssim_diversity", "MS-SSIM diversity", ".3f", "the floor's is best"),
+    ("copying", "smallest_distance", "nearest training slice, smallest", ".3f", "0 is a copy"),
+    ("copying", "median_distance", "  median", ".3f", ""),
+    ("copying", "share_nearer_than_heldout", "share nearer than any held-out", ".3f", "near 0; copies bring it to 1"),
+    ("copying", "statistic", "copying statistic", ".1f", "around 0; copies bring it far below"),
+)
+COLUMNS = """
+samples        samples beside held-out slices
+decoder alone  reconstructions in their place (of training slices; for copying of held-out slices)
+prior alone    samples beside reconstructions of held-out slices; the column to judge copying by
+floor          training slices in their place (for copying half of the held-out cases beside the other half)
+"""
+
+
+def print_table(results: dict) -> None:
+    """A line a figure: of both networks on slices, then of samples."""
+    settings = results["settings"]
+    print(f"\n{settings['heldout_slices']} {settings['split']} slices (cases: {settings['heldout_cases']})")
+    print_lines(NETWORK_LINES, {settings["split"]: results, "training": results["training"]})
+    print(f"\n{settings['samples']} samples")
+    columns = {name.replace("_", " "): results[name] for name in ("decoder_alone", "prior_alone", "floor")}
+    print_lines(SAMPLE_LINES, {"samples": results} | columns)
+    print(COLUMNS)
+
+
+def print_lines(lines: Sequence[tuple], columns: dict[str, dict]) -> None:
+    """Lines of a table whose columns are parts of evaluation.json."""
+    print(f"{'':32}" + "".join(f"{title:>15}" for title in columns))
+    for section, name, label, form, better in lines:
+        values = (column[section].get(name, ()) for column in columns.values())
+        cells = ("-".join(f"{part:{form}}" for part in np.atleast_1d(value)) for value in values)
+        print(f"{label:32}" + "".join(f"{cell:>15}" for cell in cells) + f"   {better}".rstrip())
+
+
+def write_copying_figure(
+    path: Path, training: Slices, found: dict[str, tuple[Group, Nearest]], axis: int | None
+) -> None:
+    """Of each kind of slices the three nearest to a training slice, beside it and moved as they were compared."""
+    own, others, titles = [], [], []
+    for kind, (group, near) in found.items():
+        for i in near.distances.argsort()[:3].tolist():
+            index = near.indices[i].item()
+            training_slice = training.batch([index]).to(group.slices.device)
+            views = closest_views(group.slices[i : i + 1], training_slice, axis)[:2]
+            for pictures, view in zip((own, others), views):
+                pictures.append(view[0].cpu().numpy())
+            name = Path(training.names[index]).name.split(".")[0]
+            titles.append(f"{kind} {i}, distance {near.distances[i]:.3f}\nfrom {name}")
+    labels = ("sample or slice", "nearest\ntraining slice")
+    reconstructions_figure(path, np.stack(own), np.stack(others), titles, labels, limit=0.5)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line `python predict.py`."""
     options = parse_options(arguments)
@@ -194,7 +548,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         reconstruct(options, config, vqvae, device)
         return
     prior = load_weights(options.run / "prior.safetensors", GatedPixelCNN, PriorConfig).to(device)
-    sample(options, config, vqvae, prior, device)
+    (evaluate if options.evaluate else sample)(options, config, vqvae, prior, device)
 
 
 if __name__ == "__main__":

@@ -8,17 +8,18 @@ import signal
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from importlib import metadata, util
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import safetensors
 import safetensors.torch
 import torch
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import PercentFormatter
 from torch import nn
 
@@ -86,6 +87,12 @@ def autocast(device: torch.device) -> torch.autocast:
 def seed_update(seed: int, stage: str, update: int) -> None:
     """Seed PyTorch for one update, so that a resumed run draws what an unbroken one does, with no state kept."""
     torch.manual_seed(np.random.SeedSequence([seed, *stage.encode(), update]).generate_state(1, np.uint64).item())
+
+
+def left_right_axis(affine: np.ndarray) -> int | None:
+    """The axis of slices (N, 1, H, W) that runs from side to side: 2 in HipMRI's, none in sagittal slices."""
+    sides = [code in ("L", "R") for code in nib.aff2axcodes(affine)[:2]]
+    return 2 + sides.index(True) if any(sides) else None
 
 
 class StopSignals:
@@ -243,6 +250,7 @@ def tensorboard(path: Path, update: int):
 # ---------------------------------------------------------------- figures
 
 TRAIN, VALIDATE = "#9aa5b1", "#c2410c"
+COMPARED = {"samples": "#c2410c", "decoder alone": "#0f766e", "prior alone": "#b59f3b", "floor": "#9aa5b1"}
 
 
 def upright(slices: np.ndarray) -> np.ndarray:
@@ -325,8 +333,16 @@ def codebook_figure(path: Path, curves: dict, counts: np.ndarray) -> None:
     save_figure(figure, path)
 
 
-def reconstructions_figure(path: Path, slices: np.ndarray, reconstructions: np.ndarray, titles: Sequence[str]) -> None:
-    """Slices (n, H, W) in [-1, 1] above their reconstructions and the difference."""
+def reconstructions_figure(
+    path: Path,
+    slices: np.ndarray,
+    reconstructions: np.ndarray,
+    titles: Sequence[str],
+    labels: tuple[str, str] = ("slice", "reconstruction"),
+    limit: float = 0.2,
+) -> None:
+    """Slices (n, H, W) in [-1, 1] above their reconstructions, or what `labels` says, and the difference, up to `limit`
+    of the range."""
     height, width = upright(slices).shape[1:]
     figure = Figure(figsize=(2.4 * len(slices), 2.4 * 3 * height / width + 0.5), layout="constrained")
     rows = figure.subplots(3, len(slices), squeeze=False)
@@ -335,8 +351,8 @@ def reconstructions_figure(path: Path, slices: np.ndarray, reconstructions: np.n
         rows[0, column].imshow(upright(slices[column]), cmap="gray", vmin=-1, vmax=1)
         rows[1, column].imshow(upright(reconstructions[column]), cmap="gray", vmin=-1, vmax=1)
         difference = (reconstructions - slices)[column] / 2
-        shown = rows[2, column].imshow(upright(difference), cmap="RdBu_r", vmin=-0.2, vmax=0.2)
-    for row, label in zip(rows, ("slice", "reconstruction", "difference")):
+        shown = rows[2, column].imshow(upright(difference), cmap="RdBu_r", vmin=-limit, vmax=limit)
+    for row, label in zip(rows, (*labels, "difference")):
         row[0].set_ylabel(label, fontsize=9)
     for axes in rows.flat:
         axes.set(xticks=[], yticks=[])
@@ -345,6 +361,99 @@ def reconstructions_figure(path: Path, slices: np.ndarray, reconstructions: np.n
     bar.set_label("of the range", fontsize=8)
     bar.ax.tick_params(labelsize=8)
     save_figure(figure, path)
+
+
+# Figures of samples: name in evaluation.json, title, format, what is better.
+PANELS = (
+    ("two_sample_accuracy", "two-sample accuracy", ".2f", "0.5 is perfect, 1 the worst"),
+    ("coverage", "coverage", ".2f", "higher is better"),
+    ("density", "density", ".2f", "the floor's is best"),
+    ("frechet_distance", "Fréchet distance", ".1f", "lower is better"),
+    ("sliced_wasserstein", "sliced Wasserstein", ".3f", "lower is better"),
+    ("ms_ssim_diversity", "MS-SSIM diversity", ".2f", "the floor's is best"),
+)
+
+
+def evaluation_figure(
+    path: Path, results: dict, strips: dict[str, np.ndarray], distances: dict[str, np.ndarray], title: str
+) -> None:
+    """What an evaluation found, as in evaluation.json, from top to bottom: strips of slices (n, H, W), each under its
+    name; the figures of samples; distances (N,) from the nearest training slice, samples first; bits a slice."""
+    count, height, width = next(iter(strips.values())).shape
+    inches = len(strips) * 11.6 / count * width / height
+    figure = Figure(figsize=(12, inches + 5.2), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02)
+    figure.suptitle(title, fontsize=11, x=0.008, ha="left")
+    above, middle, below = figure.subfigures(3, 1, height_ratios=(inches, 2.1, 2.6), hspace=0.03)
+    draw_strips(above, strips)
+
+    parts = [results, *(results[name.replace(" ", "_")] for name in list(COMPARED)[1:])]
+    panels = middle.subplots(1, len(PANELS), sharey=True)
+    for axes, (name, panel, form, better) in zip(panels, PANELS):
+        values = dict(zip(COMPARED, [part["samples"][name] for part in parts]))
+        draw_bars(axes, values, COMPARED.values(), form, panel, better)
+        axes.axvline(values["floor"], color="black", linewidth=0.8, linestyle=":", zorder=0)
+    middle.supxlabel(
+        "samples: beside held-out slices  ·  decoder alone: reconstructions of training slices in their place  ·  "
+        "prior alone: samples beside reconstructions of held-out slices  ·  floor: training slices in their place",
+        fontsize=8,
+    )
+
+    left, right = below.subplots(1, 2, width_ratios=(2, 1))
+    copying = results["prior_alone"]["copying"]
+    nearer = f"{copying['share_nearer_than_heldout']:.1%} of samples nearer than any reconstruction"
+    draw_distances(left, distances, f"copying: statistic {copying['statistic']:+.1f} (copies: far below 0), {nearer}")
+    bits = {
+        "prior": results["prior"]["bits_per_slice"],
+        "JPEG 2000": results["prior"]["jpeg2000_bits_per_slice"],
+        "plain codes": results["reconstructions"]["bits_per_pixel"] * height * width,
+    }
+    colours = (COMPARED["samples"], COMPARED["floor"], COMPARED["floor"])
+    quality = f"bits a held-out slice at {results['reconstructions']['psnr']:.1f} dB"
+    draw_bars(right, bits, colours, ",.0f", quality, "fewer are better")
+    save_figure(figure, path)
+
+
+def draw_strips(figure: SubFigure, strips: dict[str, np.ndarray]) -> None:
+    """Rows of slices (n, H, W) in [-1, 1] with their names."""
+    columns = len(next(iter(strips.values())))
+    for row, (label, slices) in zip(figure.subplots(len(strips), columns, squeeze=False), strips.items()):
+        row[0].set_ylabel(label, fontsize=9)
+        for axes, picture in zip(row, upright(slices)):
+            axes.imshow(picture, cmap="gray", vmin=-1, vmax=1)
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+
+
+def draw_bars(axes: Axes, values: dict[str, float], colours: Iterable[str], form: str, title: str, better: str) -> None:
+    """Named values as bars from top to bottom, each with its number."""
+    bars = axes.barh(list(values), list(values.values()), color=list(colours), height=0.7)
+    for label in axes.bar_label(bars, [f"{value:{form}}" for value in values.values()], padding=3, fontsize=8):
+        label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.5})
+    axes.set_ylim(len(values) - 0.5, -0.5)
+    axes.set_xlim(0, 1.3 * max(values.values()) or 1)
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.set_xlabel(better, fontsize=8, loc="left")
+    axes.set_xticks([])
+    axes.tick_params(left=False, labelsize=9)
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
+
+
+def draw_distances(axes: Axes, distances: dict[str, np.ndarray], title: str) -> None:
+    """Histograms of distances from the nearest training slice, on the same bins."""
+    every = np.concatenate(list(distances.values()))
+    bins = np.linspace(every.min(), every.max() + 1e-6, 41)
+    for (label, values), colour in zip(distances.items(), (COMPARED["samples"], COMPARED["decoder alone"], "black")):
+        share = np.full(len(values), 1 / len(values))
+        axes.hist(values, bins, weights=share, color=colour, alpha=0.25)
+        axes.hist(values, bins, weights=share, color=colour, histtype="step", linewidth=1.4, label=label)
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.set_xlabel("distance from the nearest training slice, root mean square of slices in [-1, 1]", fontsize=8)
+    axes.set_ylabel("share of slices", fontsize=8)
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
 
 
 def samples_figure(path: Path, slices: np.ndarray, title: str, columns: int = 8) -> None:

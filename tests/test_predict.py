@@ -1,6 +1,10 @@
-"""Sampling and reconstructing with a tiny trained run: what is written, and what it depends on."""
+"""Sampling, reconstructing and evaluating with a tiny trained run: what is written, and what it depends on."""
 
+import contextlib
 import csv
+import io
+import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -11,6 +15,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 
+import metrics
 import predict
 from metrics import reconstruction_metrics
 from utils import RunError, read_config
@@ -286,6 +291,248 @@ def test_the_slices_that_are_reconstructed_are_never_removed(call, trained, tmp_
     except RunError as error:
         assert "--out" in str(error)
     assert source.read_bytes() == before
+
+
+# ---------------------------------------------------------------- evaluation
+
+OF_SAMPLES = {
+    "two_sample_accuracy",
+    "two_sample_interval",
+    "coverage",
+    "density",
+    "frechet_distance",
+    "sliced_wasserstein",
+    "sliced_wasserstein_levels",
+    "ms_ssim_diversity",
+}
+OF_COPYING = {"smallest_distance", "median_distance", "share_nearer_than_heldout", "statistic"}
+
+
+@pytest.fixture(scope="module")
+def quick():
+    """Fewer patches, pairs and updates of the classifier: what they are good for is tested with the metrics."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "PATCHES", 256)
+        patch.setattr(metrics, "PAIRS", 10)
+        patch.setattr(metrics, "CLASSIFIER_UPDATES", 2)
+        yield
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory, trained, quick):
+    """The folder of figures, evaluation.json and the printed lines of one evaluation of a copy of the run."""
+
+    def evaluate(draw=False, **options):
+        folder = tmp_path_factory.mktemp("evaluated")
+        shutil.copytree(trained.run, folder / "run")
+        given = {"run": folder / "run", "images": folder / "images", "device": "cpu"} | options
+        with contextlib.redirect_stdout(io.StringIO()) as printed, pytest.MonkeyPatch.context() as patch:
+            for figure in ("evaluation_figure", "write_copying_figure"):
+                if not draw:  # half of the time
+                    patch.setattr(predict, figure, lambda *given: None)
+            predict.main(["--evaluate", *arguments(**given)])
+        return folder / "images", json.loads((folder / "run" / "evaluation.json").read_text()), printed.getvalue()
+
+    return evaluate
+
+
+@pytest.fixture(scope="module")
+def evaluation(evaluated):
+    return evaluated(draw=True, num=6)
+
+
+def numbers_of(value):
+    """All numbers of a nested dict."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [number for part in value for number in numbers_of(part)] if isinstance(value, list) else [value]
+
+
+def test_an_evaluation_has_all_figures(evaluation):
+    _, results, _ = evaluation
+    assert results["settings"] == {
+        "split": "test",
+        "heldout_slices": 4,
+        "heldout_cases": 1,
+        "training_slices": 12,
+        "samples": 6,
+        "seed": 0,
+        "temperature": 1.0,
+        "top_p": 1.0,
+    }
+    for part in (results, results["training"]):
+        assert part["reconstructions"].keys() == {"ssim", "ms_ssim", "psnr", "mse", "bits_per_pixel"}
+        assert part["codes"].keys() == {"used", "perplexity"}
+        assert part["prior"].keys() - {"jpeg2000_bits_per_slice"} == {
+            "nats_per_code",
+            "bits_per_code",
+            "bits_per_slice",
+        }
+    for part in (results, results["decoder_alone"], results["prior_alone"], results["floor"]):
+        assert part["samples"].keys() == OF_SAMPLES
+        assert part["copying"].keys() == OF_COPYING
+        low, high = part["samples"]["two_sample_interval"]
+        assert 0 <= low <= part["samples"]["two_sample_accuracy"] <= high <= 1
+    assert all(math.isfinite(number) for number in numbers_of({**results, "settings": {}}))
+    assert results["reconstructions"]["bits_per_pixel"] == 4 / 16  # 16 codes for 4x4 pixels
+    prior = results["prior"]
+    assert prior["bits_per_code"] == pytest.approx(prior["nats_per_code"] / math.log(2))
+    assert prior["bits_per_slice"] == pytest.approx(prior["bits_per_code"] * 16 * 8)
+    levels = results["samples"]["sliced_wasserstein_levels"]
+    assert levels.keys() == {"64x32", "32x16"}
+    assert results["samples"]["sliced_wasserstein"] == pytest.approx(sum(levels.values()) / 2)
+
+
+def test_the_table_says_what_the_file_says(evaluation):
+    _, results, printed = evaluation
+    lines = {line[:32].strip(): line[32:].split() for line in printed.splitlines()}
+    assert lines["SSIM"][:2] == [f"{part['reconstructions']['ssim']:.3f}" for part in (results, results["training"])]
+    parts = [results, results["decoder_alone"], results["prior_alone"], results["floor"]]
+    assert lines["coverage"][:4] == [f"{part['samples']['coverage']:.3f}" for part in parts]
+    assert lines["copying statistic"][:4] == [f"{part['copying']['statistic']:.1f}" for part in parts]
+    interval = results["floor"]["samples"]["two_sample_interval"]
+    assert lines["95 % interval"][3] == "-".join(f"{end:.2f}" for end in interval)
+
+
+def test_the_figures_of_an_evaluation(evaluation):
+    images, _, _ = evaluation
+    assert sorted(path.name for path in images.iterdir()) == ["copying.png", "evaluation.png"]
+    assert imread(images / "evaluation.png").shape[1] == 1440
+    assert imread(images / "copying.png").shape[1] == pytest.approx(6 * 2.4 * 120, rel=0.05)
+
+
+def test_reconstructions_are_those_of_reconstruct(evaluation, call, trained, capsys):
+    """The same figures once more, but for the 256 levels that reconstructions are rounded to here."""
+    _, results, _ = evaluation
+    call("out", reconstruct=[trained.data / "keras_slices_test"])
+    ssim, psnr = map(float, re.search(r"SSIM (-?[0-9.]+), PSNR (-?[0-9.]+) dB", capsys.readouterr().out).groups())
+    assert results["reconstructions"]["ssim"] == pytest.approx(ssim, abs=2e-3)
+    assert results["reconstructions"]["psnr"] == pytest.approx(psnr, abs=0.02)
+
+
+def test_validation_slices_of_data_that_have_moved(evaluated, trained, tmp_path, monkeypatch):
+    """The prior's loss is the best of training, whose weights were kept, but for its bfloat16; by default there are as
+    many samples as held-out slices."""
+    lines = map(json.loads, (trained.run / "metrics.jsonl").read_text().splitlines())
+    logged = [line["nats_per_code"] for line in lines if (line["stage"], line["split"]) == ("prior", "validate")]
+    shutil.copytree(trained.data, tmp_path / "moved")
+    monkeypatch.setattr(predict, "DEFAULT_NUM", 1)
+    _, results, _ = evaluated(split="validate", data=tmp_path / "moved")
+    assert (results["settings"]["split"], results["settings"]["samples"]) == ("validate", 4)
+    assert results["prior"]["nats_per_code"] == pytest.approx(min(logged), rel=0.01)
+
+
+def test_an_evaluation_is_the_same_at_every_batch_size(evaluation, evaluated):
+    _, results, _ = evaluated(num=6, batch_size=4)
+    for part, other in ((results, evaluation[1]), (results["floor"], evaluation[1]["floor"])):
+        assert part["samples"]["sliced_wasserstein"] == pytest.approx(other["samples"]["sliced_wasserstein"], rel=1e-3)
+        assert part["copying"]["median_distance"] == pytest.approx(other["copying"]["median_distance"], rel=1e-3)
+    assert results["prior"]["nats_per_code"] == pytest.approx(evaluation[1]["prior"]["nats_per_code"], rel=1e-4)
+
+
+def test_temperature_and_seed_reach_an_evaluation(evaluated, evaluation, monkeypatch):
+    monkeypatch.setattr(predict, "DEFAULT_NUM", 5)  # where held-out slices are fewer
+    _, results, _ = evaluated(temperature=1e-6, seed=7)
+    assert results["settings"] | {"seed": 7, "temperature": 1e-6, "samples": 5} == results["settings"]
+    assert results["samples"]["ms_ssim_diversity"] < evaluation[1]["samples"]["ms_ssim_diversity"]
+
+
+def test_copies_are_found_out(evaluated, trained, monkeypatch):
+    """A model whose samples are training slices, mirrored and moved."""
+    data = predict.load_dataset(str(trained.data), (64, 32), (4, 4), 0)
+    copies = data.train.batch(range(6)).roll((3, -2), (2, 3)).flip(2)
+
+    def draw_samples(options, config, vqvae, prior, count, device):
+        return predict.Samples(copies, torch.zeros(6, 16, 8, dtype=torch.int64), torch.linspace(0, 1, 6), (1.0, 1.0))
+
+    monkeypatch.setattr(predict, "draw_samples", draw_samples)
+    _, results, _ = evaluated(num=6)
+    assert results["copying"]["median_distance"] == 0
+    for part in (results, results["prior_alone"]):
+        assert part["copying"]["share_nearer_than_heldout"] == 1
+        assert part["copying"]["statistic"] < -2
+    assert results["floor"]["copying"]["smallest_distance"] > 0
+
+
+def test_each_column_compares_what_it_says(evaluated, trained, monkeypatch):
+    """What reaches the two-sample test and the copying statistic, told by the mean of each slice."""
+    compared, copying = [], []
+
+    def means(slices):
+        return slices.mean((1, 2, 3)).tolist()
+
+    def two_sample_test(slices, cases, reference, reference_cases):
+        assert (len(slices), len(reference)) == (len(cases), len(reference_cases))
+        compared.append((means(slices), means(reference)))
+        return 1, 2
+
+    def nearest(slices, training, count, axis):
+        assert (count, axis) == (12, 2)
+        return metrics.Nearest(slices.mean((1, 2, 3)), torch.zeros(len(slices)).long(), torch.zeros(len(slices)).long())
+
+    def copying_statistic(near, reference):
+        copying.append((near.distances.tolist(), reference.distances.tolist()))
+        return 0.0
+
+    for replaced in (two_sample_test, nearest, copying_statistic):
+        monkeypatch.setattr(predict, replaced.__name__, replaced)
+    evaluated(num=12)  # as many as training slices
+    data = predict.load_dataset(str(trained.data), (64, 32), (4, 4), 0)
+    vqvae = predict.load_weights(trained.run / "vqvae.safetensors", predict.VQVAE, predict.VQVAEConfig)
+    real, training = data.test.batch(range(4)), data.train.batch(range(12))
+    decoded, decoded_training = (metrics.quantise(vqvae.decode(vqvae.encode(slices))) for slices in (real, training))
+    samples = compared[0][0]
+    assert len(samples) == 12
+    expected = [(samples, means(real)), (means(decoded_training), means(real))]
+    expected += [(samples, means(decoded)), (means(training), means(real))]
+    np.testing.assert_allclose(sum(sum(compared, ()), []), sum(sum(expected, ()), []), atol=1e-5)
+    halves = (means(real[[0, 2]]), means(real[[1, 3]]))
+    expected = [(samples, means(real)), (means(decoded), means(real)), (samples, means(decoded)), halves]
+    np.testing.assert_allclose(sum(sum(copying, ()), []), sum(sum(expected, ()), []), atol=1e-5)
+
+
+def test_other_data_are_refused(trained, tmp_path, complaint):
+    """Copying measured against other slices than those of training would say nothing."""
+    other = tmp_path / "other"
+    shutil.copytree(trained.data, other)
+    next((other / "keras_slices_train").iterdir()).unlink()
+    given = {"run": trained.run, "images": tmp_path / "images", "data": other}
+    error = complaint("predict.py", ["--evaluate", *arguments(**given)])
+    assert f"{other} does not hold the data" in error
+    assert "--data" in error
+    assert not (trained.run / "evaluation.json").exists()
+
+
+def test_data_that_are_not_there_are_said(trained, tmp_path, complaint):
+    run = tmp_path / "run"
+    shutil.copytree(trained.run, run)
+    config = read_config(run)
+    config["options"]["data"] = "gone"
+    (run / "config.json").write_text(json.dumps(config))
+    error = complaint("predict.py", ["--evaluate", *arguments(run=run, images=tmp_path / "images")])
+    assert "are not in gone: say where they are with --data" in error
+
+
+@pytest.mark.parametrize(
+    ("given", "part"),
+    [
+        ({"num": 3}, "--evaluate needs --num 4 at least"),
+        ({"position": 0.5}, "held-out slices are of every height"),
+        ({"split": "train"}, "argument --split: invalid choice: 'train'"),
+        ({"reconstruct": ["a"]}, "argument --reconstruct: not allowed with argument --evaluate"),
+        ({"data": "nowhere"}, "nowhere"),
+    ],
+)
+def test_a_mistake_in_an_evaluation_is_one_line(trained, tmp_path, monkeypatch, complaint, given, part):
+    monkeypatch.chdir(tmp_path)
+    assert part in complaint("predict.py", ["--evaluate", *arguments(**{"run": trained.run} | given)])
+    assert not (trained.run / "evaluation.json").exists()
+
+
+def test_a_split_without_slices_is_refused(evaluated, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(predict, "FEWEST", 5)
+    with pytest.raises(RunError, match="fewer than 5 training or test slices: choose another --split"):
+        evaluated(num=6)
 
 
 # ---------------------------------------------------------------- mistakes

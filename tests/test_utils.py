@@ -13,6 +13,7 @@ import safetensors
 import torch
 from matplotlib.figure import Figure
 from matplotlib.image import imread
+from matplotlib.patches import Rectangle
 from torch import nn
 
 import utils
@@ -571,3 +572,68 @@ def test_reconstructions_figure(tmp_path):
     np.testing.assert_allclose(middle[len(middle) // 2, left + step : right - step], 1, atol=0.02)
     red = lower[len(lower) // 2, left + step : right - step]
     assert (red[:, 0] > red[:, 2] + 0.2).all()
+
+
+# ---------------------------------------------------------------- figures of an evaluation
+
+
+def evaluated(**samples):
+    """What evaluation.json holds, as far as it is drawn."""
+    names = (
+        "two_sample_accuracy",
+        "coverage",
+        "density",
+        "frechet_distance",
+        "sliced_wasserstein",
+        "ms_ssim_diversity",
+    )
+    part = {
+        "samples": dict.fromkeys(names, 0.5) | samples,
+        "copying": {"statistic": -3.2, "share_nearer_than_heldout": 0.1},
+    }
+    return {
+        **part,
+        "decoder_alone": part,
+        "prior_alone": part,
+        "floor": part,
+        "prior": {"bits_per_slice": 900.0, "jpeg2000_bits_per_slice": 1200.0},
+        "reconstructions": {"bits_per_pixel": 0.5625, "psnr": 24.0},
+    }
+
+
+@pytest.mark.parametrize("coverage", [0.5, 0.0])
+def test_evaluation_figure(tmp_path, coverage):
+    strips = {"slices": np.stack([marked_slice(64, 32, 0.0, 1.0)] * 4), "samples": np.full((4, 64, 32), 0.5)}
+    distances = {name: np.random.default_rng(0).random(20) for name in ("samples", "reconstructions", "slices")}
+    path = tmp_path / "new" / "evaluation.png"
+    utils.evaluation_figure(path, evaluated(coverage=coverage), strips, distances, "a title")
+    read_png(path, 1440, (2 * 11.6 / 4 / 2 + 5.2) * 120)
+
+
+def test_bars_stand_in_order_with_their_numbers():
+    axes = Figure().subplots()
+    utils.draw_bars(axes, {"one": 0.25, "other": 2.0}, ("black", "red"), ".1f", "a title", "lower is better")
+    assert [bar.get_width() for bar in axes.patches] == [0.25, 2.0]
+    assert [text.get_text() for text in axes.texts] == ["0.2", "2.0"]
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["one", "other"]
+    assert axes.get_ylim()[0] > axes.get_ylim()[1]  # the first on top
+    assert axes.get_xlim()[0] == 0
+
+
+def test_histograms_of_distances_are_shares_on_the_same_bins():
+    axes = Figure().subplots()
+    distances = {"samples": np.array([0.1, 0.2, 0.2, 0.9]), "slices": np.array([0.5, 0.5])}
+    utils.draw_distances(axes, distances, "a title")
+    outlines = [patch.get_xy() for patch in axes.patches if not isinstance(patch, Rectangle)]
+    assert [outline[:, 1].max() for outline in outlines] == pytest.approx([0.5, 1.0])
+    assert outlines[0][:, 0].tolist() == pytest.approx(outlines[1][:, 0].tolist())
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["samples", "slices"]
+
+
+@pytest.mark.parametrize(("columns", "axis"), [("xyz", 2), ("yxz", 3), ("zyx", None)])
+def test_left_right_axis(columns, axis):
+    """The first axis of a slice is axis 2 of a batch; where none of both runs from side to side there is none."""
+    affine = np.eye(4)
+    affine[:3, :3] = np.eye(3)[:, ["xyz".index(column) for column in columns]]
+    affine[:3, :3] *= -2.5
+    assert utils.left_right_axis(affine) == axis
