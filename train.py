@@ -14,7 +14,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -34,6 +33,7 @@ from utils import (
     autocast,
     codebook_figure,
     fail,
+    left_right_axis,
     load_weights,
     number,
     pick_device,
@@ -269,12 +269,6 @@ class Feed:
         if self.options.augmentation:
             slices = vary(slices, variation)
         return slices.contiguous(memory_format=torch.channels_last), self.positions[indices], variation
-
-
-def left_right_axis(affine: np.ndarray) -> int | None:
-    """The axis of slices (N, 1, H, W) that runs from side to side: 2 in HipMRI's, none in sagittal slices."""
-    sides = [code in ("L", "R") for code in nib.aff2axcodes(affine)[:2]]
-    return 2 + sides.index(True) if any(sides) else None
 
 
 def mirror(slices: Tensor, axis: int | None) -> Tensor:

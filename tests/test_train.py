@@ -262,18 +262,6 @@ def test_describe_positions():
     assert train.describe_positions(np.array([np.nan, np.nan])) == {"quantiles": [], "unknown": 1}
 
 
-@pytest.mark.parametrize(("diagonal", "axis"), [((-1.6, -1.6, 3, 1), 2), ((0.8, 0.8, 3, 1), 2), ((1, 1, 1, 1), 2)])
-def test_rows_run_from_side_to_side(diagonal, axis):
-    assert train.left_right_axis(np.diag(diagonal)) == axis
-
-
-def test_columns_or_nothing_may_run_from_side_to_side():
-    turned = np.eye(4)[[1, 0, 2, 3]]  # the first axis of slices runs front to back, the second side to side
-    assert train.left_right_axis(turned) == 3
-    sagittal = np.eye(4)[[2, 0, 1, 3]]  # front to back, up and down
-    assert train.left_right_axis(sagittal) is None
-
-
 def test_mirror_turns_about_half_of_the_slices_round():
     """200 tosses: outside 60 to 140 once in 1e8 seeds, and this one is fixed."""
     torch.manual_seed(0)
