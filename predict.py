@@ -101,7 +101,12 @@ def parse_options(arguments: Sequence[str] | None):
         metavar="P",
         help="height of the slices in their volume, 0 (lowest) to 1 (default: as often as in the training data)",
     )
-    parser.add_argument("--batch-size", type=whole, default=32, metavar="N", help="slices at a time (default: 32)")
+    parser.add_argument(
+        "--batch-size",
+        type=whole,
+        metavar="N",
+        help="slices at a time (default: 32, on a GPU 512): more take more memory",
+    )
     parser.add_argument(
         "--seed", type=number(int, 0, 2**32 - 1), default=0, help="of the samples; sample n is fixed by it (default: 0)"
     )
@@ -541,6 +546,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line `python predict.py`."""
     options = parse_options(arguments)
     device = pick_device(options.device)
+    options.batch_size = options.batch_size or (512 if device.type == "cuda" else 32)
     torch.backends.cudnn.allow_tf32 = False  # on a GPU, too coarse for a sample to be the same at every batch size
     config = read_config(options.run)
     vqvae = load_weights(options.run / "vqvae.safetensors", VQVAE, VQVAEConfig).to(device)
