@@ -57,20 +57,21 @@ SMALLEST_SIDE = 8  # pixels; SSIM's window needs 6
 @dataclass(frozen=True)
 class Preset:
     """What --preset chooses: the networks' shapes (the grid follows the slice size), the phantom's slice size where
-    --slice-size does not give one, updates, and peak learning rates."""
+    --slice-size does not give one, updates, the strength of augmentation, and peak learning rates."""
 
     vqvae: VQVAEConfig
     prior: PriorConfig
     phantom_size: tuple[int, int]
     updates: int
     prior_updates: int
+    augmentation: float
     learning_rate: float = 1e-3
     prior_learning_rate: float = 3e-3
 
 
 PRESETS = {
-    "full": Preset(VQVAEConfig(), PriorConfig(), (256, 128), updates=5000, prior_updates=5000),
-    "demo": Preset(VQVAEConfig(), PriorConfig(cycles=1), (128, 64), updates=1000, prior_updates=400),
+    "full": Preset(VQVAEConfig(), PriorConfig(), (256, 128), updates=5000, prior_updates=5000, augmentation=1.0),
+    "demo": Preset(VQVAEConfig(), PriorConfig(cycles=1), (128, 64), updates=1000, prior_updates=400, augmentation=0.0),
 }
 
 
@@ -102,9 +103,8 @@ def parse_options(arguments: Sequence[str] | None):
     parser.add_argument(
         "--augmentation",
         type=number(float, 0, 4),
-        default=1.0,
         metavar="S",
-        help="strength with which training slices are turned, stretched, shifted, changed in contrast (default: 1)",
+        help="how much training slices are turned, stretched, shifted, changed in contrast (default: full 1, demo 0)",
     )
     parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of all randomness (default: 0)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
@@ -112,6 +112,7 @@ def parse_options(arguments: Sequence[str] | None):
     preset = PRESETS[options.preset]
     options.updates = options.updates or preset.updates
     options.prior_updates = options.prior_updates or preset.prior_updates
+    options.augmentation = preset.augmentation if options.augmentation is None else options.augmentation
     return options
 
 

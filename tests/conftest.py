@@ -38,7 +38,9 @@ def slices_folder(tmp_path_factory):
 def tiny_preset(tmp_path_factory):
     """--preset tiny: 12 updates and 9, with networks so small that a training takes a second."""
     with pytest.MonkeyPatch.context() as patch:
-        tiny = replace(train.PRESETS["demo"], vqvae=VQVAE_TINY, prior=PRIOR_TINY, updates=12, prior_updates=9)
+        tiny = replace(
+            train.PRESETS["demo"], vqvae=VQVAE_TINY, prior=PRIOR_TINY, updates=12, prior_updates=9, augmentation=1.0
+        )
         patch.setitem(train.PRESETS, "tiny", tiny)
         patch.setattr(train, "KMEANS_SLICES", 16)
         patch.setattr(train, "LOG_LINES", 5)  # so that a line is a mean over several updates
