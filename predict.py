@@ -291,8 +291,8 @@ def evaluate(options, config: dict, vqvae: VQVAE, prior: GatedPixelCNN, device: 
                    For copying half of the held-out cases beside the other half.
     """
     started = time.perf_counter()
-    make_folder(options.images)
     data = training_data(options, config, vqvae)
+    make_folder(options.images)  # now, not after minutes
     held_out = getattr(data, options.split)
     count = options.num or max(DEFAULT_NUM, len(held_out))
     drawn = draw_samples(options, config, vqvae, prior, count, device)

@@ -527,6 +527,7 @@ def test_a_mistake_in_an_evaluation_is_one_line(trained, tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     assert part in complaint("predict.py", ["--evaluate", *arguments(**{"run": trained.run} | given)])
     assert not (trained.run / "evaluation.json").exists()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_split_without_slices_is_refused(evaluated, trained, tmp_path, monkeypatch):
