@@ -3,23 +3,31 @@ time, keeps the result in an on-disk cache and hands out batches."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import math
 import os
 import re
 import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import combinations
+from itertools import combinations, islice
 from pathlib import Path
 from shutil import rmtree
 from stat import S_ISREG
-from typing import NamedTuple
+from threading import Lock
+from typing import BinaryIO, NamedTuple
+
+try:
+    import fcntl
+except ImportError:  # Windows: what killed first passes leave in the cache stays there
+    fcntl = None
 
 import nibabel
 import numpy as np
@@ -29,13 +37,25 @@ from tqdm import tqdm
 
 import phantom
 
-CACHE_FORMAT = 1  # raise it when the same files would give other pixels or another index
+CACHE_FORMAT = 2  # raise it when the same files would give other pixels or another index
 PERCENTILE = 99.5  # of a volume's pixels: the value that maps to +1; the few brighter ones are vessels
-MAX_SIDE = 4096  # pixels; in-plane MR matrices end near 1024, so a longer side is a broken header
+
+# What a file may claim. Anyone may have written it: a limit keeps memory, time or later arithmetic in bounds.
+MAX_SIDE = 2048  # pixels; in-plane MR matrices end near 1024, so a longer side is a broken header
 MAX_OFFSET = 1 << 24  # bytes before the pixels; header extensions are kilobytes
+MAX_DISTANCE = 1e9  # of an affine: a kilometre in micrometres; squares of it still fit float32
+MIN_DISTANCE = 1e-6  # of an affine: a nanometre in millimetres
+MAX_VOLUME = 1 << 28  # pixels that are scaled together, 1 GiB as float32; HipMRI's volumes have 5 million
+MAX_FILES = 1_000_000  # slices of a folder: HipMRI has 12,660; records of a million take a gigabyte
+MAX_FOLDERS = 100_000  # below the data folder: where there are more, a link leads out of it, to / perhaps
+MAX_MEMBERS = 1024  # gzip members of a file; block-wise writers (bgzip) put 64 KiB into each
 DEFLATE_RATIO = 1032  # no deflate stream expands by more
 HEADER_BYTES = 540  # the longer of the NIfTI-1 (348) and NIfTI-2 headers
-PEEK_BYTES = 4096  # of a file, enough to unzip its header
+PEEK_BYTES = 4096  # of a file, nearly always enough to unzip its header
+READ_BYTES = 1 << 18  # of a zipped file at a time, more than most slices have
+LARGE_BYTES = 1 << 23  # of a slice: larger ones are read one after the other, so that threads do not add up
+THREADS = 6  # that read files: more would wait for each other, and each keeps the memory of its largest slice
+INDEX_BYTES = 64  # of the cache's index: more than a slice takes
 
 SPLITS = ("train", "validate", "test")
 SPLIT_OF = {"train": "train", "validate": "validate", "validation": "validate", "val": "validate", "test": "test"}
@@ -43,7 +63,10 @@ SLICE_NAME = re.compile(r"(case_[0-9]+)(?:_week_([0-9]+))?(?:_slice_([0-9]+))?",
 
 
 class DataError(Exception):
-    """Data that cannot be used; the message says which and why, and is meant for the user."""
+    """Data that cannot be used; the message says which and why, on one line that is safe to print, for the user."""
+
+    def __init__(self, message: str):
+        super().__init__(_printable(message))
 
 
 @dataclass(frozen=True)
@@ -78,7 +101,8 @@ class Dataset:
     slice_size: tuple[int, int]
     affine: np.ndarray  # (4, 4): the training slices' most common voxel grid, after crop or pad
     scale: float  # median of the training volumes' scales
-    fingerprint: str  # sha256 of splits, names and pixels, wherever the folder lies
+    files: dict[str, str]  # of all splits: the slice's name to a checksum of its file's unzipped content
+    fingerprint: str  # sha256 of the slice size, splits and `files`, wherever the folder lies
     notices: list[str]  # lines to show the user
 
 
@@ -110,7 +134,18 @@ class _Decoded(NamedTuple):
     affine: np.ndarray
     shape: tuple[int, int]  # in the file, before crop or pad
     constant: bool
-    crc: int  # of the slice's uint8 pixels
+    checksum: str  # of the file's content
+
+
+class _Index(NamedTuple):
+    """What the cache keeps beside the pixels."""
+
+    slice_size: tuple[int, int]
+    scales: list[float]  # of each slice
+    checksums: list[str]
+    affine: list[list[float]]
+    scale: float
+    notices: list[str]
 
 
 def load_dataset(
@@ -125,7 +160,7 @@ def load_dataset(
     `data` is "phantom" (drawn at `slice_size`, 256x128 without one, and kept in the cache; a folder of that name
     is "./phantom") or a folder. `slice_size` (H, W) has to be a multiple of `multiple`; without it, the training
     files' most common size is rounded to one. `seed` decides the splits where folders do not.
-    Raises DataError for a folder, file or slice size that cannot be used."""
+    Raises DataError for a folder, file or slice size that cannot be used, and for a cache that cannot be written."""
     if slice_size:
         _check_slice_size(slice_size, multiple)
     if data != "phantom":
@@ -134,23 +169,16 @@ def load_dataset(
     # The phantom's source names its folder, so that a changed phantom is written anew.
     version = hashlib.sha256(Path(phantom.__file__).read_bytes()).hexdigest()[:16]
     folder = _cache_folder() / f"phantom-{size[0]}x{size[1]}-{version}"
-    with ExitStack() as stack:
-        if not folder.is_dir():
-            try:
-                temporary = stack.enter_context(_temporary_in(folder.parent))
-            except OSError:  # no cache: the slices end up in memory, and the files are needed only until then
-                temporary = stack.enter_context(tempfile.TemporaryDirectory())
-                folder = Path(temporary, "phantom")
-            new = Path(temporary, "new")
-            try:
-                new.mkdir()
+    if not folder.is_dir():
+        try:
+            with _new_entry(folder) as new:
                 phantom.write_phantom(new, size=tuple(size), workers=workers)
-                _publish(new, folder)
-            except OSError as problem:
-                raise DataError(f"the phantom cannot be written: {problem}") from problem
-            except ValueError as problem:
-                raise DataError(f"no phantom of {size[0]}x{size[1]}: {problem}") from None
+        except ValueError as problem:
+            raise DataError(f"no phantom of {size[0]}x{size[1]}: {problem}") from None
+    try:
         return _load_folder(folder, slice_size, multiple, seed, workers)
+    except DataError as problem:
+        raise DataError(f"{problem} (the phantom is kept in {folder}: delete it to have it drawn anew)") from problem
 
 
 def read_slices(paths: Sequence[Path], slice_size: tuple[int, int]) -> tuple[Slices, list[np.ndarray]]:
@@ -160,16 +188,16 @@ def read_slices(paths: Sequence[Path], slice_size: tuple[int, int]) -> tuple[Sli
     Raises DataError for a path or file that cannot be used, or when there is none."""
     files: list[_File] = []
     for path in map(Path, paths):
-        if path.is_dir():
+        if os.path.isdir(path):
             files += [file._replace(name=(path / file.name).as_posix()) for file in _list_files(path)]
-        elif path.exists() and not _is_slice(path.name):
+        elif os.path.exists(path) and not _is_slice(path.name):
             raise DataError(f"{path} is not a .nii or .nii.gz slice (label maps, seg_*, are not read)")
         else:
             files += _describe([(str(path), path.as_posix())])
     if not files:
         raise DataError(f"no .nii or .nii.gz slices in {', '.join(map(str, paths))}")
     pixels = np.zeros((len(files), *slice_size), np.uint8)
-    decoded = _decode(files, pixels, None)
+    decoded = _decode(files, slice_size, pixels.__setitem__, None)
     scales = np.array([one.scale for one in decoded], np.float32)
     slices = Slices(pixels, [file.name for file in files], _positions(files), scales)
     return slices, [one.affine for one in decoded]
@@ -196,17 +224,31 @@ def unscale(slices: np.ndarray | torch.Tensor, scale: float | np.ndarray) -> np.
     return (np.asarray(slices, np.float32) + 1) * np.float32(0.5) * np.asarray(scale, np.float32)
 
 
+def changed_files(before: dict[str, str], now: dict[str, str]) -> list[str]:
+    """Says how the `files` of one Dataset differ from those of an earlier one, or gives [] where they do not.
+
+    One item each, for as many as apply: "2 added (a.nii, b.nii)", "1 removed (c.nii)", "5 altered (d.nii, e.nii,
+    f.nii and 2 more)"."""
+    changes = {
+        "added": now.keys() - before.keys(),
+        "removed": before.keys() - now.keys(),
+        "altered": {name for name in before.keys() & now.keys() if before[name] != now[name]},
+    }
+    named = {how: _list_first(sorted(names), 3) for how, names in changes.items()}
+    return [_printable(f"{len(names)} {how} ({named[how]})") for how, names in changes.items() if names]
+
+
 # Splits
 
 
 def _load_folder(
     folder: Path, slice_size: tuple[int, int] | None, multiple: tuple[int, int], seed: int, workers: int | None
 ) -> Dataset:
-    if not folder.exists():
+    if not os.path.exists(folder):
         raise DataError(f"no such folder: {folder}")
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise DataError(f"{folder} is a file: give the folder that holds the slices")
-    if (folder / "keras_slices_data").is_dir():
+    if os.path.isdir(folder / "keras_slices_data"):
         folder = folder / "keras_slices_data"
     found = _list_files(folder)
     if not found:
@@ -223,16 +265,19 @@ def _load_folder(
         size = tuple(slice_size or _common_size(splits["train"], multiple, workers))
         opened = _fill_cache(cached, files, owners, size, workers)
     pixels, index = opened
-    positions, scales = _positions(files), np.array(index["scales"], np.float32)
+    positions, scales = _positions(files), np.array(index.scales, np.float32)
+    checksums = {file.name: checksum for file, checksum in zip(files, index.checksums)}
+    content = json.dumps([index.slice_size, owners, checksums])
     ends = np.cumsum([0] + [len(splits[split]) for split in SPLITS])
     parts = [slice(*ends[number : number + 2]) for number in range(3)]
     return Dataset(
         *(Slices(pixels[p], [file.name for file in files[p]], positions[p], scales[p]) for p in parts),
-        slice_size=tuple(pixels.shape[1:]),
-        affine=np.array(index["affine"]),
-        scale=index["scale"],
-        fingerprint=index["fingerprint"],
-        notices=notices + index["notices"],
+        slice_size=index.slice_size,
+        affine=np.array(index.affine),
+        scale=index.scale,
+        files=checksums,
+        fingerprint=hashlib.sha256(content.encode()).hexdigest(),
+        notices=[_printable(notice) for notice in notices + index.notices],
     )
 
 
@@ -255,7 +300,7 @@ def _find_splits(files: list[_File], folder: Path, seed: int) -> tuple[dict[str,
     for one, other in combinations(SPLITS, 2):
         shared = {file.case for file in splits[one]} & {file.case for file in splits[other]} - {None}
         if shared:
-            notices.append(f"warning: {', '.join(sorted(shared))} in both {one} and {other}: a patient leaks")
+            notices.append(f"warning: {_list_first(sorted(shared), 10)} in both {one} and {other}: a patient leaks")
     return splits, notices
 
 
@@ -297,22 +342,39 @@ def _is_slice(name: str) -> bool:
 def _list_files(root: Path) -> list[_File]:
     """Finds the slices anywhere below `root`, ordered by folder, case, week, slice number and name."""
     start = len(os.path.join(root, ""))
-    found, folders, seen = [], [str(root)], set()
+    slices = (entry.path for entry in _walk(root) if _is_slice(entry.name))
+    found = [(path, path[start:].replace(os.sep, "/")) for path in islice(slices, MAX_FILES + 1)]
+    if len(found) > MAX_FILES:
+        raise DataError(f"more than {MAX_FILES} slices are below {root}")
+    return sorted(_describe(found), key=lambda file: (file.volume, file.number or 0, file.name))
+
+
+def _walk(root: Path) -> Iterator[os.DirEntry]:
+    """Gives what is no folder, anywhere below `root` but in folders of label maps and hidden ones."""
+    folders, seen = [str(root)], set()
     while folders:
         folder = folders.pop()
         if os.path.realpath(folder) in seen:  # a link to a folder above would go round for ever
             continue
         seen.add(os.path.realpath(folder))
+        if len(seen) > MAX_FOLDERS:
+            raise DataError(f"more than {MAX_FOLDERS} folders are below {root}")
         try:
-            entries = list(os.scandir(folder))
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if not _is_folder(entry):
+                        yield entry
+                    elif not entry.name.lower().startswith(("keras_slices_seg", ".")):
+                        folders.append(entry.path)
         except OSError as problem:
             raise DataError(f"cannot read folder {folder}: {problem.strerror}") from problem
-        for entry in entries:
-            if entry.is_dir() and not entry.name.lower().startswith(("keras_slices_seg", ".")):
-                folders.append(entry.path)
-            elif not entry.is_dir() and _is_slice(entry.name):
-                found.append((entry.path, entry.path[start:].replace(os.sep, "/")))
-    return sorted(_describe(found), key=lambda file: (file.volume, file.number or 0, file.name))
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
 
 
 def _describe(found: list[tuple[str, str]]) -> list[_File]:
@@ -326,6 +388,8 @@ def _describe(found: list[tuple[str, str]]) -> list[_File]:
             continue
         if not S_ISREG(stat.st_mode):  # opening a pipe would wait for ever, and a device may never end
             bad.append((name, "not a regular file"))
+        elif not stat.st_size:
+            bad.append((name, "empty"))
         folder, base = os.path.split(path)
         match = SLICE_NAME.match(base)
         case, week, number = match.groups() if match else (None, None, None)
@@ -339,9 +403,18 @@ def _describe(found: list[tuple[str, str]]) -> list[_File]:
 def _refuse(bad: list[tuple[str, str]], count: int) -> None:
     """Raises DataError listing the first ten bad files of `count`, if there are any."""
     if bad:
-        listed = [f"{name}: {reason}" for name, reason in sorted(bad)[:10]]
-        rest = [f"and {len(bad) - 10} more"] if len(bad) > 10 else []
-        raise DataError(f"{len(bad)} of {count} files cannot be used: " + "; ".join(listed + rest))
+        listed = _list_first([f"{name}: {reason}" for name, reason in sorted(bad)], 10, "; ")
+        raise DataError(f"{len(bad)} of {count} files cannot be used: {listed}")
+
+
+def _list_first(items: list[str], most: int, between: str = ", ") -> str:
+    rest = f" and {len(items) - most} more" if len(items) > most else ""
+    return between.join(items[:most]) + rest
+
+
+def _printable(text: str) -> str:
+    """Escapes what would break a line or steer a terminal: file names may hold any character but / and NUL."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def _positions(files: list[_File]) -> np.ndarray:
@@ -366,90 +439,127 @@ def _cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "prostatevq")
 
 
-def _temporary_in(cache: Path) -> tempfile.TemporaryDirectory:
-    """Makes a folder on the cache's own disk, from where a finished one can be renamed into the cache."""
-    cache.mkdir(parents=True, exist_ok=True)
-    return tempfile.TemporaryDirectory(prefix=".partial-", dir=cache, ignore_cleanup_errors=True)
+@contextmanager
+def _new_entry(entry: Path) -> Iterator[Path]:
+    """Gives a new folder on the cache's disk and, once it is filled, renames it to `entry`: all of it or nothing.
 
-
-def _publish(finished: Path, folder: Path) -> None:
-    """Renames a finished folder to its place; when another process was first, theirs stays."""
+    When another process was first, theirs stays. Raises DataError where the cache cannot be written."""
+    cache = entry.parent
     try:
-        finished.rename(folder)
-    except OSError:
-        if not folder.is_dir():
-            raise
+        cache.mkdir(parents=True, exist_ok=True)
+        with (
+            _lock(cache),
+            tempfile.TemporaryDirectory(prefix=".partial-", dir=cache, ignore_cleanup_errors=True) as partial,
+        ):
+            new = Path(partial, "new")
+            new.mkdir()
+            yield new
+            try:
+                new.rename(entry)
+            except OSError:
+                if not entry.is_dir():
+                    raise
+    except OSError as problem:
+        reason = problem.strerror or problem
+        choice = "make room there, or name another folder with $PROSTATEVQ_CACHE"
+        raise DataError(f"the cache folder {cache} cannot be written ({reason}): {choice}") from problem
 
 
-def _open_cache(folder: Path, count: int) -> tuple[np.ndarray, dict] | None:
-    """Opens the pixels and index of `count` slices, or gives None where they are missing or damaged."""
+@contextmanager
+def _lock(cache: Path) -> Iterator[None]:
+    """Marks the cache as being written to, after removing what killed processes left there.
+
+    The kernel drops a process's lock when it ends, however it ends. All hold it shared while they write, so that who
+    gets it alone knows that no folder is another's work."""
+    with ExitStack() as stack:
+        if fcntl:
+            # One for each user, since another's could not be opened in a cache that several share.
+            lock = stack.enter_context(open(cache / f".lock-{os.getuid()}", "ab"))
+            with suppress(OSError):  # others are at work, or the disk has no locks: what is dead cannot be told
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                for left in cache.glob(".partial-*"):
+                    if left.lstat().st_uid == os.getuid():
+                        rmtree(left, ignore_errors=True)
+            with suppress(OSError):
+                fcntl.flock(lock, fcntl.LOCK_SH)
+        yield
+
+
+def _open_cache(folder: Path, count: int) -> tuple[np.ndarray, _Index] | None:
+    """Opens the pixels and index of `count` slices, or gives None where they are missing, damaged or another's."""
     try:
-        index = json.loads((folder / "index.json").read_bytes())
-        pixels = np.lib.format.open_memmap(folder / "pixels.npy", "r")
-        whole = pixels.offset + pixels.nbytes == (folder / "pixels.npy").stat().st_size
-        if whole and pixels.shape == (count, *index["slice_size"]) and len(index["scales"]) == count:
-            return np.asarray(pixels), index
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # decoding again makes it whole
-    return None
+        with _open(folder / "index.json") as file:
+            checksum, _, body = file.read((1 << 20) + INDEX_BYTES * count).partition(b"\n")
+        if checksum != _index_checksum(folder.name, body):
+            return None
+        index = _Index(**json.loads(body))
+        index = index._replace(slice_size=tuple(index.slice_size))
+        if [np.shape(part) for part in (index.scales, index.checksums, index.affine)] != [(count,), (count,), (4, 4)]:
+            return None
+        return _map_pixels(folder, (count, *index.slice_size)), index
+    except (OSError, ValueError, TypeError):
+        return None  # decoding again makes it whole
+
+
+def _index_checksum(key: str, body: bytes) -> bytes:
+    """Tells a damaged index, and with the key in it, one that belongs to other data."""
+    return hashlib.sha256(key.encode() + body).hexdigest().encode()
+
+
+def _map_pixels(folder: Path, shape: tuple[int, int, int]) -> np.ndarray:
+    with _open(folder / "pixels.uint8") as file:
+        if os.fstat(file.fileno()).st_size != math.prod(shape):
+            raise ValueError("cut or not of these slices")
+        return np.asarray(np.memmap(file, np.uint8, "r", shape=shape))
 
 
 def _fill_cache(
     cached: Path, files: list[_File], owners: list[str], size: tuple[int, int], workers: int | None
-) -> tuple[np.ndarray, dict]:
-    """Decodes `files` into the cache folder `cached`, or into memory where that cannot be written."""
-    try:
-        with _temporary_in(cached.parent) as temporary:
-            new = Path(temporary, "new")
-            new.mkdir()
-            pixels = _map_pixels(new / "pixels.npy", (len(files), *size))
-            index = _make_index(files, owners, _decode(files, pixels, workers), size)
-            pixels.flush()  # before the rename, so that a power cut leaves no cache of empty pages
-            (new / "index.json").write_text(json.dumps(index))
-            if _open_cache(cached, len(files)) is None:
-                rmtree(cached, ignore_errors=True)
-            _publish(new, cached)
-            return _open_cache(cached, len(files)) or (np.asarray(pixels), index)
-    except OSError as problem:
-        pixels = np.zeros((len(files), *size), np.uint8)
-        index = _make_index(files, owners, _decode(files, pixels, workers), size)
-        reason = problem.strerror or problem
-        index["notices"].append(f"cache {cached.parent} cannot be written ({reason}): slices kept in memory")
-        return pixels, index
+) -> tuple[np.ndarray, _Index]:
+    """Decodes `files` into the cache folder `cached`, in place of what is there."""
+    with _new_entry(cached) as new:
+        # Written, not mapped: at a write a full disk is an error, in mapped memory it would kill the process.
+        with open(new / "pixels.uint8", "wb") as file:
+            writing = Lock()
+
+            def keep(row: int, pixels: np.ndarray) -> None:
+                with writing:
+                    file.seek(row * pixels.size)
+                    file.write(pixels)
+
+            index = _make_index(files, owners, _decode(files, size, keep, workers), size)
+            file.flush()
+            os.fsync(file.fileno())  # before the rename, so that a power cut leaves no cache of empty pages
+        body = json.dumps(index._asdict()).encode()
+        (new / "index.json").write_bytes(_index_checksum(cached.name, body) + b"\n" + body)
+        pixels = _map_pixels(new, (len(files), *size))
+        with suppress(FileNotFoundError):
+            cached.rename(new.with_name("old"))  # damaged, or another process's twin of the new one
+    return pixels, index
 
 
-def _map_pixels(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
-    pixels = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
-    if hasattr(os, "posix_fallocate"):  # a full disk is an error here, but would kill the process at a later write
-        with open(path, "r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, pixels.offset + pixels.nbytes)
-    return pixels
-
-
-def _make_index(files: list[_File], owners: list[str], decoded: list[_Decoded], size: tuple[int, int]) -> dict:
+def _make_index(files: list[_File], owners: list[str], decoded: list[_Decoded], size: tuple[int, int]) -> _Index:
     train = decoded[: owners.count("train")]
     volumes = {file.volume: one.scale for file, one in zip(files, train)}
     grids = [one.affine[:3, :3].round(4).tobytes() for one in train]
     common = grids.index(Counter(grids).most_common(1)[0][0])
-    lines = [f"{owner} {file.name} {one.crc:08x}\n" for owner, file, one in zip(owners, files, decoded)]
-    content = f"{size}\n{''.join(lines)}".encode(errors="surrogateescape")
     notices = []
     other = Counter(one.shape for one in decoded if one.shape != size)
     if other:
-        sizes = ", ".join(f"{height}x{width}" for height, width in sorted(other))
+        sizes = _list_first([f"{height}x{width}" for height, width in sorted(other)], 10)
         fitted = f"{size[0]}x{size[1]} by centre crop or zero pad"
         notices.append(f"{sum(other.values())} slices of {sizes} brought to {fitted}")
     constant = sum(one.constant for one in decoded)
     if constant:
         notices.append(f"{constant} slices hold one value only (kept)")
-    return {
-        "slice_size": size,
-        "scales": [one.scale for one in decoded],
-        "affine": train[common].affine.tolist(),
-        "scale": float(np.median(list(volumes.values()))),
-        "fingerprint": hashlib.sha256(content).hexdigest(),
-        "notices": notices,
-    }
+    return _Index(
+        slice_size=size,
+        scales=[one.scale for one in decoded],
+        checksums=[one.checksum for one in decoded],
+        affine=train[common].affine.tolist(),
+        scale=float(np.median(list(volumes.values()))),
+        notices=notices,
+    )
 
 
 # Slice size
@@ -467,7 +577,7 @@ def _check_slice_size(size: tuple[int, int], multiple: tuple[int, int]) -> None:
 
 def _common_size(files: list[_File], multiple: tuple[int, int], workers: int | None) -> tuple[int, int]:
     """Gives the most common size, from the headers alone, rounded to the network's multiple."""
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(workers or THREADS) as pool:
         counts = Counter(pool.map(_peek_shape, files))
     del counts[None]  # bad files; decoding says what is wrong with them
     common = max(counts, key=lambda shape: (counts[shape], shape), default=multiple)
@@ -476,8 +586,8 @@ def _common_size(files: list[_File], multiple: tuple[int, int], workers: int | N
 
 def _peek_shape(file: _File) -> tuple[int, int] | None:
     try:
-        with open(file.path, "rb") as opened:
-            return _read_header(opened.read(PEEK_BYTES)).shape
+        with _open(file.path) as opened:
+            return _read_header(opened).shape
     except (OSError, DataError):
         return None
 
@@ -485,17 +595,20 @@ def _peek_shape(file: _File) -> tuple[int, int] | None:
 # Decoding
 
 
-def _decode(files: list[_File], pixels: np.ndarray, workers: int | None) -> list[_Decoded]:
-    """Fills `pixels` (N, H, W) from `files`, volumes in parallel: unzipping lets other threads run.
+def _decode(
+    files: list[_File], size: tuple[int, int], keep: Callable[[int, np.ndarray], None], workers: int | None
+) -> list[_Decoded]:
+    """Reads `files`, volumes in parallel (unzipping lets other threads run), and hands each slice's pixels, (H, W)
+    uint8 of `size`, to `keep` with its place in `files`.
 
     Raises DataError listing every bad file."""
     volumes: dict[tuple[str, ...], list[int]] = {}
     for row, file in enumerate(files):
         volumes.setdefault(file.volume, []).append(row)
-    decoded: dict[int, _Decoded | DataError] = {}
+    decoded: dict[int, _Decoded | str] = {}
     bar = tqdm(total=len(files), desc="reading slices", unit="slice", disable=None)
-    with bar, ThreadPoolExecutor(workers) as pool:
-        jobs = [pool.submit(_decode_volume, files, rows, pixels) for rows in volumes.values()]
+    with bar, ThreadPoolExecutor(workers or THREADS) as pool:
+        jobs = [pool.submit(_decode_volume, files, rows, size, keep) for rows in volumes.values()]
         try:
             for job in as_completed(jobs):
                 decoded |= job.result()
@@ -503,25 +616,29 @@ def _decode(files: list[_File], pixels: np.ndarray, workers: int | None) -> list
         except BaseException:
             pool.shutdown(cancel_futures=True)  # so that Ctrl-C does not wait for the rest
             raise
-    bad = [(files[row].name, str(one)) for row, one in decoded.items() if isinstance(one, DataError)]
-    _refuse(bad, len(files))
+    _refuse([(files[row].name, one) for row, one in decoded.items() if isinstance(one, str)], len(files))
     return [decoded[row] for row in range(len(files))]
 
 
-def _decode_volume(files: list[_File], rows: list[int], pixels: np.ndarray) -> dict[int, _Decoded | DataError]:
-    """Reads one volume and writes it, scaled to uint8 and cropped or padded, to its rows of `pixels`."""
-    images, bad = {}, {}
+def _decode_volume(
+    files: list[_File], rows: list[int], size: tuple[int, int], keep: Callable[[int, np.ndarray], None]
+) -> dict[int, _Decoded | str]:
+    """Reads one volume and keeps its slices, scaled to uint8 and cropped or padded; or says which files are bad."""
+    images, bad, held = {}, {}, 0
     for row in rows:
         try:
-            images[row] = _read_image(files[row].path)
+            images[row] = _read_image(files[row])
+            held += images[row][0].size
         except DataError as problem:
-            bad[row] = problem
+            bad[row] = str(problem)  # the error itself would hold on to what was read
+        if held > MAX_VOLUME:
+            bad[row] = f"the slices of its case and week up to it have more than {MAX_VOLUME} pixels"
+            break
     if bad:
         return bad
-    scale = _volume_scale([image for image, _ in images.values()])
-    size = pixels.shape[1:]
+    scale = _volume_scale([image for image, _, _ in images.values()])
     decoded = {}
-    for row, (image, affine) in images.items():
+    for row, (image, affine, checksum) in images.items():
         # 256 grey levels, all that a display shows; 255 v / scale is (x + 1) * 127.5 for x in [-1, 1].
         grey = np.clip(image, 0, scale)
         grey /= scale
@@ -530,11 +647,13 @@ def _decode_volume(files: list[_File], rows: list[int], pixels: np.ndarray) -> d
         starts = [(have - want) // 2 for have, want in zip(image.shape, size)]  # below 0 where the slice is padded
         inside = tuple(slice(max(start, 0), max(start, 0) + want) for start, want in zip(starts, size))
         place = tuple(slice(max(-start, 0), max(-start, 0) + have) for start, have in zip(starts, image.shape))
-        pixels[row][place] = grey[inside]
+        pixels = np.zeros(size, np.uint8)
+        pixels[place] = grey[inside]
+        keep(row, pixels)
         moved = affine.copy()
         moved[:3, 3] += affine[:3, :2] @ starts
         constant = bool(image.min() == image.max())
-        decoded[row] = _Decoded(float(scale), moved, image.shape, constant, zlib.crc32(pixels[row]))
+        decoded[row] = _Decoded(float(scale), moved, image.shape, constant, checksum)
     return decoded
 
 
@@ -544,66 +663,97 @@ def _volume_scale(images: list[np.ndarray]) -> np.float32:
     rank = PERCENTILE / 100 * (values.size - 1)
     below = int(rank)
     values.partition(below)  # np.percentile gives the same and takes six times as long
-    low, high = float(values[below]), float(values[below + 1 :].min())
+    low, high = float(values[below]), float(values[below + 1 :].min(initial=values.max()))
     for scale in (low + (rank - below) * (high - low), values[below:].max()):
         if scale >= np.finfo(np.float32).tiny:
             return np.float32(scale)
     return np.float32(1)
 
 
-def _read_image(path: str) -> tuple[np.ndarray, np.ndarray]:
-    """Reads one file as (H, W) float32 in its own units, and its (4, 4) affine.
+_LARGE_SLICE = Lock()
+
+
+def _read_image(file: _File) -> tuple[np.ndarray, np.ndarray, str]:
+    """Reads one file: (H, W) float32 in its own units, its (4, 4) affine, and a checksum of its unzipped content.
 
     Raises DataError with the reason why it cannot be used."""
     try:
-        with open(path, "rb") as file:
-            raw = file.read(PEEK_BYTES)
-            header = _read_header(raw)
-            size = os.fstat(file.fileno()).st_size
-            if header.end > size * (DEFLATE_RATIO if _is_zipped(raw) else 1):
-                raise DataError(f"cut short: its header needs {header.end} bytes, which {size} cannot hold")
-            raw += file.read(min(size, 2 * header.end))  # zipped pixels are never twice their size
+        with _open(file.path) as opened:
+            header = _read_header(opened)
+            with _LARGE_SLICE if header.end > LARGE_BYTES else nullcontext():
+                data = _read_data(opened, file, header.end)
+                return _to_image(data, header), header.affine, f"{zlib.crc32(data):08x}"
     except OSError as problem:
         raise DataError(f"cannot be read: {problem.strerror}") from problem
-    data = _unzip(raw, header.end + 1)
-    if len(data) < header.end:
-        raise DataError(f"cut short: {len(data)} bytes where its header needs {header.end}")
-    if len(data) > header.end:
-        raise DataError(f"holds more than the {header.end} bytes that its header needs")
-    image = np.frombuffer(data, header.dtype, offset=header.offset).reshape(header.shape, order="F")
-    with np.errstate(all="ignore"):  # what float32 cannot hold becomes infinite, and is refused below
-        if header.slope is not None:
-            image = image * header.slope + header.inter
-        image = image.astype(np.float32, copy=False)
-    if not np.isfinite(image).all():
-        raise DataError("holds NaN or infinite voxels, or values beyond float32")
-    return image, header.affine
 
 
-def _is_zipped(raw: bytes) -> bool:
-    return raw[:2] == b"\x1f\x8b"
+@contextmanager
+def _open(path: str | Path) -> Iterator[BinaryIO]:
+    """Opens a regular file. Raises OSError for what may have taken its place: a pipe is not waited for."""
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as opened:
+        if not S_ISREG(os.fstat(opened.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+        yield opened
 
 
-def _unzip(raw: bytes, limit: int) -> bytes:
-    """Gives at most `limit` bytes of a file's content, whatever it would expand to."""
-    if not _is_zipped(raw):
-        return raw[:limit]
-    content = b""
-    while raw and len(content) < limit:  # once per gzip member; some writers make several
-        stream = zlib.decompressobj(wbits=31)
+def _read_data(opened: BinaryIO, file: _File, size: int) -> bytes | bytearray:
+    """Reads the content of `file`, which has to be of `size` bytes."""
+    if size > file.size * DEFLATE_RATIO:
+        raise DataError(f"cut short: its header needs {size} bytes, which {file.size} cannot hold")
+    data = _read_content(opened, size + 1)
+    stat = os.fstat(opened.fileno())
+    if (stat.st_size, stat.st_mtime_ns) != (file.size, file.mtime_ns):
+        raise DataError("changed while it was read: start again when it is complete")
+    if len(data) < size:
+        raise DataError(f"cut short: {len(data)} bytes where its header needs {size}")
+    if len(data) > size:
+        raise DataError(f"holds more than the {size} bytes that its header needs")
+    return data
+
+
+def _read_content(opened: BinaryIO, limit: int) -> bytes | bytearray:
+    """Reads at most `limit` bytes of a file's content from its beginning, whatever it would unzip to."""
+    opened.seek(0)
+    zipped = opened.read(2) == b"\x1f\x8b"
+    opened.seek(0)
+    if not zipped:
+        return opened.read(limit)
+    stream, members = zlib.decompressobj(wbits=31), 1
+    content, raw = bytearray(), opened.read(PEEK_BYTES)
+    while len(content) < limit and (raw := raw or opened.read(READ_BYTES)):
+        # What is zipped is never twice as long, but for names and notes; empty members would go on for ever.
+        if opened.tell() > 2 * (limit + READ_BYTES) or members > MAX_MEMBERS:
+            raise DataError("damaged: its zipped data is far longer than its content")
+        if stream.eof:  # some writers make several members
+            raw = raw.lstrip(b"\0")  # padding is allowed
+            if not raw:
+                continue
+            stream, members = zlib.decompressobj(wbits=31), members + 1
         try:
-            content += stream.decompress(raw, limit - len(content))
+            content += stream.decompress(raw, min(limit - len(content), READ_BYTES))
         except zlib.error as problem:
             raise DataError(f"damaged: {problem}") from problem
-        if not stream.eof and len(content) < limit:
-            raise DataError(f"cut short: its zipped data ends after {len(content)} bytes")
-        raw = stream.unused_data.lstrip(b"\0")  # padding is allowed
+        raw = stream.unused_data or stream.unconsumed_tail
+    if len(content) < limit and not stream.eof:
+        raise DataError(f"cut short: its zipped data ends after {len(content)} bytes")
     return content
 
 
-def _read_header(raw: bytes) -> _Header:
-    """Reads the header from a file's first bytes. Raises DataError where it is none of a 2D slice."""
-    block = _unzip(raw, HEADER_BYTES)
+def _to_image(data: bytes | bytearray, header: _Header) -> np.ndarray:
+    image = np.frombuffer(data, header.dtype, offset=header.offset).reshape(header.shape, order="F")
+    with np.errstate(all="ignore"):  # what float32 cannot hold becomes infinite, and is refused below
+        if header.slope is not None:
+            image = image * header.slope
+            image += header.inter
+        image = image.astype(np.float32, copy=False)
+    if not np.isfinite(image).all():
+        raise DataError("holds NaN or infinite voxels, or values beyond float32")
+    return image
+
+
+def _read_header(opened: BinaryIO) -> _Header:
+    """Reads a file's header. Raises DataError where it is none of a 2D slice."""
+    block = bytes(_read_content(opened, HEADER_BYTES))
     for kind in (nibabel.Nifti1Header, nibabel.Nifti2Header):
         length = kind.template_dtype.itemsize
         for order, mark in (("little", "<"), ("big", ">")):
@@ -627,7 +777,7 @@ def _parse_header(kind: type[nibabel.Nifti1Header], block: bytes, mark: str) -> 
     if header["magic"].item() != kind.single_magic:
         raise DataError("not a single-file NIfTI")
     sides = list(shape)
-    while sides and sides[-1] == 1:
+    while len(sides) > 2 and sides[-1] == 1:
         sides.pop()
     if len(sides) != 2:
         raise DataError(f"has shape {shape}: these have to be 2D slices")
@@ -637,6 +787,19 @@ def _parse_header(kind: type[nibabel.Nifti1Header], block: bytes, mark: str) -> 
         raise DataError(f"holds {header.get_value_label('datatype')} voxels: they have to be plain numbers")
     if not kind.single_vox_offset <= offset <= MAX_OFFSET:
         raise DataError(f"bad header: pixels at byte {offset}")
-    if not np.isfinite(affine).all():
-        raise DataError("bad header: its affine is not finite")
-    return _Header((sides[0], sides[1]), dtype, offset, slope, inter, affine)
+    return _Header((sides[0], sides[1]), dtype, offset, slope, inter, _check_affine(affine))
+
+
+def _check_affine(affine: np.ndarray) -> np.ndarray:
+    """Gives the (4, 4) affine, its third axis completed where a 2D writer left that empty: a unit across the slice.
+
+    Raises DataError where it gives pixels no place or no area."""
+    if not np.abs(affine).max() <= MAX_DISTANCE:  # NaN is not
+        raise DataError("bad header: its affine is not finite, or far away")
+    across = np.cross(affine[:3, 0], affine[:3, 1])
+    area = np.linalg.norm(across)
+    if area < MIN_DISTANCE**2:
+        raise DataError("bad header: its affine gives pixels no area")
+    if np.linalg.norm(affine[:3, 2]) < MIN_DISTANCE:
+        affine[:3, 2] = across / area
+    return affine
