@@ -11,6 +11,7 @@ import time
 import tracemalloc
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import nibabel
@@ -437,6 +438,8 @@ def test_fingerprint_and_files_follow_the_content_alone(data, tmp_path):
     third = load_dataset(str(moved))
     assert third.fingerprint != first.fingerprint
     assert changed_files(first.files, third.files) == [f"1 altered ({name})"]
+    write(moved / name, picture(12345), 2 * AFFINE)
+    assert changed_files(third.files, load_dataset(str(moved)).files) == [f"1 altered ({name})"]
     assert load_dataset(str(moved), slice_size=(16, 16)).fingerprint != third.fingerprint
 
 
@@ -532,8 +535,8 @@ def test_the_cache_of_other_data_is_not_taken(data, cache, tmp_path):
     expected = first.train.pixels.copy()
     other = tmp_path / "other"
     write_splits(other)
-    write_cases(other / "train", (4, 5, 6), image=picture(77))
-    load_dataset(str(other))
+    write_cases(other / "keras_slices_train", (4, 5, 6), image=picture(77))
+    assert load_dataset(str(other)).files.keys() == first.files.keys()
     (foreign,) = set(entries(cache)) - {folder}
     shutil.rmtree(folder)
     shutil.copytree(foreign, folder)
@@ -628,6 +631,17 @@ def test_only_dead_left_overs_are_removed(data, cache):
         stalled.communicate()
     load_dataset(str(data), slice_size=(16, 16))
     assert living not in entries(cache) and len(entries(cache)) == 2
+
+
+def test_a_first_pass_that_ends_leaves_the_others_their_folders(cache):
+    """The second starts while the first is at work, and the third when the first is done."""
+    with ExitStack() as first, ExitStack() as others:
+        first.enter_context(dataset._new_entry(cache / "first"))
+        second = others.enter_context(dataset._new_entry(cache / "second"))
+        first.close()
+        with dataset._new_entry(cache / "third"):
+            assert second.is_dir()
+    assert {path.name for path in entries(cache)} == {"first", "second", "third"}
 
 
 def test_left_overs_stay_where_locks_do_not_work(data, cache, monkeypatch):
