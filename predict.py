@@ -18,8 +18,10 @@ from dataset import DataError, read_slices, unscale
 from metrics import reconstruction_metrics
 from modules import VQVAE, GatedPixelCNN, PriorConfig, VQVAEConfig
 from utils import (
+    LIMITS,
     Parser,
     RunError,
+    check_folder,
     fail,
     load_weights,
     number,
@@ -32,22 +34,24 @@ from utils import (
 
 SHOWN = 64  # samples in the figure
 DIGITS = "[0-9]" * 6  # in the names of files
+MOST = 10**6  # samples, so that their numbers have six digits
 
 
 def parse_options(arguments: Sequence[str] | None):
     """The command line."""
-    whole = number(int, 1)
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--run", type=Path, default=Path("runs/default"), help="run directory (default: %(default)s)")
-    parser.add_argument("--num", type=whole, default=64, metavar="N", help="slices to sample (default: 64)")
+    parser.add_argument(
+        "--num", type=number(int, 1, MOST), default=64, metavar="N", help="slices to sample (default: 64)"
+    )
     parser.add_argument("--out", type=Path, default=Path("samples"), help="folder of slices (default: %(default)s)")
     parser.add_argument("--images", type=Path, default=Path("images"), help="folder of figures (default: %(default)s)")
     parser.add_argument(
         "--temperature",
-        type=number(float, 0, above=True),
+        type=number(float, 0, 100, above=True),
         default=1.0,
         metavar="T",
-        help="above 0; below 1 the likelier codes are drawn more often (default: 1.0)",
+        help="above 0, at most 100; below 1 the likelier codes are drawn more often (default: 1.0)",
     )
     parser.add_argument(
         "--top-p",
@@ -62,9 +66,18 @@ def parse_options(arguments: Sequence[str] | None):
         metavar="P",
         help="height of the slices in their volume, 0 (lowest) to 1 (default: as often as in the training data)",
     )
-    parser.add_argument("--batch-size", type=whole, default=32, metavar="N", help="slices at a time (default: 32)")
     parser.add_argument(
-        "--seed", type=number(int, 0, 2**32 - 1), default=0, help="of the samples; sample n is fixed by it (default: 0)"
+        "--batch-size",
+        type=number(int, *LIMITS["batch_size"]),
+        default=32,
+        metavar="N",
+        help="slices at a time (default: 32)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=number(int, *LIMITS["seed"]),
+        default=0,
+        help="of the samples; sample n is fixed by it (default: 0)",
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
     parser.add_argument(
@@ -183,24 +196,38 @@ def reconstruct(options, config: dict, vqvae: VQVAE, device: torch.device) -> No
     print(f"{len(slices)} slices: SSIM {figures['ssim']:.3f}, PSNR {figures['psnr']:.2f} dB: {options.out}")
 
 
+def check_fit(run: Path, config: dict, vqvae: VQVAE, prior: GatedPixelCNN | None = None) -> None:
+    """Raise RunError where a run's networks and config are not of one training."""
+    side = vqvae.config.downsampling
+    rows, columns = config["slice_size"]
+    if rows % side or columns % side:
+        raise RunError(f"{run}: vqvae.safetensors takes no slices of {rows}x{columns}, which config.json has")
+    if prior and (prior.config.grid, prior.config.codes) != ((rows // side, columns // side), vqvae.config.codes):
+        raise RunError(f"{run}: prior.safetensors and vqvae.safetensors are of different runs: their codes differ")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line `python predict.py`."""
     options = parse_options(arguments)
     device = pick_device(options.device)
+    check_folder("--out", options.out)
+    check_folder("--images", options.images)
     torch.backends.cudnn.allow_tf32 = False  # on a GPU, too coarse for a sample to be the same at every batch size
     config = read_config(options.run)
     vqvae = load_weights(options.run / "vqvae.safetensors", VQVAE, VQVAEConfig).to(device)
+    check_fit(options.run, config, vqvae)
     if options.reconstruct:
         reconstruct(options, config, vqvae, device)
         return
     prior = load_weights(options.run / "prior.safetensors", GatedPixelCNN, PriorConfig).to(device)
+    check_fit(options.run, config, vqvae, prior)
     sample(options, config, vqvae, prior, device)
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (DataError, RunError) as error:
+    except (DataError, RunError, OSError) as error:
         fail(error)
     except KeyboardInterrupt:
         raise SystemExit(130) from None

@@ -45,9 +45,12 @@ from utils import (
     RunError,
     StopSignals,
     autocast,
+    check_fields,
     check_folder,
+    close_tensorboard,
     codebook_figure,
     fail,
+    is_series,
     load_weights,
     make_folder,
     number,
@@ -61,8 +64,10 @@ from utils import (
     spread,
     tensorboard,
     tensors_in,
+    text,
     vqvae_loss_figure,
     whole,
+    writing,
 )
 
 EVALUATIONS = 20  # a stage
@@ -192,18 +197,14 @@ class Stage:
         if state.get("stage") != self.name:
             return
         tensors = self.tensors()
+        plain = {name: value for name, value in state.items() if name not in tensors}
+        checks = {"update": whole(0, self.total), "best": real(0, math.inf), "losses": is_series}
         try:
-            if state.keys() != self.state().keys():
-                raise ValueError("its entries are not those of this version")
-            if not (whole(0, self.total)(state["update"]) and real(0, math.inf)(state["best"])):
-                raise ValueError(f"it cannot be of update {state['update']!r:.20} and loss {state['best']!r:.20}")
-            self.losses = {str(name): [*map(float, values)] for name, values in state["losses"].items()}
-            if not all(self.losses.values()):
-                raise ValueError("it holds no losses")
-            restore(tensors, {name: state[name] for name in tensors})
-        except (AttributeError, TypeError, ValueError) as error:
+            check_fields(plain, checks | {"stage": text, "log_bytes": real(0, math.inf)})
+            restore(tensors, {name: state.get(name) for name in tensors})
+        except ValueError as error:
             raise RunError(f"{self.run.checkpoint_path} cannot be used: {error}; choose another --run") from None
-        self.update, self.best = state["update"], state["best"]
+        self.update, self.best, self.losses = state["update"], state["best"], state["losses"]
         state.clear()
 
     def updates(self) -> Iterator[int]:
@@ -211,11 +212,11 @@ class Stage:
         self.writer = tensorboard(self.run.path / "tensorboard" / self.name, self.update)
         self.bar = tqdm(total=self.total, initial=self.update, desc=self.name, unit="update", disable=None)
         self.started, self.start = time.monotonic(), self.update
-        seconds = 0.0
+        seconds = math.inf  # the first one may take long
         with ExitStack() as closing:
             closing.callback(self.bar.close)
             if self.writer:
-                closing.callback(self.writer.close)
+                closing.callback(close_tensorboard, self.writer)
             signals = closing.enter_context(StopSignals())
             signals.hold()
             while self.update < self.total:
@@ -317,7 +318,8 @@ class Stage:
         """Write all that resuming needs."""
         self.run.save(**self.state())
         if self.writer:
-            self.writer.flush()
+            with writing(self.run.path / "tensorboard"):
+                self.writer.flush()
 
 
 def train_vqvae(run: Run, state: dict, data: Dataset, options, preset: Preset, device: torch.device) -> VQVAE:
@@ -550,7 +552,8 @@ def refuse_changed_data(run: Run, data: Dataset, allowed: bool) -> None:
     """Raise RunError, or say where it is allowed, how the data differ from those that the run began with."""
     if run.config["fingerprint"] == data.fingerprint:
         return
-    changes = ", ".join(changed_files(run.files(), data.files)) or "the splits differ"
+    before = run.files()
+    changes = ", ".join(changed_files(before, data.files) if before else []) or "files or splits are others"
     if not allowed:
         raise RunError(
             f"the data changed since {run.path} began: {changes}; bring them back, choose another --run, "

@@ -299,6 +299,12 @@ def is_affine(value: object) -> bool:
     return bool(np.linalg.norm(np.cross(rows, columns)) >= 1e-12 and np.linalg.norm(across) >= 1e-6)
 
 
+def is_series(value: object) -> bool:
+    """Whether a value is a dict of lists of numbers, none of them empty."""
+    lists = value.values() if isinstance(value, dict) else [None]
+    return all(isinstance(numbers, list) and numbers and all(map(real(-1e300, 1e300), numbers)) for numbers in lists)
+
+
 FORMAT = 1  # of a run directory; raise it when an older version would misread what this one writes
 SIDE = whole(1, 4096)  # pixels: longer than any slice that dataset.py reads
 FLOAT32 = np.finfo(np.float32)
@@ -418,7 +424,8 @@ class Run:
 
     def log_bytes(self) -> int:
         """Where the metrics log ends."""
-        return self.log_path.stat().st_size
+        with writing(self.log_path):
+            return self.log_path.stat().st_size
 
     def save(self, **state) -> None:
         """Write training.pt: plain types and tensors, and where the metrics log ended then. Keeps the one before."""
@@ -685,6 +692,12 @@ def tensorboard(path: Path, update: int):
 
     # Flushed with each checkpoint instead: a full disk is then an error here, not in a thread of its own.
     return SummaryWriter(path, purge_step=update + 1, flush_secs=10**9)
+
+
+def close_tensorboard(writer) -> None:
+    """Close it without a word: what it cannot write stands in metrics.jsonl too, and of a full disk it was told."""
+    with suppress(OSError):
+        writer.close()
 
 
 # ---------------------------------------------------------------- figures
