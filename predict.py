@@ -46,8 +46,10 @@ from metrics import (
 )
 from modules import VQVAE, GatedPixelCNN, PriorConfig, VQVAEConfig
 from utils import (
+    LIMITS,
     Parser,
     RunError,
+    check_folder,
     evaluation_figure,
     fail,
     left_right_axis,
@@ -66,16 +68,16 @@ DEFAULT_NUM = 64  # samples
 FEWEST = 4  # slices or samples that can be evaluated
 SHOWN = 64  # samples in the figure
 DIGITS = "[0-9]" * 6  # in the names of files
+MOST = 10**6  # samples, so that their numbers have six digits
 
 
 def parse_options(arguments: Sequence[str] | None):
     """The command line."""
-    whole = number(int, 1)
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--run", type=Path, default=Path("runs/default"), help="run directory (default: %(default)s)")
     parser.add_argument(
         "--num",
-        type=whole,
+        type=number(int, 1, MOST),
         metavar="N",
         help="slices to sample (default: 64; with --evaluate as many as held-out slices if they are more)",
     )
@@ -83,10 +85,10 @@ def parse_options(arguments: Sequence[str] | None):
     parser.add_argument("--images", type=Path, default=Path("images"), help="folder of figures (default: %(default)s)")
     parser.add_argument(
         "--temperature",
-        type=number(float, 0, above=True),
+        type=number(float, 0, 100, above=True),
         default=1.0,
         metavar="T",
-        help="above 0; below 1 the likelier codes are drawn more often (default: 1.0)",
+        help="above 0, at most 100; below 1 the likelier codes are drawn more often (default: 1.0)",
     )
     parser.add_argument(
         "--top-p",
@@ -103,12 +105,15 @@ def parse_options(arguments: Sequence[str] | None):
     )
     parser.add_argument(
         "--batch-size",
-        type=whole,
+        type=number(int, *LIMITS["batch_size"]),
         metavar="N",
         help="slices at a time (default: 32, on a GPU 512): more take more memory",
     )
     parser.add_argument(
-        "--seed", type=number(int, 0, 2**32 - 1), default=0, help="of the samples; sample n is fixed by it (default: 0)"
+        "--seed",
+        type=number(int, *LIMITS["seed"]),
+        default=0,
+        help="of the samples; sample n is fixed by it (default: 0)",
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
     instead = parser.add_mutually_exclusive_group()
@@ -542,25 +547,39 @@ def write_copying_figure(
     reconstructions_figure(path, np.stack(own), np.stack(others), titles, labels, limit=0.5)
 
 
+def check_fit(run: Path, config: dict, vqvae: VQVAE, prior: GatedPixelCNN | None = None) -> None:
+    """Raise RunError where a run's networks and config are not of one training."""
+    side = vqvae.config.downsampling
+    rows, columns = config["slice_size"]
+    if rows % side or columns % side:
+        raise RunError(f"{run}: vqvae.safetensors takes no slices of {rows}x{columns}, which config.json has")
+    if prior and (prior.config.grid, prior.config.codes) != ((rows // side, columns // side), vqvae.config.codes):
+        raise RunError(f"{run}: prior.safetensors and vqvae.safetensors are of different runs: their codes differ")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line `python predict.py`."""
     options = parse_options(arguments)
     device = pick_device(options.device)
     options.batch_size = options.batch_size or (512 if device.type == "cuda" else 32)
+    check_folder("--out", options.out)
+    check_folder("--images", options.images)
     torch.backends.cudnn.allow_tf32 = False  # on a GPU, too coarse for a sample to be the same at every batch size
     config = read_config(options.run)
     vqvae = load_weights(options.run / "vqvae.safetensors", VQVAE, VQVAEConfig).to(device)
+    check_fit(options.run, config, vqvae)
     if options.reconstruct:
         reconstruct(options, config, vqvae, device)
         return
     prior = load_weights(options.run / "prior.safetensors", GatedPixelCNN, PriorConfig).to(device)
+    check_fit(options.run, config, vqvae, prior)
     (evaluate if options.evaluate else sample)(options, config, vqvae, prior, device)
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (DataError, RunError) as error:
+    except (DataError, RunError, OSError) as error:
         fail(error)
     except KeyboardInterrupt:
         raise SystemExit(130) from None

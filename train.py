@@ -11,7 +11,9 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from copy import deepcopy
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -21,29 +23,52 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from dataset import PERCENTILE, DataError, Dataset, Slices, batch_indices, intensities, load_dataset
+from dataset import (
+    MAX_SIDE,
+    PERCENTILE,
+    DataError,
+    Dataset,
+    Slices,
+    batch_indices,
+    changed_files,
+    intensities,
+    load_dataset,
+)
 from metrics import code_counts, codebook_use, reconstruction_metrics
 from modules import VARIATIONS, VQVAE, GatedPixelCNN, PriorConfig, VQVAEConfig
 from utils import (
+    FORMAT,
+    LIMITS,
     Clock,
     Parser,
     Run,
     RunError,
     StopSignals,
     autocast,
+    check_fields,
+    check_folder,
+    close_tensorboard,
     codebook_figure,
     fail,
+    is_series,
     left_right_axis,
     load_weights,
+    make_folder,
     number,
     pick_device,
     prior_loss_figure,
+    real,
     reconstructions_figure,
+    restore,
     save_weights,
     seed_update,
     spread,
     tensorboard,
+    tensors_in,
+    text,
     vqvae_loss_figure,
+    whole,
+    writing,
 )
 
 EVALUATIONS = 20  # a stage
@@ -51,6 +76,8 @@ LOG_LINES = 250  # of the training losses, a stage
 KMEANS_SLICES = 128
 CHECKPOINT_SECONDS = 60
 AVERAGE_DECAY = 0.99  # of the prior's averaged weights in the end: a memory of some 100 updates
+LONG_SECONDS = 1  # an update that takes longer is left on a signal: a checkpoint has to be written in five
+COLLAPSED = (0.1, 500)  # share of codes used, and for how many updates
 SMALLEST_SIDE = 8  # pixels; SSIM's window needs 6
 
 
@@ -77,7 +104,6 @@ PRESETS = {
 
 def parse_options(arguments: Sequence[str] | None):
     """The command line; --updates and --prior-updates filled in from the preset."""
-    whole = number(int, 1)
     parser = Parser(description=__doc__.split("\n\n")[0], epilog="Run the same command again to resume.")
     parser.add_argument(
         "--data", default="phantom", help="folder of 2D .nii/.nii.gz slices, or 'phantom', the embedded data (default)"
@@ -90,12 +116,22 @@ def parse_options(arguments: Sequence[str] | None):
         default="full",
         help="full: the published recipe (default); demo: half the prior, fewer updates, a smaller phantom: minutes",
     )
-    parser.add_argument("--updates", type=whole, metavar="N", help="updates of the VQ-VAE (default: the preset's)")
-    parser.add_argument("--prior-updates", type=whole, metavar="N", help="updates of the prior (default: the preset's)")
-    parser.add_argument("--batch-size", type=whole, default=32, metavar="N", help="slices an update (default: 32)")
+    limited = {name: number(int, *limits) for name, limits in LIMITS.items()}
+    parser.add_argument(
+        "--updates", type=limited["updates"], metavar="N", help="updates of the VQ-VAE (default: the preset's)"
+    )
+    parser.add_argument(
+        "--prior-updates",
+        type=limited["prior_updates"],
+        metavar="N",
+        help="updates of the prior (default: the preset's)",
+    )
+    parser.add_argument(
+        "--batch-size", type=limited["batch_size"], default=32, metavar="N", help="slices an update (default: 32)"
+    )
     parser.add_argument(
         "--slice-size",
-        type=whole,
+        type=number(int, SMALLEST_SIDE, MAX_SIDE),
         nargs=2,
         metavar=("H", "W"),
         help="pixels; other slices are cropped or padded, the phantom is drawn so (default: the most common size)",
@@ -106,8 +142,19 @@ def parse_options(arguments: Sequence[str] | None):
         metavar="S",
         help="how much training slices are turned, stretched, shifted, changed in contrast (default: full 1, demo 0)",
     )
-    parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of all randomness (default: 0)")
+    parser.add_argument("--seed", type=limited["seed"], default=0, help="of all randomness (default: 0)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
+    parser.add_argument(
+        "--checkpoint-every",
+        type=limited["checkpoint_every"],
+        metavar="N",
+        help="updates from checkpoint to checkpoint (default: as many as take a minute); a signal writes one too",
+    )
+    parser.add_argument(
+        "--allow-changed-data",
+        action="store_true",
+        help="resume although files of the data were added, removed or altered since the run began",
+    )
     options = parser.parse_args(arguments)
     preset = PRESETS[options.preset]
     options.updates = options.updates or preset.updates
@@ -119,46 +166,90 @@ def parse_options(arguments: Sequence[str] | None):
 class Stage:
     """What both training loops share: resuming, the optimiser's step, log lines, checkpoints, a stop on a signal."""
 
-    def __init__(self, run: Run, name: str, model: nn.Module, updates: int, learning_rate: float, seed: int):
+    def __init__(
+        self,
+        run: Run,
+        name: str,
+        model: nn.Module,
+        updates: int,
+        learning_rate: float,
+        seed: int,
+        checkpoint_every: int | None = None,
+    ):
         self.run, self.name, self.total, self.seed = run, name, updates, seed
         self.networks = {"model": model}  # what a checkpoint holds the weights of
         self.optimiser = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-        self.learning_rate = learning_rate
+        for weight in model.parameters():  # as its first step would make them, so that a checkpoint has its place
+            step = torch.zeros((), device=weight.device)
+            moments = {moment: torch.zeros_like(weight) for moment in ("exp_avg", "exp_avg_sq")}
+            self.optimiser.state[weight] = {"step": step, **moments}
+        self.learning_rate, self.checkpoint_every = learning_rate, checkpoint_every
         self.update, self.best = 0, float("inf")
-        self.sums, self.summed = {}, 0
-        self.clock = Clock(CHECKPOINT_SECONDS)
+        self.losses: dict[str, list[Tensor | float]] = {}  # since the last log line
+        self.clock, self.writer = Clock(CHECKPOINT_SECONDS), None
+
+    def tensors(self) -> dict[str, dict]:
+        """What is learned: a checkpoint's tensors, which resuming writes to."""
+        weights = {name: network.state_dict() for name, network in self.networks.items()}
+        return weights | {"optimiser": self.optimiser.state_dict()["state"]}
+
+    def state(self) -> dict:
+        """All that resuming needs, after an update. Raises RunError where training diverged."""
+        losses, tensors = self.noted(), self.tensors()
+        if not torch.stack([tensor.isfinite().all() for tensor in tensors_in(tensors)]).all():
+            raise self.diverged("a weight", self.update)
+        plain = {"stage": self.name, "update": self.update, "best": self.best, "losses": losses}
+        return plain | tensors | {"log_bytes": self.run.log_bytes()}
 
     def resume(self, state: dict) -> None:
-        """Go on from a checkpoint of this stage; from the beginning where it is another's."""
-        if state.get("stage") == self.name:
-            for name, network in self.networks.items():
-                network.load_state_dict(state[name])
-            self.optimiser.load_state_dict(state["optimiser"])
-            self.update, self.best = state["update"], state["best"]
-            self.sums, self.summed = state["sums"], state["summed"]
+        """Go on from a checkpoint of this stage; from the beginning where it is another's.
+
+        Raises RunError where it does not fit. Empties `state`, whose tensors are still in the file.
+        """
+        if state.get("stage") != self.name:
+            return
+        tensors = self.tensors()
+        plain = {name: value for name, value in state.items() if name not in tensors}
+        checks = {"update": whole(0, self.total), "best": real(0, math.inf), "losses": is_series}
+        try:
+            check_fields(plain, checks | {"stage": text, "log_bytes": real(0, math.inf)})
+            restore(tensors, {name: state.get(name) for name in tensors})
+        except ValueError as error:
+            raise RunError(f"{self.run.checkpoint_path} cannot be used: {error}; choose another --run") from None
+        self.update, self.best, self.losses = state["update"], state["best"], state["losses"]
+        state.clear()
 
     def updates(self) -> Iterator[int]:
         """The updates still to do, counted from 1; between them checkpoints, and the stop if one was asked for."""
         self.writer = tensorboard(self.run.path / "tensorboard" / self.name, self.update)
         self.bar = tqdm(total=self.total, initial=self.update, desc=self.name, unit="update", disable=None)
         self.started, self.start = time.monotonic(), self.update
+        seconds = math.inf  # the first one may take long
         with ExitStack() as closing:
             closing.callback(self.bar.close)
             if self.writer:
-                closing.callback(self.writer.close)
+                closing.callback(close_tensorboard, self.writer)
             signals = closing.enter_context(StopSignals())
+            signals.hold()
             while self.update < self.total:
+                # A signal waits for an update's end, or leaves a long one: what was before it is then saved.
+                long = seconds > LONG_SECONDS or self.at_share(EVALUATIONS, self.update + 1)
+                self.run.unsaved = deepcopy(self.state()) if long else None
                 self.update += 1
                 seed_update(self.seed, self.name, self.update)
+                began = time.monotonic()
+                if long:
+                    signals.release()
                 yield self.update
+                signals.hold()
+                seconds = time.monotonic() - began
                 self.bar.update()
-                if signals.received or self.clock.due():
+                stop = signals.received
+                if stop or self.checkpoint_due():
                     self.checkpoint()
-                if signals.received:
-                    self.bar.write(
-                        f"stopped after {self.name} update {self.update}; the same command goes on from there"
-                    )
-                    raise SystemExit(128 + signals.received)
+                if stop:
+                    break
+            signals.release()
 
     def step(self, loss: Tensor) -> None:
         """One step down the gradient: the rate rises over 50 updates, then falls to 0 along a cosine."""
@@ -171,22 +262,40 @@ class Stage:
         self.optimiser.step()
 
     def note(self, **losses: Tensor) -> None:
-        """Add up training losses, and log their means now and then. Without waiting for a GPU in between."""
+        """Keep training losses, and log their means now and then. Without waiting for a GPU in between."""
         for name, loss in losses.items():
-            self.sums[name] = self.sums.get(name, 0) + loss.detach()
-        self.summed += 1
+            self.losses.setdefault(name, []).append(loss.detach())
         if self.at_share(LOG_LINES):
-            self.log("train", {name: value.item() / self.summed for name, value in self.sums.items()})
-            self.sums, self.summed = {}, 0
+            self.log("train", {name: sum(values) / len(values) for name, values in self.noted().items()})
+            self.losses = {}
 
-    def at_share(self, times: int) -> bool:
-        """Whether this update is one of `times` evenly spread over the stage, the last among them."""
-        return self.update * times // self.total > (self.update - 1) * times // self.total
+    def noted(self) -> dict[str, list[float]]:
+        """The training losses since the last log line. Raises RunError naming the first that is not finite."""
+        losses = {name: [float(loss) for loss in values] for name, values in self.losses.items()}
+        for name, values in losses.items():
+            for update, loss in enumerate(values, self.update - len(values) + 1):
+                if not math.isfinite(loss):
+                    raise self.diverged(f"the {name}", update)
+        return losses
+
+    def diverged(self, what: str, update: int) -> RunError:
+        """What to say where training diverged, and what to try."""
+        return RunError(
+            f"{self.name} update {update}: {what} is not finite, most likely because the preset's learning rate, "
+            f"{self.learning_rate:g}, is too high for these batches: try a larger --batch-size, or lower it in "
+            "train.py's PRESETS; the checkpoint before is kept"
+        )
+
+    def at_share(self, times: int, update: int | None = None) -> bool:
+        """Whether an update, this one if none is given, is one of `times` evenly spread, the last among them."""
+        update = self.update if update is None else update
+        return update * times // self.total > (update - 1) * times // self.total
 
     def log(self, split: str, values: dict[str, float]) -> None:
         """To metrics.jsonl, TensorBoard, and for validation the terminal. Raises RunError where training diverged."""
-        if not all(map(math.isfinite, values.values())):
-            raise RunError(f"{self.name} update {self.update}: the {split} loss is not finite; the checkpoint is kept")
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise self.diverged(f"the {name} in {'training' if split == 'train' else 'validation'}", self.update)
         self.run.log(self.name, split, self.update, values)
         if self.writer:
             for name, value in values.items():
@@ -197,25 +306,39 @@ class Stage:
             figures = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
             speed = f"{rate:.2f} updates/s  {left // 60}:{left % 60:02d} left"
             self.bar.write(f"{self.name} {self.update}/{self.total}  {figures}  {speed}")
+            if "codes_used" in values:
+                self.warn_of_collapse()
+
+    def warn_of_collapse(self) -> None:
+        """Say so once where hardly any codes have been used for long."""
+        share, long = COLLAPSED
+        updates, used = self.run.curves(self.name)["validate", "codes_used"]
+        few = [update for update, _ in takewhile(lambda line: line[1] < share, zip(updates[::-1], used[::-1]))]
+        if len(few) > 1 and few[0] - few[-1] >= long > few[1] - few[-1]:
+            self.bar.write(
+                f"warning: under {share:.0%} of the codes were used since update {few[-1]}, the codebook collapses: "
+                "try a larger --batch-size or another --seed, or fewer codes in train.py's PRESETS"
+            )
+
+    def checkpoint_due(self) -> bool:
+        """Whether it is time for a checkpoint: after the last update always."""
+        if self.update == self.total:
+            return True
+        return self.update % self.checkpoint_every == 0 if self.checkpoint_every else self.clock.due()
 
     def checkpoint(self) -> None:
         """Write all that resuming needs."""
-        self.run.save(
-            stage=self.name,
-            update=self.update,
-            best=self.best,
-            sums=self.sums,
-            summed=self.summed,
-            optimiser=self.optimiser.state_dict(),
-            **{name: network.state_dict() for name, network in self.networks.items()},
-        )
+        self.run.save(**self.state())
+        if self.writer:
+            with writing(self.run.path / "tensorboard"):
+                self.writer.flush()
 
 
 def train_vqvae(run: Run, state: dict, data: Dataset, options, preset: Preset, device: torch.device) -> VQVAE:
     """Stage 1: the VQ-VAE, to vqvae.safetensors."""
     seed_update(options.seed, "vqvae", 0)
     model = VQVAE(preset.vqvae).to(device, memory_format=torch.channels_last)
-    stage = Stage(run, "vqvae", model, options.updates, preset.learning_rate, options.seed)
+    stage = Stage(run, "vqvae", model, options.updates, preset.learning_rate, options.seed, options.checkpoint_every)
     stage.resume(state)
     feed = Feed(data, options, device)
     # The encoder first learns without codes; they then start where its vectors are, and nearly all stay in use.
@@ -380,7 +503,9 @@ def train_prior(
     model = GatedPixelCNN(config).to(device, memory_format=torch.channels_last)
     model.know_codes(vqvae.codebook.embeddings)
     averaged = AveragedModel(model, multi_avg_fn=average)
-    stage = Stage(run, "prior", model, options.prior_updates, preset.prior_learning_rate, options.seed)
+    stage = Stage(
+        run, "prior", model, options.prior_updates, preset.prior_learning_rate, options.seed, options.checkpoint_every
+    )
     stage.networks["averaged"] = averaged
     stage.resume(state)
     stage.checkpoint()  # from here on stage 1 need not be looked at again
@@ -447,20 +572,10 @@ def evaluate_prior(
     return total / codes.numel()
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line `python train.py`."""
-    options = parse_options(arguments)
-    preset = PRESETS[options.preset]
-    device = pick_device(options.device)
-    side = preset.vqvae.downsampling
-    size = options.slice_size or (preset.phantom_size if options.data == "phantom" else None)
-    data = load_dataset(options.data, size, (side, side), options.seed)
-    for notice in data.notices:
-        print(notice)
-    if min(data.slice_size) < SMALLEST_SIDE:
-        raise DataError(f"slices of {data.slice_size} pixels are too small: a side has {SMALLEST_SIDE} at least")
-    options.slice_size = data.slice_size
-    config = {
+def describe_run(options, data: Dataset) -> dict:
+    """What config.json holds."""
+    return {
+        "format": FORMAT,
         "options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()},
         "slice_size": data.slice_size,
         "intensity": {"percentile": PERCENTILE, "scale": data.scale},
@@ -468,18 +583,56 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "positions": describe_positions(data.train.positions),
         "fingerprint": data.fingerprint,
     }
-    if options.images.exists() and not options.images.is_dir():
-        raise RunError(f"--images {options.images} is not a folder")
-    run = Run(options.run, config)
-    state = run.load()
-    sizes = f"{len(data.train)} training, {len(data.validate)} validation and {len(data.test)} test slices"
-    print(f"{sizes} of {data.slice_size[0]}x{data.slice_size[1]} on {device}; run directory {options.run}")
 
+
+def refuse_changed_data(run: Run, data: Dataset, allowed: bool) -> None:
+    """Raise RunError, or say where it is allowed, how the data differ from those that the run began with."""
+    if run.config["fingerprint"] == data.fingerprint:
+        return
+    before = run.files()
+    changes = ", ".join(changed_files(before, data.files) if before else []) or "files or splits are others"
+    if not allowed:
+        raise RunError(
+            f"the data changed since {run.path} began: {changes}; bring them back, choose another --run, "
+            "or go on with --allow-changed-data"
+        )
+    print(f"warning: the data changed since {run.path} began: {changes}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line `python train.py`."""
+    options = parse_options(arguments)
+    preset = PRESETS[options.preset]
+    device = pick_device(options.device)
+    check_folder("--run", options.run)
+    check_folder("--images", options.images)
+    side = preset.vqvae.downsampling
+    size = options.slice_size or (preset.phantom_size if options.data == "phantom" else None)
+    with StopSignals():
+        data = load_dataset(options.data, size, (side, side), options.seed)
+        for notice in data.notices:
+            print(notice)
+        if min(data.slice_size) < SMALLEST_SIDE:
+            raise DataError(f"slices of {data.slice_size} pixels are too small: a side has {SMALLEST_SIDE} at least")
+        options.slice_size = data.slice_size
+        with Run(options.run, describe_run(options, data), data.files) as run:
+            refuse_changed_data(run, data, options.allow_changed_data)
+            state = run.load()
+            sizes = f"{len(data.train)} training, {len(data.validate)} validation and {len(data.test)} test slices"
+            print(f"{sizes} of {data.slice_size[0]}x{data.slice_size[1]} on {device}; run directory {options.run}")
+            train_stages(run, state, data, options, preset, device)
+
+
+def train_stages(run: Run, state: dict, data: Dataset, options, preset: Preset, device: torch.device) -> None:
+    """Both stages, or what is left of them."""
     if state.get("stage") == "done":
         print(f"{options.run} is complete: nothing to do")
         return
+    make_folder(options.images)
     if state.get("stage") == "prior":
         vqvae = load_weights(run.path / "vqvae.safetensors", VQVAE, VQVAEConfig)
+        if vqvae.config != preset.vqvae:
+            raise RunError(f"{run.path / 'vqvae.safetensors'} is not of this run: choose another --run")
         vqvae.to(device, memory_format=torch.channels_last)
     else:
         vqvae = train_vqvae(run, state, data, options, preset, device)
@@ -491,7 +644,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (DataError, RunError) as error:
+    except (DataError, RunError, OSError) as error:
         fail(error)
     except KeyboardInterrupt:
         raise SystemExit(130) from None

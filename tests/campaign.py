@@ -7,32 +7,50 @@ Prints one JSON line of totals a campaign, says on stderr what went wrong, and e
 """
 
 import argparse
+import errno
+import io
 import json
 import multiprocessing
 import os
+import pickle
 import re
 import resource
+import shutil
+import signal
 import struct
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
 import warnings
+import zipfile
 import zlib
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from dataclasses import replace
 from functools import lru_cache
+from itertools import count
 from multiprocessing.connection import Connection
 from pathlib import Path
 from shutil import rmtree
 
 import nibabel
 import numpy as np
+import safetensors.torch
+import torch
 from numpy.random import Generator
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the project's files are not installed
 
+from conftest import PRIOR_TINY, VQVAE_TINY
+
+import phantom
+import predict
+import train
 from dataset import DataError, load_dataset, read_slices
+from utils import Run, RunError, read_checkpoint, writing
 
 # ---------------------------------------------------------------- files: whatever a NIfTI file may hold
 
@@ -336,10 +354,639 @@ def files(count: int | None, seed: int) -> dict:
     return totals
 
 
+# ---------------------------------------------------------------- runs: killed, starved of disk, tampered with
+
+CHECKPOINT_CALLS = (  # all through which a run's files are written, and read back
+    (Path, "write_bytes"),
+    (Path, "write_text"),
+    (Path, "read_bytes"),
+    (os, "fsync"),
+    (os, "replace"),
+    (os, "truncate"),
+    (Run, "log"),
+)
+STOP_SECONDS = 5
+LOAD_SECONDS = 5
+MOST_LOAD_MEGABYTES = 300  # above the process that loads
+GROWTH_MEGABYTES = 5
+
+
+class Trainings:
+    """Trainings of a second each, which do not pay for imports: their processes are forked off this one."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        os.environ["PROSTATEVQ_CACHE"] = str(folder / "cache")
+        torch.set_num_threads(1)
+        tiny = replace(train.PRESETS["demo"], vqvae=VQVAE_TINY, prior=PRIOR_TINY, updates=12, prior_updates=9)
+        train.PRESETS["tiny"] = tiny
+        train.KMEANS_SLICES, train.LOG_LINES, train.EVALUATIONS = 16, 5, 4
+        for place, name in ((train, "write_vqvae_figures"), (train, "prior_loss_figure"), (train, "tensorboard")):
+            setattr(place, name, lambda *_: None)  # they take most of the time of a tiny training
+        predict.samples_figure = train.tensorboard
+        phantom.write_phantom(folder / "data", cases=(3, 1, 1), slices=4, size=(32, 16), workers=1)
+        self.reference = folder / "reference"
+        with redirect_stdout(io.StringIO()):
+            train.main(self.arguments(self.reference))  # in this process, so that those to come find all loaded
+        started = time.monotonic()
+        problem = self.complaint(folder / "again")
+        assert not problem, problem
+        self.seconds = time.monotonic() - started
+
+    def arguments(self, run: Path, **options) -> list[str]:
+        given = {"preset": "tiny", "data": self.folder / "data", "run": run, "images": self.folder / "images"}
+        given |= {"device": "cpu", "batch_size": 5, "checkpoint_every": 2} | options
+        return [text for name, value in given.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+
+    def start(self, run: Path, prepare: Callable[[], None] = lambda: None, **options) -> int:
+        """Begins a training in a process of its own, after `prepare`; gives its number."""
+        return fork(lambda: (prepare(), train.main(self.arguments(run, **options))), self.folder / "said")
+
+    def finish(self, process: int) -> tuple[int, str]:
+        """A training's exit status, negative for the signal that killed it, and what it said on stderr."""
+        status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        return status, (self.folder / "said").read_text()
+
+    def count_calls(self) -> int:
+        """How many calls of CHECKPOINT_CALLS a training makes."""
+        counted = self.folder / "counted"
+
+        def count() -> None:
+            on_calls(lambda number, real, given: (counted.open("a").write("."), real(*given))[1])
+
+        status, said = self.finish(self.start(self.folder / "counting", count))
+        assert status == 0, said
+        return counted.stat().st_size
+
+    def complaint(self, run: Path) -> str:
+        """Resumes a training until it is complete; how it then differs from the one that was never stopped."""
+        status, said = self.finish(self.start(run))
+        if status or said:
+            return f"resuming ended with {status}: {said}"
+        for name in ("vqvae.safetensors", "prior.safetensors", "metrics.jsonl"):
+            if (run / name).read_bytes() != (self.reference / name).read_bytes():
+                return f"{name} differs"
+        return "a file is left over" if list(run.glob("*.part")) else ""
+
+
+def fork(task: Callable[[], object], said: Path) -> int:
+    """Runs a task in a process of its own as the command line would be run; what it says on stderr goes to a file."""
+    process = os.fork()
+    if process:
+        return process
+    status = 1
+    try:
+        tqdm._instances.clear()  # of the bars of the process it was forked off
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+        task()
+        status = 0
+    except SystemExit as stop:
+        status = stop.code
+    except (DataError, RunError, OSError) as error:
+        os.write(2, f"error: {error}\n".encode(errors="replace"))
+        status = 2
+    except BaseException:
+        os.write(2, traceback.format_exc().encode(errors="replace"))
+    finally:
+        os._exit(status)
+
+
+def on_calls(act: Callable[[int, Callable, tuple], object]) -> None:
+    """Has each call of CHECKPOINT_CALLS go through act(its number from 1, the real one, arguments), for good."""
+    numbers = count(1)
+    for place, name in CHECKPOINT_CALLS:
+        real = getattr(place, name)
+        setattr(place, name, lambda *given, real=real: act(next(numbers), real, given))
+
+
+def half_done(real: Callable, given: tuple) -> None:
+    """What is left of a call that did not come to its end."""
+    if real.__name__ in ("write_bytes", "write_text"):
+        path, content = given
+        real(path, content[: len(content) // 2])
+    elif real.__name__ == "log":
+        with open(given[0].log_path, "a") as file:
+            file.write('{"stage": "vq')
+
+
+def kill_at(number: int, moment: str) -> Callable[[], None]:
+    """Kills the process before, after, or in the middle of a call."""
+
+    def act(now: int, real: Callable, given: tuple) -> object:
+        if now == number and moment == "middle":
+            half_done(real, given)
+        if now < number or moment == "after":
+            done = real(*given)
+        if now == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return done
+
+    return lambda: on_calls(act)
+
+
+def kills(number_of: int | None, seed: int) -> dict:
+    """Trainings (200) killed by SIGKILL at a random moment or a write; resumed, each has to end as one that was not."""
+    number_of = number_of or 200
+    totals = dict.fromkeys(("kills", "at_a_write", "in_vqvae", "in_prior", "complete", "identical", "failed"), 0)
+    with tempfile.TemporaryDirectory() as temporary, tqdm(total=number_of, desc="kills", unit="kill") as bar:
+        trainings = Trainings(Path(temporary))
+        calls = trainings.count_calls()
+        for number in range(seed, seed + number_of):
+            rng, run, status = np.random.default_rng((seed, number)), Path(temporary, f"run{number}"), 0
+            while status != -signal.SIGKILL:  # until it was killed before it was complete
+                rmtree(run, ignore_errors=True)
+                if number % 2:
+                    place = 1 + number // 2 * 29 % calls  # 29 shares no factor with the calls: each one comes
+                    process = trainings.start(run, kill_at(place, pick(rng, ("before", "middle", "after"))))
+                else:
+                    process = trainings.start(run, checkpoint_every=int(rng.integers(1, 6)))
+                    time.sleep(rng.random() * trainings.seconds)
+                    os.kill(process, signal.SIGKILL)
+                status, said = trainings.finish(process)
+                assert status in (0, -signal.SIGKILL), said
+            stage = stage_of(run)
+            problem = trainings.complaint(run)
+            if problem:
+                bar.write(f"kill {number} in {stage}: {problem}", file=sys.stderr)
+            totals["kills"] += 1
+            totals["at_a_write"] += number % 2
+            totals["in_vqvae" if stage == "vqvae" else "in_prior"] += 1
+            totals["identical"] += not problem
+            totals["failed"] += bool(problem)
+            rmtree(run)
+            bar.update()
+    return totals
+
+
+def stage_of(run: Path) -> str:
+    """The stage that a run has come to."""
+    log = run / "metrics.jsonl"
+    made = (run / "vqvae.safetensors").exists() or (log.exists() and '"prior"' in log.read_text())
+    return "prior" if made else "vqvae"
+
+
+def stops(number_of: int | None, seed: int) -> dict:
+    """Trainings (100) stopped by SIGTERM or SIGINT at a random moment: exit status, seconds, and resumed as above."""
+    number_of = number_of or 100
+    totals = dict.fromkeys(("stops", "in_vqvae", "in_prior", "longest_seconds", "identical", "failed"), 0)
+    with tempfile.TemporaryDirectory() as temporary, tqdm(total=number_of, desc="stops", unit="stop") as bar:
+        trainings = Trainings(Path(temporary))
+        for number in range(seed, seed + number_of):
+            rng, run = np.random.default_rng((seed, number)), Path(temporary, f"run{number}")
+            kind, status = pick(rng, (signal.SIGTERM, signal.SIGINT)), 0
+            while status == 0:  # until it was stopped before it was complete
+                rmtree(run, ignore_errors=True)
+                process = trainings.start(run, checkpoint_every=1000)
+                while not (run / "config.json").exists():
+                    time.sleep(0.001)
+                time.sleep(rng.random() * trainings.seconds)
+                os.kill(process, kind)
+                sent = time.monotonic()
+                status, said = trainings.finish(process)
+            seconds, stage = time.monotonic() - sent, stage_of(run)
+            problem = f"it ended with {status}: {said}" if status != 128 + kind or said else trainings.complaint(run)
+            if problem or seconds > STOP_SECONDS:
+                bar.write(f"stop {number} in {stage} after {seconds:.1f} s: {problem}", file=sys.stderr)
+            totals["stops"] += 1
+            totals["in_vqvae" if stage == "vqvae" else "in_prior"] += 1
+            totals["longest_seconds"] = max(totals["longest_seconds"], round(seconds, 2))
+            totals["identical"] += not problem
+            totals["failed"] += bool(problem) or seconds > STOP_SECONDS
+            rmtree(run)
+            bar.update()
+    return totals
+
+
+def fill_at(number: int, moment: str) -> Callable[[], None]:
+    """Has the disk full from a call on: nothing more is written, or at first half of it."""
+
+    def act(now: int, real: Callable, given: tuple) -> object:
+        # Reading goes on as ever, and so does what makes no file larger, once it has failed.
+        if now < number or real.__name__ == "read_bytes" or (now > number and real.__name__ in ("truncate", "replace")):
+            return real(*given)
+        if moment == "middle":
+            half_done(real, given)
+        with writing(given[0].log_path) if real.__name__ == "log" else nullcontext():  # which the real one does
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    return lambda: on_calls(act)
+
+
+def limit_to(size: int) -> Callable[[], None]:
+    """Has no file grow beyond a size, in bytes."""
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def disk(number_of: int | None, seed: int) -> dict:
+    """Trainings (200) that find the disk full at a write, a file-size limit, or a disk of 64 MB filled by others.
+
+    Each has to say so in a line and to keep a checkpoint from which the next start ends as if nothing had been."""
+    number_of = number_of or 200
+    totals = dict.fromkeys(("tried", "at_a_write", "file_size", "small_disk", "kept", "identical", "failed"), 0)
+    with tempfile.TemporaryDirectory() as temporary, tqdm(total=number_of, desc="disk", unit="run") as bar:
+        trainings = Trainings(Path(temporary))
+        calls = trainings.count_calls()
+        largest_file = max(file.stat().st_size for file in trainings.reference.iterdir())
+        with small_disk(Path(temporary, "disk")) as mounted:
+            kinds = ("at_a_write", "file_size", "at_a_write", "small_disk" if mounted else "at_a_write")
+            for number in range(seed, seed + number_of):
+                rng, kind = np.random.default_rng((seed, number)), kinds[number % 4]
+                run, ballast = Path(temporary, f"run{number}"), Path(temporary, "disk", "ballast")
+                if kind == "at_a_write":
+                    prepare = fill_at(1 + number // 2 * 29 % calls, pick(rng, ("before", "middle")))
+                elif kind == "file_size":
+                    prepare = limit_to(int(rng.integers(largest_file)))
+                else:
+                    run, prepare = ballast.with_name("run"), lambda: None
+                    fill(ballast, int(rng.integers(4 * largest_file)))
+                status, said = trainings.finish(trainings.start(run, prepare))
+                ballast.unlink(missing_ok=True)
+                problem = f"it ended with {status}: {said}" if not is_complaint(status, said) else ""
+                if not problem and (run / "training.pt").exists():
+                    read_checkpoint(run / "training.pt")
+                    totals["kept"] += 1
+                problem = problem or trainings.complaint(run)
+                if problem:
+                    bar.write(f"disk {number}, {kind}: {problem}", file=sys.stderr)
+                totals["tried"] += 1
+                totals[kind] += 1
+                totals["identical"] += not problem
+                totals["failed"] += bool(problem)
+                rmtree(run, ignore_errors=True)
+                bar.update()
+    return totals
+
+
+def is_complaint(status: int, said: str) -> bool:
+    """Whether a command ended as it should where it cannot write."""
+    return status == 2 and said.startswith("error: ") and said.count("\n") == 1 and "cannot be written" in said
+
+
+@contextmanager
+def small_disk(folder: Path):
+    """Mounts 64 MB of memory at a folder; gives whether that was possible, which takes root's rights."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "campaign", str(folder)]
+    mounted = shutil.which("mount") and subprocess.run(mount, stderr=subprocess.DEVNULL).returncode == 0
+    try:
+        yield mounted
+    finally:
+        if mounted:
+            subprocess.run(["umount", str(folder)], check=True)
+
+
+def fill(ballast: Path, left: int) -> None:
+    """Fills a disk up to so many bytes."""
+    free = os.statvfs(ballast.parent).f_bavail * os.statvfs(ballast.parent).f_frsize
+    ballast.write_bytes(bytes(max(free - left, 0)))
+
+
+# What a field may be set to; JSON takes them all.
+EXTREMES = (0, 1, -1, 2, 7, 10**6, 10**9, 2**63, 10**40, 0.5, -0.5, 1e-300, 1e300, float("nan"), float("inf"), None)
+EXTREMES += (True, False, "", "1", "x" * 5000, "\n\x1b[2J\ud800", [], {}, [[]], [1, 2], [10**6] * 2, {"a": 1})
+
+
+def leaves(value, place=()):
+    """The places of all values in nested lists and dicts."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [place] * bool(place) + [leaf for key, below in items for leaf in leaves(below, (*place, key))]
+
+
+def set_value(rng: Generator, nested: dict) -> None:
+    """A value of nested lists and dicts taken out, put in, or set to an extreme one."""
+    *above, last = pick(rng, leaves(nested))
+    for key in above:
+        nested = nested[key]
+    way = rng.random()
+    if way < 0.1:
+        del nested[last]
+    elif way < 0.2 and isinstance(nested, dict):
+        nested[pick(rng, ("colour", "__class__", "x" * 300, "a\nb", "../config"))] = pick(rng, EXTREMES)
+    else:
+        nested[last] = pick(rng, EXTREMES)
+
+
+def tamper_with_text(rng: Generator, path: Path, canary: Path) -> bool:
+    """JSON that is well-formed but holds other values, or is nested without end."""
+    lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
+    values = [json.loads(line) for line in lines]
+    if not values or rng.random() < 0.05:
+        path.write_text(pick(rng, ("[" * 100_000, '{"a":' * 100_000, "1" * 100_000, '"' + "\\ud800" * 1000 + '"')))
+        return True
+    for _ in range(rng.integers(1, 4)):
+        set_value(rng, pick(rng, values) or values[0])
+    path.write_text("\n".join(map(json.dumps, values)) + "\n")
+    return False
+
+
+def tamper_with_weights(rng: Generator, path: Path, canary: Path) -> bool:
+    """A well-formed safetensors file of other tensors, or with another config."""
+    with safetensors.safe_open(path, "pt") as file:
+        tensors, header = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    if rng.random() < 0.4:
+        config = json.loads(header["config"])
+        for _ in range(rng.integers(1, 3)):
+            set_value(rng, config)
+        header["config"] = json.dumps(config)
+    else:
+        tamper_with_tensors(rng, tensors)
+    if rng.random() < 0.5:  # as its writer would have made it
+        config = json.loads(header["config"]) | {"checksum": None}
+        header["config"] = json.dumps(config)
+    safetensors.torch.save_file({name: tensor.clone() for name, tensor in tensors.items()}, path, header)
+    return False
+
+
+def tamper_with_tensors(rng: Generator, tensors: dict) -> None:
+    name, other = pick(rng, list(tensors)), pick(rng, list(tensors))
+    tensor = tensors[name]
+    ways = (
+        lambda: {name: tensors[other], other: tensor},
+        lambda: {"more": tensor, "../more": tensor},
+        lambda: {name: tensor[..., None] if tensor.ndim < 3 else tensor.flatten()},
+        lambda: {name: torch.zeros(3, 5)},
+        lambda: {name: tensor.double()},
+        lambda: {name: tensor.bfloat16()},
+        lambda: {name: torch.full_like(tensor, pick(rng, (torch.nan, torch.inf)))},
+        lambda: {name: torch.zeros(0)},
+    )
+    changed = pick(rng, ways)()
+    del tensors[name]
+    tensors.update(changed)
+
+
+def tamper_with_checkpoint(rng: Generator, path: Path, canary: Path) -> bool:
+    """A well-formed checkpoint of other values or tensors, or one that would run code or take all memory."""
+    state = torch.load(path, weights_only=True)
+    way = rng.random()
+    if way < 0.3:
+        torch.save(state | {"update": Evil(canary)}, path, _use_new_zipfile_serialization=rng.random() < 0.7)
+        return True
+    if way < 0.4:
+        pick(rng, (plain_pickle, hungry_pickle, doubling_pickle, swelling_zip))(path, canary)
+        return True
+    if way < 0.6 and state["stage"] != "done":
+        tamper_with_tensors(rng, pick(rng, (state["model"], pick(rng, list(state["optimiser"].values())))))
+    else:
+        plain = {name: value for name, value in state.items() if name not in ("model", "optimiser")}
+        set_value(rng, plain)
+        state = {name: state[name] for name in state.keys() & {"model", "optimiser"}} | plain
+    torch.save(state, path)
+    return False
+
+
+class Evil:
+    """What leaves a folder behind where a pickle of it is loaded."""
+
+    def __init__(self, canary: Path):
+        self.canary = canary
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.canary),)
+
+
+def plain_pickle(path: Path, canary: Path) -> None:
+    path.write_bytes(pickle.dumps(Evil(canary)))
+
+
+def zip_of(path: Path, pickled: bytes, storage: bytes = b"", compression: int = zipfile.ZIP_STORED) -> None:
+    """A checkpoint file of that pickle and one storage."""
+    with zipfile.ZipFile(path, "w", compression) as file:
+        for name, content in (("data.pkl", pickled), ("version", b"3\n"), ("data/0", storage)):
+            file.writestr(f"archive/{name}", content)
+
+
+def hungry_pickle(path: Path, canary: Path) -> None:
+    """Asks for 100 GB by means that weights_only allows."""
+    zip_of(path, b"\x80\x02c__builtin__\nbytearray\n\x8a\x06\x00\x00\x00\x00\x17\x00\x85R.")
+
+
+def doubling_pickle(path: Path, canary: Path) -> None:
+    """Names a list again and again, each time to be copied."""
+    pairs = b"]q\x00(" + b"K\x01K\x02\x86" * 50_000 + b"e"
+    zip_of(path, b"\x80\x02" + pairs + b"ccollections\nOrderedDict\nq\x01" + b"h\x01h\x00\x85R" * 50_000 + b".")
+
+
+def swelling_zip(path: Path, canary: Path) -> None:
+    zip_of(path, b"\x80\x02N.", bytes(100 << 20), zipfile.ZIP_DEFLATED)
+
+
+def tamper_with_bytes(rng: Generator, path: Path, canary: Path) -> bool:
+    """A file damaged, cut, lengthened, mixed with another, or evil from its first byte."""
+    content = bytearray(path.read_bytes()) or bytearray(b"\0")
+    other = pick(rng, [file for file in sorted(path.parent.iterdir()) if file.is_file()])
+    if rng.random() < 0.1:
+        plain_pickle(path, canary)
+        return True
+    if path.suffix == ".safetensors" and rng.random() < 0.2:  # its header's length, or its JSON
+        place = int(rng.integers(8 + int.from_bytes(content[:8], "little")))
+        content[place] ^= 1 << int(rng.integers(8))
+        path.write_bytes(content)
+        return False
+    way = pick(rng, (flip_bits, flip_bits, set_pixels, truncate, truncate, extend, move, None))
+    path.write_bytes(way(rng, content) if way else other.read_bytes())
+    return False
+
+
+def tamper_with_place(rng: Generator, path: Path, canary: Path) -> bool:
+    """Something else where a file should be."""
+    path.unlink()
+    ways = (
+        lambda: None,
+        path.mkdir,
+        lambda: os.mkfifo(path),
+        lambda: path.symlink_to("/dev/zero"),
+        lambda: path.symlink_to(canary.with_name("outside")),
+        lambda: path.symlink_to(path),
+        lambda: os.truncate(os.open(path, os.O_CREAT | os.O_WRONLY), 40 << 30),  # 40 GB that take no room
+    )
+    pick(rng, ways)()
+    return False
+
+
+READ_BY_PREDICT = ("config.json", "vqvae.safetensors", "prior.safetensors")
+
+
+def tamper(rng: Generator, run: Path, canary: Path) -> tuple[str, bool]:
+    """Tampers with a file of a run; gives its name, and whether it then has to be refused."""
+    names = [file.name for file in sorted(run.iterdir()) if file.suffix in (".json", ".jsonl", ".safetensors", ".pt")]
+    path = run / pick(rng, names)
+    kinds = {".pt": tamper_with_checkpoint, ".safetensors": tamper_with_weights}
+    way = pick(rng, (kinds.get(path.suffix, tamper_with_text),) * 3 + (tamper_with_bytes,) * 2 + (tamper_with_place,))
+    evil = way(rng, path, canary)
+    if path.name == "data.json":  # which is read only where the data changed
+        config = json.loads((run / "config.json").read_text())
+        (run / "config.json").write_text(json.dumps(config | {"fingerprint": "0"}))
+    if path.name == "training.pt":  # else the one before it would be used
+        (run / "training.pt.before").unlink()
+        if path.is_file() and not path.is_symlink() and path.stat().st_size < 10**9:
+            shutil.copy(path, run / "training.pt.before")
+    return path.name, evil
+
+
+class Resumed(BaseException):
+    """A run was loaded, and would go on."""
+
+
+def judge_run(load: Callable[[], None], run: Path) -> tuple[str, str]:
+    """What comes of it: "loaded", "refused" or "crashed", and how."""
+    try:
+        load()
+    except Resumed:
+        pass
+    except (RunError, DataError) as refusal:
+        message = str(refusal)
+        if message.isprintable() and len(message) < 1000 and str(run) in message:
+            return "refused", message
+        return "crashed", f"the message is not one line that names the run: {message!r}"
+    except BaseException:
+        return "crashed", traceback.format_exc()
+    return "loaded", ""
+
+
+def measure(task: Callable[[], tuple[str, str]], seconds: int = GIVE_UP_SECONDS) -> tuple[str, str, float, float]:
+    """What a task gives in a process of its own, its seconds, and the megabytes it took at most."""
+    reader, writer = os.pipe()
+    process = os.fork()
+    if process == 0:
+        try:
+            signal.alarm(seconds)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            os.dup2(1, 2)
+            Path("/proc/self/clear_refs").write_text("5")  # makes the present memory the most so far
+            resource.setrlimit(resource.RLIMIT_AS, (int(memory("VmSize") + 4096) << 20, resource.RLIM_INFINITY))
+            idle, start = memory("VmRSS"), time.perf_counter()
+            outcome = task()
+            answer = [*outcome, time.perf_counter() - start, memory("VmHWM") - idle]
+            os.write(writer, json.dumps(answer).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with open(reader) as said:
+        answer = said.read()
+    status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    return tuple(json.loads(answer)) if answer else ("crashed", f"the process ended with {status}", 0, 0)
+
+
+def half_way(trainings: Trainings, stage: str, update: int) -> Path:
+    """A run that was killed in that update."""
+    run = trainings.folder / stage
+    real = train.seed_update
+
+    def seed_update(seed: int, *place) -> None:
+        real(seed, *place)
+        if place == (stage, update):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    trainings.finish(trainings.start(run, lambda: setattr(train, "seed_update", seed_update), checkpoint_every=1))
+    return run
+
+
+def runs(number_of: int | None, seed: int) -> dict:
+    """Run directories (2,000) that were tampered with, given to train.py and to predict.py.
+
+    Each is refused by name, or loads where no harm is done; no code of theirs runs, within seconds and 300 MB.
+    Number n is made from seed + n alone: `--count 1 --seed` with the number that is printed makes it again."""
+    number_of = number_of or 2000
+    totals = dict.fromkeys(("tried", "loads", "loaded", "refused", "crashed", "code_run", "evil", "peak_megabytes"), 0)
+    totals["longest_seconds"] = 0.0
+    with tempfile.TemporaryDirectory() as temporary, tqdm(total=number_of, desc="runs", unit="run") as bar:
+        trainings = Trainings(Path(temporary))
+        bases = [half_way(trainings, "vqvae", 7), half_way(trainings, "prior", 6), trainings.reference]
+        run, canary, out = (Path(temporary, name) for name in ("tampered", "canary", "out"))
+        (canary.with_name("outside")).write_text("not the run's")
+        train.Stage.updates = lambda stage: raise_(Resumed)
+        given = trainings.arguments(run)
+        sampling = ["--run", run, "--num", "1", "--out", out, "--images", out, "--device", "cpu"]
+        for number in range(seed, seed + number_of):
+            rng = np.random.default_rng((seed, number))
+            base = pick(rng, bases)
+            shutil.copytree(base, run)
+            name, evil = tamper(rng, run, canary)
+            loads = {"train.py": lambda: train.main(given)}
+            if (base / "prior.safetensors").exists():
+                loads["predict.py"] = lambda: predict.main([*map(str, sampling)])
+            totals["tried"] += 1
+            totals["evil"] += evil
+            for script, load in loads.items():
+                outcome, details, seconds, megabytes = measure(lambda load=load: judge_run(load, run))
+                read = name in READ_BY_PREDICT or script == "train.py"
+                if outcome == "loaded" and evil and read and (script, name) not in unread(base):
+                    outcome, details = "crashed", "it was loaded"
+                if outcome == "crashed" or seconds > LOAD_SECONDS or megabytes > MOST_LOAD_MEGABYTES:
+                    heading = f"run {number}, {name} of {base.name}, {script}"
+                    bar.write(f"{heading}: {outcome}, {seconds:.1f} s, {megabytes:.0f} MB: {details}", file=sys.stderr)
+                totals["loads"] += 1
+                totals[outcome] += 1
+                totals["code_run"] += canary.exists()
+                totals["peak_megabytes"] = max(totals["peak_megabytes"], round(megabytes))
+                totals["longest_seconds"] = max(totals["longest_seconds"], round(seconds, 2))
+                assert canary.with_name("outside").read_text() == "not the run's"
+            rmtree(run)
+            rmtree(canary, ignore_errors=True)
+            bar.update()
+    totals["failed"] = totals["crashed"] + totals["code_run"]
+    totals["failed"] += totals["peak_megabytes"] > MOST_LOAD_MEGABYTES or totals["longest_seconds"] > LOAD_SECONDS
+    return totals
+
+
+def unread(base: Path) -> set[tuple[str, str]]:
+    """Which files a command does not look at in a run that has come so far."""
+    ignored = {("train.py", "prior.safetensors")}
+    return ignored if base.name == "prior" else ignored | {("train.py", "vqvae.safetensors")}
+
+
+def raise_(error: type[BaseException]):
+    raise error
+
+
+def memory_of(task: Callable[[Callable[[], None]], object]) -> list[float]:
+    """Megabytes at each call of what a task is given to call as it goes on, in a process of its own."""
+
+    def run() -> tuple[str, str]:
+        seen = []
+        task(lambda: seen.append(memory("VmRSS")))
+        return json.dumps(seen), ""
+
+    return json.loads(measure(run, seconds=3600)[0])
+
+
+def memory_growth(number_of: int | None, seed: int) -> dict:
+    """Memory over 2,000 updates and 50 batches of samples: flat, once the first third of each has seen all there is."""
+    updates, batches = number_of or 2000, 50
+    with tempfile.TemporaryDirectory() as temporary:
+        trainings = Trainings(Path(temporary))
+        train.LOG_LINES = 250
+        real = train.seed_update
+
+        def training(step: Callable[[], None]) -> None:
+            train.seed_update = lambda *place: (real(*place), step())
+            run = trainings.folder / "long"
+            train.main(trainings.arguments(run, updates=updates // 2, prior_updates=updates // 2, seed=seed))
+
+        def sampling(step: Callable[[], None]) -> None:
+            draw = predict.draw_positions
+            predict.draw_positions = lambda *given: (step(), draw(*given))[1]
+            out = str(trainings.folder / "out")
+            given = ["--run", str(trainings.reference), "--out", out, "--images", out, "--device", "cpu"]
+            predict.main([*given, "--batch-size", "4", "--num", str(4 * batches)])
+
+        seen = memory_of(training)
+        parts = {
+            "megabytes_vqvae": seen[: updates // 2],
+            "megabytes_prior": seen[-(updates // 2) :],
+            "megabytes_sampling": memory_of(sampling),
+        }
+    ends = {name: [round(part[len(part) // 3], 1), round(part[-1], 1)] for name, part in parts.items()}
+    grown = sum(end - begin > GROWTH_MEGABYTES for begin, end in ends.values())
+    return {"updates": updates, "batches": batches, **ends, "failed": grown}
+
+
 # ---------------------------------------------------------------- the command
 
 # Each takes a count (None: its own) and a seed, and gives totals; `failed` is the number of things that went wrong.
-CAMPAIGNS = {"files": files}
+CAMPAIGNS = {"files": files, "kills": kills, "stops": stops, "runs": runs, "disk": disk, "memory": memory_growth}
 
 
 def main() -> int:

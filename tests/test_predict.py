@@ -5,20 +5,27 @@ import csv
 import io
 import json
 import math
+import os
 import re
 import shutil
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from campaign import READ_BY_PREDICT, judge_run, tamper
 from matplotlib.image import imread
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import metrics
 import predict
 from metrics import reconstruction_metrics
-from utils import RunError, read_config
+from modules import GatedPixelCNN, PriorConfig
+from utils import RunError, lock, read_config, save_weights
 
 ROOT = Path(__file__).parents[1]
 
@@ -548,12 +555,17 @@ def test_a_split_without_slices_is_refused(evaluated, trained, tmp_path, monkeyp
         ({"top_p": 0}, "argument --top-p: 0 is not above 0 and at most 1"),
         ({"top_p": 1.01}, "argument --top-p: 1.01 is not above 0 and at most 1"),
         ({"position": 2}, "argument --position: 2 is not at least 0 and at most 1"),
+        ({"temperature": "inf"}, "argument --temperature: inf is not above 0 and at most 100"),
         ({"num": 0}, "argument --num: 0 is not at least 1"),
+        ({"num": 10**6 + 1}, "argument --num: 1000001 is not at least 1 and at most 1000000"),
         ({"num": "many"}, "argument --num: invalid int value: 'many'"),
         ({"batch_size": 0}, "argument --batch-size: 0 is not at least 1"),
+        ({"batch_size": 10**6}, "argument --batch-size: 1000000 is not at least 1 and at most 65536"),
         ({"seed": 2**32}, "argument --seed: 4294967296 is not at least 0"),
         ({"device": "gpu"}, "--device gpu"),
         ({"run": "nowhere"}, "nowhere is not a run directory"),
+        ({"out": "/proc/1/samples"}, "--out /proc/1/samples cannot be written"),
+        ({"images": "/proc/1/images"}, "--images /proc/1/images cannot be written"),
         ({"reconstruct": []}, "argument --reconstruct: expected at least one argument"),
         ({"reconstruct": ["nowhere.nii.gz"]}, "nowhere.nii.gz"),
     ],
@@ -564,11 +576,16 @@ def test_a_mistake_is_one_line_and_writes_nothing(trained, tmp_path, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
+@pytest.fixture
+def copied(trained, tmp_path):
+    """A run that may be spoiled."""
+    return shutil.copytree(trained.run, tmp_path / "run")
+
+
 @pytest.mark.parametrize("name", ["config.json", "vqvae.safetensors", "prior.safetensors"])
 @pytest.mark.parametrize("content", [None, b"", b"{", b"\x80\x04K\x01."])
-def test_a_run_that_cannot_be_used_is_one_line(trained, tmp_path, complaint, name, content):
-    run = tmp_path / "run"
-    shutil.copytree(trained.run, run)
+def test_a_run_that_cannot_be_used_is_one_line(copied, tmp_path, complaint, name, content):
+    run = copied
     if content is None:
         (run / name).unlink()
     else:
@@ -576,6 +593,56 @@ def test_a_run_that_cannot_be_used_is_one_line(trained, tmp_path, complaint, nam
     error = complaint("predict.py", arguments(run=run, out=tmp_path / "out"))
     assert str(run) in error
     assert not (tmp_path / "out").exists()
+
+
+def test_networks_of_different_runs_are_one_line(copied, tmp_path, complaint):
+    prior = predict.load_weights(copied / "prior.safetensors", GatedPixelCNN, PriorConfig)
+    for change in ({"codes": 8}, {"grid": (8, 8)}):
+        save_weights(copied / "prior.safetensors", GatedPixelCNN(replace(prior.config, **change)))
+        error = complaint("predict.py", arguments(run=copied, out=tmp_path / "out"))
+        assert f"{copied}: prior.safetensors and vqvae.safetensors are of different runs" in error
+    config = read_config(copied)
+    (copied / "config.json").write_text(json.dumps(config | {"slice_size": [62, 32]}))
+    error = complaint("predict.py", arguments(run=copied, out=tmp_path / "out"))
+    assert "vqvae.safetensors takes no slices of 62x32" in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["vqvae.safetensors", "prior.safetensors"])
+def test_a_network_that_would_take_all_memory_is_one_line(copied, tmp_path, complaint, name):
+    with safe_open(copied / name, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 not a dict
+        config = json.loads(file.metadata()["config"])
+    for change in ({"channels": 10**9}, {"channels": 60_000}, {"codes": 2**40}, {"grid": [10**6, 10**6]}, {"x": 1}):
+        save_file(tensors, copied / name, {"config": json.dumps(config | change)})
+        error = complaint("predict.py", arguments(run=copied, out=tmp_path / "out"))
+        assert f"{copied / name} cannot be used" in error
+
+
+def test_runs_that_were_tampered_with(trained, tmp_path):
+    """A short form of `python tests/campaign.py runs`."""
+    run, canary, outcomes = tmp_path / "run", tmp_path / "canary", Counter()
+    (tmp_path / "outside").write_text("not the run's")
+    given = arguments(run=run, num=1, out=tmp_path / "out", images=tmp_path / "out", device="cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(predict, "samples_figure", lambda *_: None)
+        for seed in range(40):
+            shutil.copytree(trained.run, run)
+            name, evil = tamper(np.random.default_rng((seed, 7)), run, canary)
+            outcome, details = judge_run(lambda: predict.main(given), run)
+            assert outcome != "crashed", f"{seed}, {name}: {details}"
+            assert not (evil and outcome == "loaded" and name in READ_BY_PREDICT)
+            outcomes[outcome] += 1
+            shutil.rmtree(run)
+    assert not canary.exists()
+    assert min(outcomes["loaded"], outcomes["refused"]) >= 5
+
+
+def test_a_run_that_trains_can_be_sampled_from(copied, tmp_path, capsys):
+    handle = lock(copied)
+    predict.main(arguments(run=copied, num=2, out=tmp_path / "out", images=tmp_path / "images", device="cpu"))
+    os.close(handle)
+    assert len(list((tmp_path / "out").glob("*.nii.gz"))) == 2
 
 
 def test_an_output_folder_that_is_a_file_is_refused(call, tmp_path):

@@ -1,19 +1,27 @@
 """Whole trainings of a second each: what they write, that stopping changes nothing, and what they refuse."""
 
+import errno
+import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import zipfile
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from campaign import CHECKPOINT_CALLS, Resumed, half_done, judge_run, raise_, tamper
 from matplotlib.image import imread
 from safetensors.torch import load_file
 from torch.optim.swa_utils import AveragedModel
@@ -28,7 +36,7 @@ from utils import RunError, load_weights
 ROOT = Path(__file__).parents[1]
 REAL = ROOT.parent / "shared" / "hipmri_like"
 FIGURES = {"vqvae_loss.png", "prior_loss.png", "codebook_usage.png", "reconstructions.png"}
-FILES = {"config.json", "vqvae.safetensors", "prior.safetensors", "training.pt", "metrics.jsonl"}
+FILES = set(utils.FILES)
 VQVAE_LOSSES = {"reconstruction_loss", "embedding_loss", "total_loss"}
 VQVAE_METRICS = VQVAE_LOSSES | {"ssim", "psnr", "codes_used", "perplexity"}
 PRIOR_LOSSES = {"nats_per_code", "bits_per_code"}
@@ -47,25 +55,22 @@ def select(lines, stage, split):
     return [line for line in lines if (line["stage"], line["split"]) == (stage, split)]
 
 
-@pytest.fixture
-def quick(monkeypatch):
+def make_quick(patch):
     """Without figures and TensorBoard, which take most of the time of a tiny training."""
     for name in ("write_vqvae_figures", "prior_loss_figure", "tensorboard"):
-        monkeypatch.setattr(train, name, lambda *_: None)
+        patch.setattr(train, name, lambda *_: None)
+
+
+def options_of(data, run, preset):
+    images = run.with_name("images")
+    return {"data": data, "run": run, "images": images, "preset": preset, "batch_size": 5, "device": "cpu"}
 
 
 @pytest.fixture
-def options(tmp_path, slices_folder, tiny_preset, quick):
+def options(tmp_path, slices_folder, tiny_preset, monkeypatch):
     """Of a training like the `trained` one, elsewhere."""
-    run, images = tmp_path / "run", tmp_path / "images"
-    return {
-        "data": slices_folder,
-        "run": run,
-        "images": images,
-        "preset": tiny_preset,
-        "batch_size": 5,
-        "device": "cpu",
-    }
+    make_quick(monkeypatch)
+    return options_of(slices_folder, tmp_path / "run", tiny_preset)
 
 
 # ---------------------------------------------------------------- what a training writes
@@ -222,10 +227,9 @@ def test_losses_fall(options, monkeypatch):
     assert np.mean(bits[-10:]) < 0.8 * bits[0]
 
 
-def test_the_rate_rises_and_falls_to_nothing(tmp_path):
-    run = utils.Run(tmp_path, {"options": {}, "fingerprint": ""})
+def test_the_rate_rises_and_falls_to_nothing():
     weight = torch.nn.Linear(1, 1)
-    stage = train.Stage(run, "vqvae", weight, 400, 0.5, 0)
+    stage = train.Stage(None, "vqvae", weight, 400, 0.5, 0)
     rates = []
     for stage.update in range(1, 401):
         stage.step(weight(torch.ones(1)).square().sum())
@@ -346,13 +350,6 @@ def test_slices_in_the_memory_of_a_gpu_are_the_same(options, slices_folder):
         assert slices.shape == (given.batch_size, 1, 64, 32)
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(options, monkeypatch):
-    monkeypatch.setattr(train, "code_loss", lambda logits, codes: logits.sum() * torch.nan)
-    with pytest.raises(RunError, match="prior update .* is not finite"):
-        train.main(arguments(**options))
-    assert all(math.isfinite(value) for line in lines_of(options["run"]) for value in list(line.values())[2:])
-
-
 def test_the_seed_decides(options, trained):
     other = options | {"seed": 1}
     train.main(arguments(**other))
@@ -399,6 +396,7 @@ STOPS = [
 
 @pytest.mark.parametrize("stops", STOPS)
 def test_a_stopped_and_resumed_run_equals_one_without_a_stop(options, trained, monkeypatch, capsys, stops):
+    """Each update of so short a training has a validation: a signal leaves it, and the update before is saved."""
     hooks = {(stage, update): send(kind) for stage, update, kind in stops}
     at_updates(monkeypatch, hooks)
     for stage, update, kind in stops:
@@ -406,11 +404,115 @@ def test_a_stopped_and_resumed_run_equals_one_without_a_stop(options, trained, m
             train.main(arguments(**options))
         assert stop.value.code == 128 + kind
         state = torch.load(options["run"] / "training.pt", weights_only=True)
-        assert (state["stage"], state["update"]) == (stage, update)
-        assert f"stopped after {stage} update {update};" in capsys.readouterr().out
+        assert (state["stage"], state["update"]) == (stage, update - 1)
+        assert f"stopped after {stage} update {update - 1};" in capsys.readouterr().out
     assert not hooks
     train.main(arguments(**options))
     assert_same_run(options["run"], trained.run)
+
+
+def test_a_signal_waits_for_the_end_of_a_short_update(options, monkeypatch):
+    monkeypatch.setattr(train, "EVALUATIONS", 2)
+    train.main(arguments(**options | {"run": options["run"].with_name("unbroken")}))
+    stops = {("vqvae", 4): send(signal.SIGTERM), ("vqvae", 8): send(signal.SIGINT), ("prior", 3): send(signal.SIGTERM)}
+    for place in list(stops):
+        at_updates(monkeypatch, stops)
+        with pytest.raises(SystemExit):
+            train.main(arguments(**options))
+        state = torch.load(options["run"] / "training.pt", weights_only=True)
+        assert (state["stage"], state["update"]) == place
+    train.main(arguments(**options))
+    assert_same_run(options["run"], options["run"].with_name("unbroken"))
+
+
+def at_call(monkeypatch, place, name, call, act):
+    """Call `act` once, as a function is called for the call-th time."""
+    real, calls = getattr(place, name), itertools.count(1)
+
+    def hooked(*given, **named):
+        if next(calls) == call:
+            act()
+        return real(*given, **named)
+
+    monkeypatch.setattr(place, name, hooked)
+
+
+@pytest.mark.parametrize(
+    ("name", "call", "before", "kind"),
+    [
+        ("encoder_vectors", 1, ("vqvae", 2), signal.SIGTERM),
+        ("evaluate_vqvae", 3, ("vqvae", 4), signal.SIGINT),
+        ("write_vqvae_figures", 1, ("vqvae", 11), signal.SIGTERM),
+        ("save_weights", 1, ("vqvae", 12), signal.SIGINT),
+        ("extract_codes", 1, ("vqvae", 12), signal.SIGTERM),
+        ("Feed", 2, ("prior", 0), signal.SIGINT),
+        ("evaluate_prior", 5, ("prior", 4), signal.SIGTERM),
+        ("save_weights", 4, ("prior", 2), signal.SIGINT),
+        ("prior_loss_figure", 1, ("prior", 8), signal.SIGTERM),
+    ],
+)
+def test_a_signal_between_updates_loses_nothing(options, trained, monkeypatch, capsys, name, call, before, kind):
+    """In a validation, while figures are drawn, between the stages: nothing waits, and nothing is made twice."""
+    with monkeypatch.context() as patch:
+        at_call(patch, train, name, call, send(kind))
+        with pytest.raises(SystemExit) as stop:
+            train.main(arguments(**options))
+    assert stop.value.code == 128 + kind
+    state = torch.load(options["run"] / "training.pt", weights_only=True)
+    assert (state["stage"], state["update"]) == before
+    assert "stopped after {} update {};".format(*before) in capsys.readouterr().out
+    with monkeypatch.context() as patch:  # and again, while the data are loaded
+        at_call(patch, train, "load_dataset", 1, send(kind))
+        with pytest.raises(SystemExit) as stop:
+            train.main(arguments(**options))
+    assert stop.value.code == 128 + kind
+    train.main(arguments(**options))
+    assert_same_run(options["run"], trained.run)
+
+
+def test_a_validation_of_a_minute_delays_no_stop(options, monkeypatch):
+    monkeypatch.setattr(train, "evaluate_vqvae", lambda *_: time.sleep(60))
+    threading.Timer(1, send(signal.SIGTERM)).start()
+    start = time.monotonic()
+    with pytest.raises(SystemExit) as stop:
+        train.main(arguments(**options))
+    assert time.monotonic() - start < 5
+    assert stop.value.code == 143
+    assert torch.load(options["run"] / "training.pt", weights_only=True)["update"] == 2
+
+
+def test_an_update_of_a_minute_delays_no_stop(options, monkeypatch):
+    """The first one is left in any case, a later one where the one before it took long."""
+    monkeypatch.setattr(train, "EVALUATIONS", 1)
+    monkeypatch.setattr(train, "LONG_SECONDS", 0.2)
+    seconds = iter([0.0, 0.3, 60])
+    at_updates(monkeypatch, {("vqvae", 3): lambda: threading.Timer(0.3, send(signal.SIGINT)).start()})
+    real = train.code_loss, train.F.mse_loss
+    monkeypatch.setattr(train.F, "mse_loss", lambda *given: (time.sleep(next(seconds)), real[1](*given))[1])
+    start = time.monotonic()
+    with pytest.raises(SystemExit) as stop:
+        train.main(arguments(**options))
+    assert time.monotonic() - start < 5
+    assert stop.value.code == 130
+    assert torch.load(options["run"] / "training.pt", weights_only=True)["update"] == 2
+
+
+def test_checkpoints_are_made_every_so_many_updates(options, monkeypatch):
+    saved = []
+    real = utils.Run.save
+    monkeypatch.setattr(utils.Run, "save", lambda run, **state: (saved.append(state), real(run, **state)))
+    train.main(arguments(**options, checkpoint_every=5))
+    places = [(state["stage"], state.get("update")) for state in saved]
+    assert places == [*(("vqvae", n) for n in (5, 10, 12)), *(("prior", n) for n in (0, 5, 9)), ("done", None)]
+
+
+def test_without_the_option_a_checkpoint_is_made_in_at_most_two_minutes():
+    assert train.CHECKPOINT_SECONDS <= 120
+    stage = train.Stage(None, "vqvae", torch.nn.Linear(1, 1), 1000, 0.5, 0)
+    stage.update = 7
+    assert not stage.checkpoint_due()
+    stage.clock.last -= train.CHECKPOINT_SECONDS
+    assert stage.checkpoint_due()
 
 
 def test_the_best_prior_outlives_a_stop(options, monkeypatch):
@@ -444,7 +546,7 @@ class EveryThird:
         return self.asked % 3 == 0
 
 
-class Killed(Exception):
+class Killed(BaseException):
     """Stands for a kill that leaves no time to write anything."""
 
 
@@ -487,6 +589,226 @@ def test_a_kill_between_log_line_and_checkpoint(options, trained, monkeypatch):
     assert_same_run(options["run"], trained.run)
 
 
+def count_writes(monkeypatch, act):
+    """Have each call that writes a run's files go through act(its number from 1, the real one, arguments)."""
+    numbers = itertools.count(1)
+    for place, name in CHECKPOINT_CALLS:
+        real = getattr(place, name)
+        monkeypatch.setattr(place, name, lambda *given, real=real: act(next(numbers), real, given))
+
+
+@pytest.mark.parametrize("number", [2, 60, 131])
+def test_a_kill_in_the_middle_of_a_write(options, trained, monkeypatch, number):
+    """A short form of `python tests/campaign.py kills`."""
+    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 0)
+
+    def act(now, real, given):
+        if now == number:
+            half_done(real, given)
+            raise Killed
+        return real(*given)
+
+    with monkeypatch.context() as patch:
+        count_writes(patch, act)
+        patch.setattr(Path, "unlink", lambda *_, **__: None)  # who is killed tidies nothing up
+        with pytest.raises(Killed):
+            train.main(arguments(**options))
+    train.main(arguments(**options))
+    assert_same_run(options["run"], trained.run)
+    assert not list(options["run"].glob("*.part"))
+
+
+@pytest.mark.parametrize("number", [31, 133])
+def test_a_full_disk_is_one_line_and_loses_nothing(options, trained, monkeypatch, number):
+    """A short form of `python tests/campaign.py disk`."""
+    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 0)
+
+    def act(now, real, given):
+        if now < number or real.__name__ in ("read_bytes", "log"):
+            return real(*given)
+        half_done(real, given)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        count_writes(patch, act)
+        with pytest.raises(RunError, match="cannot be written: No space left on device"):
+            train.main(arguments(**options))
+    train.main(arguments(**options))
+    assert_same_run(options["run"], trained.run)
+
+
+@pytest.mark.parametrize("damage", [b"junk", None])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(options, stopped, trained, capsys, damage):
+    path = options["run"] / "training.pt"
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        largest = max(archive.infolist(), key=lambda entry: entry.file_size)
+    content[largest.header_offset + largest.file_size // 2 + 200] ^= 1  # 200 bytes for its name and padding
+    path.write_bytes(content if damage is None else damage)
+    train.main(arguments(**options))
+    assert f"warning: {path} cannot be used" in capsys.readouterr().out
+    assert_same_run(options["run"], trained.run)
+
+
+# ---------------------------------------------------------------- numbers
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_the_checkpoint_stays(options, trained, monkeypatch):
+    monkeypatch.setattr(train, "EVALUATIONS", 1)
+    monkeypatch.setattr(train, "LOG_LINES", 1)
+    real, calls = train.code_loss, itertools.count(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "code_loss", lambda *given: real(*given) * (1 if next(calls) < 4 else torch.nan))
+        with pytest.raises(RunError) as error:
+            train.main(arguments(**options, checkpoint_every=2))
+    assert "prior update 4: the nats_per_code is not finite" in str(error.value)
+    assert "--batch-size" in str(error.value)
+    state = torch.load(options["run"] / "training.pt", weights_only=True)
+    assert (state["stage"], state["update"]) == ("prior", 2)
+    assert all(tensor.isfinite().all() for tensor in utils.tensors_in(state["model"]))
+    train.main(arguments(**options))
+    assert all(math.isfinite(value) for line in lines_of(options["run"]) for value in list(line.values())[2:])
+
+
+def test_a_validation_that_is_not_finite_ends_the_run(options, monkeypatch):
+    monkeypatch.setattr(train, "evaluate_prior", lambda *_: math.inf)
+    with pytest.raises(RunError, match="prior update 1: the nats_per_code in validation is not finite"):
+        train.main(arguments(**options))
+    assert all(math.isfinite(value) for line in lines_of(options["run"]) for value in list(line.values())[2:])
+
+
+@pytest.mark.parametrize(("place", "value"), [("weight", math.nan), ("moment", -math.inf)])
+def test_what_is_not_finite_is_never_saved(tmp_path, value, place):
+    linear = torch.nn.Linear(2, 2)
+    with utils.Run(tmp_path / "run", {"options": {}}, {}) as run:
+        stage = train.Stage(run, "vqvae", linear, 400, 0.5, 0)
+        stage.update = 7
+        with torch.no_grad():
+            weight = linear.weight
+            (weight if place == "weight" else stage.optimiser.state[weight]["exp_avg_sq"])[0, 1] = value
+        with pytest.raises(RunError, match="vqvae update 7: a weight is not finite"):
+            stage.checkpoint()
+        assert not run.checkpoint_path.exists()
+
+
+@pytest.mark.parametrize(
+    ("used", "warned"),
+    [
+        ([0.05] * 11, [600]),
+        ([0.05] * 5, []),
+        ([0.05] * 5 + [0.2] + [0.05] * 6, [1200]),
+        ([0.1] * 11, []),
+        ([1.0] * 3 + [0.0] * 7, [900]),
+    ],
+)
+def test_a_collapsing_codebook_is_told_of_once(tmp_path, used, warned):
+    """Validated every 100 updates."""
+    said = []
+    with utils.Run(tmp_path / "run", {"options": {}}, {}) as run:
+        stage = train.Stage(run, "vqvae", torch.nn.Linear(1, 1), 5000, 0.5, 0)
+        stage.bar, stage.started, stage.start = SimpleNamespace(write=said.append), 0, 0
+        for number, share in enumerate(used, 1):
+            stage.update = 100 * number
+            stage.log("validate", {"codes_used": share})
+            if "warning" in said[-1]:
+                assert "try a larger --batch-size" in said[-1]
+                said.append(stage.update)
+    assert [update for update in said if isinstance(update, int)] == warned
+
+
+# ---------------------------------------------------------------- a run directory of a stranger
+
+
+@pytest.fixture(scope="session")
+def half_way(tmp_path_factory, slices_folder, tiny_preset):
+    """A run that was killed in update 4 of the prior."""
+    run = tmp_path_factory.mktemp("half_way") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        make_quick(patch)
+        at_updates(patch, {("prior", 4): kill})
+        with pytest.raises(Killed):
+            train.main(arguments(**options_of(slices_folder, run, tiny_preset), checkpoint_every=1))
+    return run
+
+
+@pytest.fixture
+def stopped(half_way, options):
+    """Puts it where the options say, and gives what changes its checkpoint."""
+    shutil.copytree(half_way, options["run"])
+    path = options["run"] / "training.pt"
+
+    def change(act):
+        state = torch.load(path, weights_only=True)
+        act(state)
+        torch.save(state, path)
+
+    return change
+
+
+def shorten(state):
+    state["model"]["row"] = state["model"]["row"][:2].clone()
+
+
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [
+        (lambda state: state.update(update=-1), "update cannot be -1"),
+        (lambda state: state.update(update=10**6), "update cannot be 1000000"),
+        (lambda state: state.update(update="3"), "update cannot be '3'"),
+        (lambda state: state.update(best=math.nan), "best cannot be nan"),
+        (lambda state: state.update(losses=[]), r"losses cannot be \[\]"),
+        (lambda state: state.update(losses={"nats_per_code": []}), "losses cannot be"),
+        (lambda state: state.update(losses={"nats_per_code": ["a"]}), "losses cannot be"),
+        (lambda state: state.update(colour="blue"), "colour is unknown to this version"),
+        (lambda state: state.pop("best"), "best is missing"),
+        (lambda state: state.pop("model"), "its model entries are not those of this network"),
+        (lambda state: state["model"].pop("row"), "its model entries are not those of this network"),
+        (shorten, "its model row does not fit this network"),
+        (lambda state: state["model"]["row"].fill_(math.nan), "its model row is not finite"),
+        (lambda state: state["optimiser"].pop(3), "its optimiser entries are not those of this network"),
+        (lambda state: state["optimiser"].update({0: 7}), "its optimiser 0 entries are not those of this network"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused(options, stopped, act, message):
+    stopped(act)
+    with pytest.raises(RunError, match=rf"training\.pt cannot be used: {message}"):
+        train.main(arguments(**options))
+
+
+def test_a_checkpoint_of_no_stage_is_refused(options, stopped):
+    stopped(lambda state: state.update(stage="evaluation"))
+    (options["run"] / "training.pt.before").unlink()
+    with pytest.raises(RunError, match=r"training\.pt cannot be used \(it is no checkpoint of a run\)"):
+        train.main(arguments(**options))
+
+
+def test_a_vqvae_of_another_run_is_refused(options, stopped):
+    other = VQVAE(replace(train.PRESETS["tiny"].vqvae, codes=8))
+    utils.save_weights(options["run"] / "vqvae.safetensors", other)
+    with pytest.raises(RunError, match=r"vqvae\.safetensors is not of this run"):
+        train.main(arguments(**options))
+
+
+def test_run_directories_that_were_tampered_with(half_way, options, monkeypatch, tmp_path):
+    """A short form of `python tests/campaign.py runs`."""
+    monkeypatch.setattr(train.Stage, "updates", lambda stage: raise_(Resumed))
+    canary, outcomes = tmp_path / "canary", Counter()
+    (tmp_path / "outside").write_text("not the run's")
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        run = tmp_path / "tampered"
+        shutil.copytree(half_way, run)
+        name, evil = tamper(rng, run, canary)
+        outcome, details = judge_run(lambda run=run: train.main(arguments(**options | {"run": run})), run)
+        assert outcome != "crashed", f"{seed}, {name}: {details}"
+        assert not (evil and outcome == "loaded" and name != "prior.safetensors")
+        outcomes[outcome] += 1
+        shutil.rmtree(run)
+    assert not canary.exists()
+    assert (tmp_path / "outside").read_text() == "not the run's"
+    assert min(outcomes["loaded"], outcomes["refused"]) >= 5
+
+
 def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -523,8 +845,44 @@ def test_other_options_are_refused_by_name(trained, tiny_preset, changed, messag
 
 def test_other_data_are_refused(trained, tiny_preset, tmp_path):
     phantom.write_phantom(tmp_path, cases=(3, 1, 1), slices=4, size=(64, 32), workers=1, seed=1)
-    with pytest.raises(RunError, match="the data differ"):
+    with pytest.raises(RunError, match="the data changed since .* began: 20 altered"):
         train.main(arguments(data=tmp_path, run=trained.run, preset=tiny_preset, batch_size=5))
+
+
+def test_changed_data_are_named_and_may_be_allowed(options, slices_folder, tmp_path, monkeypatch, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(slices_folder, data)
+    options["data"] = data
+    at_updates(monkeypatch, {("prior", 2): send(signal.SIGTERM)})
+    with pytest.raises(SystemExit):
+        train.main(arguments(**options))
+    before = contents(options["run"])
+    first, second, *_ = sorted((data / "keras_slices_train").iterdir())
+    shutil.copy(first, first.with_name("case_009_week_0_slice_0.nii.gz"))
+    first.unlink()
+    shutil.copy(next((data / "keras_slices_test").iterdir()), second)
+    with pytest.raises(RunError) as error:
+        train.main(arguments(**options))
+    message = str(error.value)
+    assert "1 added (keras_slices_train/case_009_week_0_slice_0.nii.gz)" in message
+    assert f"1 removed (keras_slices_train/{first.name})" in message
+    assert f"1 altered (keras_slices_train/{second.name})" in message
+    assert "--allow-changed-data" in message
+    assert contents(options["run"]) == before
+    train.main([*arguments(**options), "--allow-changed-data"])
+    output = capsys.readouterr().out
+    assert "warning: the data changed" in output
+    assert "is complete" in output
+
+
+def test_a_run_that_another_process_trains_is_refused(options):
+    utils.make_folder(options["run"])
+    handle = utils.lock(options["run"])
+    with pytest.raises(RunError, match="is in use by process"):
+        train.main(arguments(**options))
+    assert [path.name for path in options["run"].iterdir()] == ["lock"]
+    os.close(handle)
+    train.main(arguments(**options))
 
 
 def test_the_same_data_elsewhere_are_not_refused(trained, tiny_preset, tmp_path, capsys):
@@ -549,7 +907,7 @@ def test_a_missing_folder_makes_no_run(options):
 
 def test_a_place_for_figures_that_is_none_is_noticed_before_training(options, monkeypatch):
     options["images"].write_text("mine")
-    monkeypatch.setattr(train, "train_vqvae", lambda *_: pytest.fail("began to train"))
+    monkeypatch.setattr(train, "load_dataset", lambda *_: pytest.fail("began to work"))
     with pytest.raises(RunError, match="images"):
         train.main(arguments(**options))
 
@@ -560,13 +918,22 @@ def test_a_place_for_figures_that_is_none_is_noticed_before_training(options, mo
         ({"data": "nowhere"}, "no such folder: nowhere"),
         ({"updates": 0}, "argument --updates: 0 is not at least 1"),
         ({"updates": "many"}, "argument --updates: invalid int value: 'many'"),
+        ({"updates": 10**8}, "argument --updates: 100000000 is not at least 1 and at most 10000000"),
+        ({"prior_updates": 0}, "argument --prior-updates: 0 is not at least 1"),
         ({"batch_size": -1}, "argument --batch-size: -1 is not at least 1"),
+        ({"batch_size": 10**6}, "argument --batch-size: 1000000 is not at least 1 and at most 65536"),
+        ({"checkpoint_every": 0}, "argument --checkpoint-every: 0 is not at least 1"),
         ({"seed": -1}, "argument --seed: -1 is not at least 0"),
+        ({"seed": 2**32}, "argument --seed: 4294967296 is not at least 0"),
         ({"preset": "best"}, "argument --preset: invalid choice: 'best'"),
         ({"device": "gpu"}, "--device gpu"),
         ({"colour": "blue"}, "unrecognized arguments: --colour blue"),
         ({"slice_size": "64"}, "argument --slice-size: expected 2 arguments"),
-        ({"slice_size": "62 32"}, "slice size 62x32 does not fit the network"),
+        ({"slice_size": "62 32"}, "slice size 62x32 does not fit the network: the nearest that do are 60x32 and 64x32"),
+        ({"slice_size": "4 32"}, "argument --slice-size: 4 is not at least 8"),
+        ({"slice_size": "64 100000"}, "argument --slice-size: 100000 is not at least 8 and at most 2048"),
+        ({"run": "/proc/1/run"}, "--run /proc/1/run cannot be written"),
+        ({"images": "/proc/1/images"}, "--images /proc/1/images cannot be written"),
     ],
 )
 def test_a_mistake_is_one_line(tmp_path, monkeypatch, complaint, tiny_preset, given, part):
@@ -578,7 +945,11 @@ def test_a_mistake_is_one_line(tmp_path, monkeypatch, complaint, tiny_preset, gi
 def test_a_run_that_cannot_be_read_is_one_line(tmp_path, complaint, slices_folder, tiny_preset):
     (tmp_path / "config.json").write_text("{")
     error = complaint("train.py", arguments(data=slices_folder, run=tmp_path))
-    assert "config.json cannot be read" in error
+    assert "config.json cannot be used" in error
+
+
+def test_config_json_has_a_check_for_each_option(tiny_preset):
+    assert vars(train.parse_options([])).keys() == utils.CONFIG["options"].keys()
 
 
 # ---------------------------------------------------------------- as it is typed
