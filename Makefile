@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV = .venv
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test bench bench-quality
+.PHONY: demo test campaign bench bench-quality
 
 demo: $(INSTALLED)
 	$(VENV)/bin/python train.py --preset demo --run runs/demo
@@ -15,6 +15,10 @@ test: $(INSTALLED)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/python -m pytest
+
+# Kills, full disks, files and run directories of strangers by the thousand: about an hour. Prints totals.
+campaign: $(INSTALLED)
+	$(VENV)/bin/python tests/campaign.py
 
 $(INSTALLED): requirements.txt
 	$(PYTHON) -c "import sys; sys.exit('Python 3.10 or later is needed: make PYTHON=python3.11' if sys.version_info < (3, 10) else 0)"

@@ -358,9 +358,9 @@ def read_config(path: Path) -> dict:
 # ---------------------------------------------------------------- run directory
 
 STAGES = ("vqvae", "prior", "done")
-TENSOR_FILES = ("training.pt", "vqvae.safetensors", "prior.safetensors")
-# Each file of a run. They are written in this order, so that where there is a config, the run's beginning is complete.
-FILES = ("lock", "data.json", "config.json", "metrics.jsonl", "training.pt.before", *TENSOR_FILES)
+# The first three are written in this order, so that where there is a config, the run's beginning is complete.
+FILES = ("lock", "data.json", "config.json", "metrics.jsonl", "training.pt", "training.pt.before")
+FILES += ("vqvae.safetensors", "prior.safetensors")
 
 
 class Run:
@@ -563,7 +563,9 @@ def read_checkpoint(path: Path) -> dict:
         damaged = file.testzip()
         if damaged:
             raise ValueError(f"its part {damaged} is damaged")
-        check_pickle(b"".join(file.read(entry) for entry in entries if entry.filename.endswith("/data.pkl")))
+        for entry in entries:
+            if entry.filename.endswith("/data.pkl"):
+                check_pickle(file.read(entry))
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if not isinstance(state, dict) or state.get("stage") not in STAGES or not whole(0, MAX_LOG)(state.get("log_bytes")):
         raise ValueError("it is no checkpoint of a run")
