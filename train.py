@@ -140,7 +140,7 @@ def parse_options(arguments: Sequence[str] | None):
         "--augmentation",
         type=number(float, 0, 4),
         metavar="S",
-        help="how much training slices are turned, stretched, shifted, changed in contrast (default: full 1, demo 0)",
+        help="how much the prior's slices are turned, stretched, shifted, changed in contrast (default: full 1, demo 0)",
     )
     parser.add_argument("--seed", type=limited["seed"], default=0, help="of all randomness (default: 0)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
@@ -340,7 +340,7 @@ def train_vqvae(run: Run, state: dict, data: Dataset, options, preset: Preset, d
     model = VQVAE(preset.vqvae).to(device, memory_format=torch.channels_last)
     stage = Stage(run, "vqvae", model, options.updates, preset.learning_rate, options.seed, options.checkpoint_every)
     stage.resume(state)
-    feed = Feed(data, options, device)
+    feed = Feed(data, options, 0.0, device)  # varied slices, which interpolation smooths, made SSIM lower
     # The encoder first learns without codes; they then start where its vectors are, and nearly all stay in use.
     warm_up = min(100, options.updates // 6)
     figures_due = Clock(CHECKPOINT_SECONDS)
@@ -374,8 +374,8 @@ class Feed:
     and the host never waits.
     """
 
-    def __init__(self, data: Dataset, options, device: torch.device):
-        self.train, self.options, self.device = data.train, options, device
+    def __init__(self, data: Dataset, options, augmentation: float, device: torch.device):
+        self.train, self.options, self.augmentation, self.device = data.train, options, augmentation, device
         self.left_right = left_right_axis(data.affine)
         self.positions = torch.from_numpy(data.train.positions).to(device)
         resident = device.type == "cuda" and data.train.pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 2
@@ -388,9 +388,9 @@ class Feed:
         if self.device.type == "cuda":
             indices = indices.pin_memory().to(self.device, non_blocking=True)
         slices = self.train.batch(chosen).to(self.device) if self.pixels is None else intensities(self.pixels[indices])
-        variation = self.options.augmentation * torch.randn(len(chosen), VARIATIONS, device=self.device)
+        variation = self.augmentation * torch.randn(len(chosen), VARIATIONS, device=self.device)
         slices = mirror(slices, self.left_right)
-        if self.options.augmentation:
+        if self.augmentation:
             slices = vary(slices, variation)
         return slices.contiguous(memory_format=torch.channels_last), self.positions[indices], variation
 
@@ -509,7 +509,7 @@ def train_prior(
     stage.networks["averaged"] = averaged
     stage.resume(state)
     stage.checkpoint()  # from here on stage 1 need not be looked at again
-    feed = Feed(data, options, device)
+    feed = Feed(data, options, options.augmentation, device)
     figures_due = Clock(CHECKPOINT_SECONDS)
 
     for update in stage.updates():
