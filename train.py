@@ -140,7 +140,7 @@ def parse_options(arguments: Sequence[str] | None):
         "--augmentation",
         type=number(float, 0, 4),
         metavar="S",
-        help="how much the prior's slices are turned, stretched, shifted, changed in contrast (default: full 1, demo 0)",
+        help="how much the prior's slices are turned, stretched, shifted and so on (default: full 1, demo 0)",
     )
     parser.add_argument("--seed", type=limited["seed"], default=0, help="of all randomness (default: 0)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
