@@ -9,6 +9,7 @@ Prints one JSON line of totals a campaign, says on stderr what went wrong, and e
 import argparse
 import errno
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -30,7 +31,6 @@ from collections.abc import Callable
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import replace
 from functools import lru_cache
-from itertools import count
 from multiprocessing.connection import Connection
 from pathlib import Path
 from shutil import rmtree
@@ -376,6 +376,9 @@ class Trainings:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        tqdm.monitor_interval = (
+            0  # a thread of tqdm's could hold a lock at the moment of a fork, which nobody then opens
+        )
         os.environ["PROSTATEVQ_CACHE"] = str(folder / "cache")
         torch.set_num_threads(1)
         tiny = replace(train.PRESETS["demo"], vqvae=VQVAE_TINY, prior=PRIOR_TINY, updates=12, prior_updates=9)
@@ -395,7 +398,7 @@ class Trainings:
 
     def arguments(self, run: Path, **options) -> list[str]:
         given = {"preset": "tiny", "data": self.folder / "data", "run": run, "images": self.folder / "images"}
-        given |= {"device": "cpu", "batch_size": 5, "checkpoint_every": 2} | options
+        given |= {"device": "cpu", "batch_size": 5, "checkpoint_every": 4} | options
         return [text for name, value in given.items() for text in (f"--{name.replace('_', '-')}", str(value))]
 
     def start(self, run: Path, prepare: Callable[[], None] = lambda: None, **options) -> int:
@@ -454,7 +457,7 @@ def fork(task: Callable[[], object], said: Path) -> int:
 
 def on_calls(act: Callable[[int, Callable, tuple], object]) -> None:
     """Has each call of CHECKPOINT_CALLS go through act(its number from 1, the real one, arguments), for good."""
-    numbers = count(1)
+    numbers = itertools.count(1)
     for place, name in CHECKPOINT_CALLS:
         real = getattr(place, name)
         setattr(place, name, lambda *given, real=real: act(next(numbers), real, given))
@@ -485,20 +488,25 @@ def kill_at(number: int, moment: str) -> Callable[[], None]:
     return lambda: on_calls(act)
 
 
-def kills(number_of: int | None, seed: int) -> dict:
+def spread_over(calls: int, number: int) -> int:
+    """Which call a case is about: however many cases there are, they lie about evenly over all calls."""
+    return 1 + int(number * (5**0.5 - 1) / 2 % 1 * calls)
+
+
+def kills(count: int | None, seed: int) -> dict:
     """Trainings (200) killed by SIGKILL at a random moment or a write; resumed, each has to end as one that was not."""
-    number_of = number_of or 200
-    totals = dict.fromkeys(("kills", "at_a_write", "in_vqvae", "in_prior", "complete", "identical", "failed"), 0)
-    with tempfile.TemporaryDirectory() as temporary, tqdm(total=number_of, desc="kills", unit="kill") as bar:
+    count = count or 200
+    totals = dict.fromkeys(("kills", "at_a_write", "writes_in_all", "in_vqvae", "in_prior", "identical", "failed"), 0)
+    with tempfile.TemporaryDirectory() as temporary, tqdm(total=count, desc="kills", unit="kill") as bar:
         trainings = Trainings(Path(temporary))
-        calls = trainings.count_calls()
-        for number in range(seed, seed + number_of):
+        calls = totals["writes_in_all"] = trainings.count_calls()
+        for number in range(seed, seed + count):
             rng, run, status = np.random.default_rng((seed, number)), Path(temporary, f"run{number}"), 0
             while status != -signal.SIGKILL:  # until it was killed before it was complete
                 rmtree(run, ignore_errors=True)
                 if number % 2:
-                    place = 1 + number // 2 * 29 % calls  # 29 shares no factor with the calls: each one comes
-                    process = trainings.start(run, kill_at(place, pick(rng, ("before", "middle", "after"))))
+                    moment = pick(rng, ("before", "middle", "after"))
+                    process = trainings.start(run, kill_at(spread_over(calls, number // 2), moment))
                 else:
                     process = trainings.start(run, checkpoint_every=int(rng.integers(1, 6)))
                     time.sleep(rng.random() * trainings.seconds)
@@ -526,13 +534,13 @@ def stage_of(run: Path) -> str:
     return "prior" if made else "vqvae"
 
 
-def stops(number_of: int | None, seed: int) -> dict:
+def stops(count: int | None, seed: int) -> dict:
     """Trainings (100) stopped by SIGTERM or SIGINT at a random moment: exit status, seconds, and resumed as above."""
-    number_of = number_of or 100
+    count = count or 100
     totals = dict.fromkeys(("stops", "in_vqvae", "in_prior", "longest_seconds", "identical", "failed"), 0)
-    with tempfile.TemporaryDirectory() as temporary, tqdm(total=number_of, desc="stops", unit="stop") as bar:
+    with tempfile.TemporaryDirectory() as temporary, tqdm(total=count, desc="stops", unit="stop") as bar:
         trainings = Trainings(Path(temporary))
-        for number in range(seed, seed + number_of):
+        for number in range(seed, seed + count):
             rng, run = np.random.default_rng((seed, number)), Path(temporary, f"run{number}")
             kind, status = pick(rng, (signal.SIGTERM, signal.SIGINT)), 0
             while status == 0:  # until it was stopped before it was complete
@@ -578,23 +586,23 @@ def limit_to(size: int) -> Callable[[], None]:
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
-def disk(number_of: int | None, seed: int) -> dict:
+def disk(count: int | None, seed: int) -> dict:
     """Trainings (200) that find the disk full at a write, a file-size limit, or a disk of 64 MB filled by others.
 
     Each has to say so in a line and to keep a checkpoint from which the next start ends as if nothing had been."""
-    number_of = number_of or 200
+    count = count or 200
     totals = dict.fromkeys(("tried", "at_a_write", "file_size", "small_disk", "kept", "identical", "failed"), 0)
-    with tempfile.TemporaryDirectory() as temporary, tqdm(total=number_of, desc="disk", unit="run") as bar:
+    with tempfile.TemporaryDirectory() as temporary, tqdm(total=count, desc="disk", unit="run") as bar:
         trainings = Trainings(Path(temporary))
         calls = trainings.count_calls()
         largest_file = max(file.stat().st_size for file in trainings.reference.iterdir())
         with small_disk(Path(temporary, "disk")) as mounted:
             kinds = ("at_a_write", "file_size", "at_a_write", "small_disk" if mounted else "at_a_write")
-            for number in range(seed, seed + number_of):
+            for number in range(seed, seed + count):
                 rng, kind = np.random.default_rng((seed, number)), kinds[number % 4]
                 run, ballast = Path(temporary, f"run{number}"), Path(temporary, "disk", "ballast")
                 if kind == "at_a_write":
-                    prepare = fill_at(1 + number // 2 * 29 % calls, pick(rng, ("before", "middle")))
+                    prepare = fill_at(spread_over(calls, number // 2), pick(rng, ("before", "middle")))
                 elif kind == "file_size":
                     prepare = limit_to(int(rng.integers(largest_file)))
                 else:
@@ -883,28 +891,27 @@ def half_way(trainings: Trainings, stage: str, update: int) -> Path:
     return run
 
 
-def runs(number_of: int | None, seed: int) -> dict:
+def runs(count: int | None, seed: int) -> dict:
     """Run directories (2,000) that were tampered with, given to train.py and to predict.py.
 
     Each is refused by name, or loads where no harm is done; no code of theirs runs, within seconds and 300 MB.
     Number n is made from seed + n alone: `--count 1 --seed` with the number that is printed makes it again."""
-    number_of = number_of or 2000
+    count = count or 2000
     totals = dict.fromkeys(("tried", "loads", "loaded", "refused", "crashed", "code_run", "evil", "peak_megabytes"), 0)
     totals["longest_seconds"] = 0.0
-    with tempfile.TemporaryDirectory() as temporary, tqdm(total=number_of, desc="runs", unit="run") as bar:
+    with tempfile.TemporaryDirectory() as temporary, tqdm(total=count, desc="runs", unit="run") as bar:
         trainings = Trainings(Path(temporary))
         bases = [half_way(trainings, "vqvae", 7), half_way(trainings, "prior", 6), trainings.reference]
         run, canary, out = (Path(temporary, name) for name in ("tampered", "canary", "out"))
         (canary.with_name("outside")).write_text("not the run's")
-        train.Stage.updates = lambda stage: raise_(Resumed)
         given = trainings.arguments(run)
         sampling = ["--run", run, "--num", "1", "--out", out, "--images", out, "--device", "cpu"]
-        for number in range(seed, seed + number_of):
+        for number in range(seed, seed + count):
             rng = np.random.default_rng((seed, number))
             base = pick(rng, bases)
             shutil.copytree(base, run)
             name, evil = tamper(rng, run, canary)
-            loads = {"train.py": lambda: train.main(given)}
+            loads = {"train.py": lambda: resume(given)}
             if (base / "prior.safetensors").exists():
                 loads["predict.py"] = lambda: predict.main([*map(str, sampling)])
             totals["tried"] += 1
@@ -937,8 +944,14 @@ def unread(base: Path) -> set[tuple[str, str]]:
     return ignored if base.name == "prior" else ignored | {("train.py", "vqvae.safetensors")}
 
 
-def raise_(error: type[BaseException]):
-    raise error
+def resume(arguments: list[str]) -> None:
+    """Goes on with a training as far as its first update."""
+
+    def updates(stage: train.Stage):
+        raise Resumed
+
+    train.Stage.updates = updates
+    train.main(arguments)
 
 
 def memory_of(task: Callable[[Callable[[], None]], object]) -> list[float]:
@@ -952,9 +965,9 @@ def memory_of(task: Callable[[Callable[[], None]], object]) -> list[float]:
     return json.loads(measure(run, seconds=3600)[0])
 
 
-def memory_growth(number_of: int | None, seed: int) -> dict:
+def memory_growth(count: int | None, seed: int) -> dict:
     """Memory over 2,000 updates and 50 batches of samples: flat, once the first third of each has seen all there is."""
-    updates, batches = number_of or 2000, 50
+    updates, batches = max(count or 2000, 1000), 50  # fewer show nothing
     with tempfile.TemporaryDirectory() as temporary:
         trainings = Trainings(Path(temporary))
         train.LOG_LINES = 250

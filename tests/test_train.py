@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from campaign import CHECKPOINT_CALLS, Resumed, half_done, judge_run, raise_, tamper
+from campaign import CHECKPOINT_CALLS, half_done, judge_run, resume, tamper
 from matplotlib.image import imread
 from safetensors.torch import load_file
 from torch.optim.swa_utils import AveragedModel
@@ -791,7 +791,7 @@ def test_a_vqvae_of_another_run_is_refused(options, stopped):
 
 def test_run_directories_that_were_tampered_with(half_way, options, monkeypatch, tmp_path):
     """A short form of `python tests/campaign.py runs`."""
-    monkeypatch.setattr(train.Stage, "updates", lambda stage: raise_(Resumed))
+    monkeypatch.setattr(train.Stage, "updates", train.Stage.updates)  # which `resume` replaces
     canary, outcomes = tmp_path / "canary", Counter()
     (tmp_path / "outside").write_text("not the run's")
     for seed in range(40):
@@ -799,7 +799,7 @@ def test_run_directories_that_were_tampered_with(half_way, options, monkeypatch,
         run = tmp_path / "tampered"
         shutil.copytree(half_way, run)
         name, evil = tamper(rng, run, canary)
-        outcome, details = judge_run(lambda run=run: train.main(arguments(**options | {"run": run})), run)
+        outcome, details = judge_run(lambda run=run: resume(arguments(**options | {"run": run})), run)
         assert outcome != "crashed", f"{seed}, {name}: {details}"
         assert not (evil and outcome == "loaded" and name != "prior.safetensors")
         outcomes[outcome] += 1
