@@ -1,4 +1,4 @@
-"""The networks: encoder, codebook, decoder, VQ-VAE; gated PixelCNN and its sampler.
+"""The networks: encoder, codebook, decoder, VQ-VAE; gated PixelCNN and its sampler; what gives slices their detail.
 
 Shapes: slices (N, 1, H, W) in [-1, 1], codes (N, h, w) int64 in [0, K), with h = H / downsampling and
 w = W / downsampling. PyTorch only: no files, no printing.
@@ -6,10 +6,14 @@ w = W / downsampling. PyTorch only: no files, no printing.
     vqvae = VQVAE(VQVAEConfig())
     codes = vqvae.encode(slices)
     prior = GatedPixelCNN(PriorConfig(grid=codes.shape[1:]))
-    new_slices = vqvae.decode(prior.sample(range(16), torch.full((16,), 0.5), seed=0))
+    new_codes = prior.sample(range(16), torch.full((16,), 0.5), seed=0)
+    smooth_slices = vqvae.decode(new_codes)
+    detail = Detail(DetailConfig())
+    new_slices = detail.sample(range(16), smooth_slices, vqvae.embed(new_codes), seed=0)
 
 van den Oord et al. 2017, Neural Discrete Representation Learning, arXiv:1711.00937 (VQ-VAE)
 van den Oord et al. 2016, Conditional Image Generation with PixelCNN Decoders, arXiv:1606.05328 (gated PixelCNN)
+Lipman et al. 2023, Flow Matching for Generative Modeling, arXiv:2210.02747 (detail)
 """
 
 from collections.abc import Callable, Sequence
@@ -22,6 +26,7 @@ from torch import Tensor, nn
 # Rows of vectors searched at once: the table of scores (rows x K) then stays in a processor's cache.
 SEARCH_ROWS = 8192
 VARIATIONS = 6  # numbers that say how a slice was augmented
+NOT_CODES = 2**32  # added to a seed, which is smaller: random streams that are not those of the codes
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,18 @@ class PriorConfig:
     head: int = 256
     dropout: float = 0.1
     position_waves: int = 4
+
+
+@dataclass(frozen=True)
+class DetailConfig:
+    """Shape of a detail network; it works on the code grid, with `downsampling` and `code_dim` of the VQ-VAE."""
+
+    downsampling: int = 4
+    code_dim: int = 64
+    channels: int = 128
+    blocks: int = 6
+    hidden: int = 64
+    time_waves: int = 8
 
 
 class ResidualBlock(nn.Module):
@@ -187,11 +204,14 @@ class VQVAE(nn.Module):
         with torch.autocast(vectors.device.type, enabled=False):
             return self.codebook.nearest(vectors.flatten(0, 2)).view(vectors.shape[:3])
 
+    def embed(self, codes: Tensor) -> Tensor:
+        """Codes (N, h, w) to the vectors that they stand for (N, D, h, w)."""
+        return F.embedding(codes, self.codebook.embeddings).permute(0, 3, 1, 2)
+
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes (N, h, w) to slices (N, 1, H, W), clipped to [-1, 1]."""
-        embeddings = F.embedding(codes, self.codebook.embeddings)  # (N, h, w, D)
-        return self.decoder(embeddings.permute(0, 3, 1, 2)).float().clamp(-1, 1)
+        """Codes (N, h, w) to slices (N, 1, H, W), clipped to [-1, 1]: the mean of those with these codes, so smooth."""
+        return self.decoder(self.embed(codes)).float().clamp(-1, 1)
 
 
 def dilations(reach: int) -> list[int]:
@@ -455,6 +475,71 @@ def keep_top(logits: Tensor, top_p: float) -> Tensor:
     probabilities = ordered.softmax(1)
     outside = probabilities.cumsum(1) - probabilities >= top_p  # what stands before it is enough
     return logits.masked_fill(outside.gather(1, order.argsort(1)), -torch.inf)
+
+
+class Detail(nn.Module):
+    """p(slice | codes): what a code grid leaves open, drawn at random; by flow matching (arXiv:2210.02747).
+
+    The decoder answers with the mean of all slices that have these codes, which is smoother than any of them. The
+    difference x_1 = (slice - decoded) / spread is drawn anew here: noise x_0 is moved along dx/dt = v(x, t) from t = 0
+    to 1. The network learns v as x_1 - x_0 at x = (1 - t) x_0 + t x_1 (there, eq. 23, with sigma_min = 0).
+
+    Squares of pixels are moved into channels, as in the encoder, so that all convolutions run on the code grid.
+    """
+
+    STEPS = 8
+
+    def __init__(self, config: DetailConfig):
+        super().__init__()
+        self.config = config
+        s, c = config.downsampling, config.channels
+        self.register_buffer("spread", torch.ones(()))
+        self.stem = nn.Conv2d(2 * s * s + config.code_dim, c, 3, padding=1)
+        self.time = nn.Linear(1 + 2 * config.time_waves, config.blocks * c)
+        self.blocks = nn.ModuleList(ResidualBlock(c, config.hidden) for _ in range(config.blocks))
+        self.output = nn.Conv2d(c, s * s, 3, padding=1)
+
+    def forward(self, x: Tensor, time: Tensor, decoded: Tensor, embeddings: Tensor) -> Tensor:
+        """Velocities (N, 1, H, W) at x (N, 1, H, W) and times (N,), for decoded slices and their embedded codes."""
+        waves = time[:, None] * torch.arange(1, self.config.time_waves + 1, device=time.device) * torch.pi
+        told = self.time(torch.cat([time[:, None], waves.sin(), waves.cos()], 1))[:, :, None, None]
+        side = self.config.downsampling
+        h = self.stem(torch.cat([F.pixel_unshuffle(x, side), F.pixel_unshuffle(decoded, side), embeddings], 1))
+        for block, shift in zip(self.blocks, told.chunk(self.config.blocks, 1)):
+            h = block(h + shift.to(h.dtype))
+        return F.pixel_shuffle(self.output(F.relu(h)), side).float()
+
+    def loss(self, slices: Tensor, decoded: Tensor, embeddings: Tensor) -> Tensor:
+        """Mean squared error of the velocity at random places of the way, (); 2 where nothing is learnt.
+
+        Times are logit-normal: the middle of the way is the hardest (Esser et al. 2024, arXiv:2403.03206, section 3.1).
+        """
+        difference = (slices - decoded) / self.spread
+        noise = torch.randn_like(difference)
+        time = torch.randn(len(slices), device=slices.device).sigmoid()
+        x = torch.lerp(noise, difference, time[:, None, None, None])
+        return F.mse_loss(self(x, time, decoded, embeddings), difference - noise)
+
+    @torch.no_grad()
+    def sample(self, numbers: Sequence[int], decoded: Tensor, embeddings: Tensor, seed: int = 0) -> Tensor:
+        """Decoded slices (N, 1, H, W) with detail, clipped to [-1, 1]: one for each of N sample numbers.
+
+        Each has its own random stream, as in `GatedPixelCNN.sample`. The way is gone in STEPS steps of Heun's method
+        (Karras et al. 2022, arXiv:2206.00364, algorithm 1), the last of them Euler's.
+        """
+        device = decoded.device
+        x = torch.empty_like(decoded)
+        for noise, number in zip(x, numbers):
+            noise.normal_(generator=torch.Generator(device).manual_seed(stream_seed(seed + NOT_CODES, number)))
+        times = torch.linspace(0, 1, self.STEPS + 1, device=device)
+        for time, after in zip(times, times[1:]):
+            velocity = self(x, time.expand(len(x)), decoded, embeddings)
+            there = x + (after - time) * velocity
+            if after < 1:
+                velocity = (velocity + self(there, after.expand(len(x)), decoded, embeddings)) / 2
+                there = x + (after - time) * velocity
+            x = there
+        return (decoded + self.spread * x).clamp(-1, 1)
 
 
 def stream_seed(seed: int, number: int) -> int:

@@ -44,7 +44,7 @@ from metrics import (
     two_sample_test,
     wilson_interval,
 )
-from modules import VQVAE, GatedPixelCNN, PriorConfig, VQVAEConfig
+from modules import VQVAE, Detail, DetailConfig, GatedPixelCNN, PriorConfig, VQVAEConfig
 from utils import (
     LIMITS,
     Parser,
@@ -174,6 +174,18 @@ def draw_positions(numbers: Sequence[int], seed: int, described: dict) -> torch.
     return torch.from_numpy(positions).float()
 
 
+class Networks(NamedTuple):
+    """What a run has trained."""
+
+    vqvae: VQVAE
+    prior: GatedPixelCNN
+    detail: Detail
+
+    def decode(self, codes: Tensor, numbers: Sequence[int], seed: int) -> Tensor:
+        """Codes (N, h, w) to slices (N, 1, H, W) with the detail of these sample numbers."""
+        return self.detail.sample(numbers, self.vqvae.decode(codes), self.vqvae.embed(codes), seed)
+
+
 class Samples(NamedTuple):
     """New slices and what they were made from."""
 
@@ -183,19 +195,17 @@ class Samples(NamedTuple):
     seconds: tuple[float, float]  # for codes, for decoding
 
 
-def draw_samples(
-    options, config: dict, vqvae: VQVAE, prior: GatedPixelCNN, count: int, device: torch.device
-) -> Samples:
+def draw_samples(options, config: dict, networks: Networks, count: int, device: torch.device) -> Samples:
     """Samples 0 to count - 1, the same ones at every batch size."""
     parts, seconds = [], [0.0, 0.0]
     batches = [range(i, min(i + options.batch_size, count)) for i in range(0, count, options.batch_size)]
-    with tqdm(total=len(batches) * prior.config.grid[0], desc="sampling", unit="row", disable=None) as bar:
+    with tqdm(total=len(batches) * networks.prior.config.grid[0], desc="sampling", unit="row", disable=None) as bar:
         for numbers in batches:
             start = time.perf_counter()
             positions = draw_positions(numbers, options.seed, config["positions"])
             if options.position is not None:
                 positions = torch.full((len(numbers),), options.position)
-            drawn = prior.sample(
+            drawn = networks.prior.sample(
                 numbers,
                 positions.to(device),
                 options.seed,
@@ -205,7 +215,7 @@ def draw_samples(
             )
             codes = drawn.cpu()
             drawn_at = time.perf_counter()
-            parts.append((vqvae.decode(drawn).cpu(), codes, positions))
+            parts.append((networks.decode(drawn, numbers, options.seed).cpu(), codes, positions))
             seconds[0] += drawn_at - start
             seconds[1] += time.perf_counter() - drawn_at
     return Samples(*map(torch.cat, zip(*parts)), tuple(seconds))
@@ -216,10 +226,10 @@ def describe_sampling(options) -> str:
     return f"temperature {options.temperature:g}, top-p {options.top_p:g}, seed {options.seed}"
 
 
-def sample(options, config: dict, vqvae: VQVAE, prior: GatedPixelCNN, device: torch.device) -> None:
+def sample(options, config: dict, networks: Networks, device: torch.device) -> None:
     """Draw code grids, decode them, write slices, codes and the sheet."""
     prepare_folder(options.out, (f"sample_{DIGITS}.nii.gz", "codes.npy"))
-    samples = draw_samples(options, config, vqvae, prior, options.num or DEFAULT_NUM, device)
+    samples = draw_samples(options, config, networks, options.num or DEFAULT_NUM, device)
     slices = samples.slices[:, 0].numpy()
     np.save(options.out / "codes.npy", samples.codes.numpy().astype(np.int16))
     affine = np.array(config["affine"])
@@ -280,7 +290,7 @@ class Group(NamedTuple):
     cases: Sequence  # N patients; each sample is a case of its own
 
 
-def evaluate(options, config: dict, vqvae: VQVAE, prior: GatedPixelCNN, device: torch.device) -> None:
+def evaluate(options, config: dict, networks: Networks, device: torch.device) -> None:
     """Measure a run on held-out slices: a table, RUN/evaluation.json, images/evaluation.png and images/copying.png.
 
     A sample may be unlike a real slice because of the decoder or because of the prior. So what is measured of samples
@@ -296,17 +306,17 @@ def evaluate(options, config: dict, vqvae: VQVAE, prior: GatedPixelCNN, device: 
                    For copying half of the held-out cases beside the other half.
     """
     started = time.perf_counter()
-    data = training_data(options, config, vqvae)
+    data = training_data(options, config, networks.vqvae)
     make_folder(options.images)  # now, not after minutes
     held_out = getattr(data, options.split)
     count = options.num or max(DEFAULT_NUM, len(held_out))
-    drawn = draw_samples(options, config, vqvae, prior, count, device)
+    drawn = draw_samples(options, config, networks, count, device)
     samples = Group(quantise(drawn.slices).to(device), range(count))
     real = take(held_out, np.arange(len(held_out)), device)
     chosen = np.sort(np.random.default_rng(0).permutation(len(data.train))[:count])
     training = take(data.train, chosen, device)
-    codes, reconstructions = reconstruct_all(vqvae, real, options.batch_size)
-    training_codes, training_reconstructions = reconstruct_all(vqvae, training, options.batch_size)
+    codes, decoded, reconstructions = reconstruct_all(networks, real, options)
+    training_codes, training_decoded, training_reconstructions = reconstruct_all(networks, training, options)
 
     print(f"{count} samples drawn; measuring reconstructions and the prior")
     results = {
@@ -320,15 +330,9 @@ def evaluate(options, config: dict, vqvae: VQVAE, prior: GatedPixelCNN, device: 
             "temperature": options.temperature,
             "top_p": options.top_p,
         },
-        **network_figures(vqvae, prior, real, reconstructions, codes, held_out.positions, options.batch_size),
+        **network_figures(networks, real, decoded, codes, held_out.positions, options.batch_size),
         "training": network_figures(
-            vqvae,
-            prior,
-            training,
-            training_reconstructions,
-            training_codes,
-            data.train.positions[chosen],
-            options.batch_size,
+            networks, training, training_decoded, training_codes, data.train.positions[chosen], options.batch_size
         ),
     }
     results["prior"]["jpeg2000_bits_per_slice"] = jpeg2000_bits(real.slices, results["reconstructions"]["psnr"])
@@ -406,17 +410,19 @@ def training_data(options, config: dict, vqvae: VQVAE) -> Dataset:
     return data
 
 
-def reconstruct_all(vqvae: VQVAE, group: Group, batch_size: int) -> tuple[Tensor, Group]:
-    """Codes (N, h, w) of slices, and their reconstructions."""
-    codes = torch.cat([vqvae.encode(batch) for batch in group.slices.split(batch_size)])
-    decoded = torch.cat([vqvae.decode(batch) for batch in codes.split(batch_size)])
-    return codes, Group(quantise(decoded), group.cases)
+def reconstruct_all(networks: Networks, group: Group, options) -> tuple[Tensor, Group, Group]:
+    """Codes (N, h, w) of slices, their reconstructions, and these with detail."""
+    codes = torch.cat([networks.vqvae.encode(batch) for batch in group.slices.split(options.batch_size)])
+    decoded = torch.cat([networks.vqvae.decode(batch) for batch in codes.split(options.batch_size)])
+    numbers = torch.arange(MOST, MOST + len(codes)).split(options.batch_size)  # other detail than that of samples
+    parts = zip(codes.split(options.batch_size), numbers)
+    detailed = torch.cat([networks.decode(batch, those.tolist(), options.seed) for batch, those in parts])
+    return codes, Group(quantise(decoded), group.cases), Group(quantise(detailed), group.cases)
 
 
 @torch.no_grad()
 def network_figures(
-    vqvae: VQVAE,
-    prior: GatedPixelCNN,
+    networks: Networks,
     originals: Group,
     reconstructions: Group,
     codes: Tensor,
@@ -427,11 +433,12 @@ def network_figures(
     metrics = all_reconstruction_metrics(originals.slices.shape[2:]).to(codes.device)
     for pair in zip(reconstructions.slices.split(batch_size), originals.slices.split(batch_size)):
         metrics.update(*pair)
-    rate = bits_per_pixel(codes.shape[1:], vqvae.config.codes, originals.slices.shape[2:])
-    used, perplexity = codebook_use(code_counts(codes, vqvae.config.codes))
+    size = networks.vqvae.config.codes
+    rate = bits_per_pixel(codes.shape[1:], size, originals.slices.shape[2:])
+    used, perplexity = codebook_use(code_counts(codes, size))
     places = torch.from_numpy(positions).to(codes.device)
     total = sum(
-        F.cross_entropy(prior(batch, place), batch, reduction="sum").item()
+        F.cross_entropy(networks.prior(batch, place), batch, reduction="sum").item()
         for batch, place in zip(codes.split(batch_size), places.split(batch_size))
     )
     bits = total / codes.numel() / math.log(2)
@@ -547,14 +554,27 @@ def write_copying_figure(
     reconstructions_figure(path, np.stack(own), np.stack(others), titles, labels, limit=0.5)
 
 
-def check_fit(run: Path, config: dict, vqvae: VQVAE, prior: GatedPixelCNN | None = None) -> None:
-    """Raise RunError where a run's networks and config are not of one training."""
+def load_vqvae(run: Path, config: dict, device: torch.device) -> VQVAE:
+    """A run's VQ-VAE. Raises RunError where it cannot be used, or takes no slices of the size that config.json has."""
+    vqvae = load_weights(run / "vqvae.safetensors", VQVAE, VQVAEConfig).to(device)
     side = vqvae.config.downsampling
     rows, columns = config["slice_size"]
     if rows % side or columns % side:
         raise RunError(f"{run}: vqvae.safetensors takes no slices of {rows}x{columns}, which config.json has")
-    if prior and (prior.config.grid, prior.config.codes) != ((rows // side, columns // side), vqvae.config.codes):
+    return vqvae
+
+
+def load_networks(run: Path, config: dict, vqvae: VQVAE, device: torch.device) -> Networks:
+    """All of a run's networks. Raises RunError where one cannot be used, or where they are not of one training."""
+    prior = load_weights(run / "prior.safetensors", GatedPixelCNN, PriorConfig).to(device)
+    detail = load_weights(run / "detail.safetensors", Detail, DetailConfig).to(device)
+    own = vqvae.config
+    grid = tuple(side // own.downsampling for side in config["slice_size"])
+    if (prior.config.grid, prior.config.codes) != (grid, own.codes):
         raise RunError(f"{run}: prior.safetensors and vqvae.safetensors are of different runs: their codes differ")
+    if (detail.config.downsampling, detail.config.code_dim) != (own.downsampling, own.code_dim):
+        raise RunError(f"{run}: detail.safetensors and vqvae.safetensors are of different runs: their codes differ")
+    return Networks(vqvae, prior, detail)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -566,14 +586,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check_folder("--images", options.images)
     torch.backends.cudnn.allow_tf32 = False  # on a GPU, too coarse for a sample to be the same at every batch size
     config = read_config(options.run)
-    vqvae = load_weights(options.run / "vqvae.safetensors", VQVAE, VQVAEConfig).to(device)
-    check_fit(options.run, config, vqvae)
+    vqvae = load_vqvae(options.run, config, device)
     if options.reconstruct:
         reconstruct(options, config, vqvae, device)
         return
-    prior = load_weights(options.run / "prior.safetensors", GatedPixelCNN, PriorConfig).to(device)
-    check_fit(options.run, config, vqvae, prior)
-    (evaluate if options.evaluate else sample)(options, config, vqvae, prior, device)
+    networks = load_networks(options.run, config, vqvae, device)
+    (evaluate if options.evaluate else sample)(options, config, networks, device)
 
 
 if __name__ == "__main__":

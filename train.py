@@ -1,4 +1,4 @@
-"""Train the VQ-VAE on slices, then the gated PixelCNN on their codes.
+"""Train the VQ-VAE on slices, then the gated PixelCNN on their codes, then what gives decoded slices their detail.
 
     python train.py --preset demo                       # the phantom, some minutes on two CPU cores
     python train.py --data keras_slices_data --run runs/hipmri
@@ -35,7 +35,7 @@ from dataset import (
     load_dataset,
 )
 from metrics import code_counts, codebook_use, reconstruction_metrics
-from modules import VARIATIONS, VQVAE, GatedPixelCNN, PriorConfig, VQVAEConfig
+from modules import VARIATIONS, VQVAE, Detail, DetailConfig, GatedPixelCNN, PriorConfig, VQVAEConfig
 from utils import (
     FORMAT,
     LIMITS,
@@ -49,6 +49,8 @@ from utils import (
     check_folder,
     close_tensorboard,
     codebook_figure,
+    detail_figure,
+    detail_loss_figure,
     fail,
     is_series,
     left_right_axis,
@@ -75,7 +77,8 @@ EVALUATIONS = 20  # a stage
 LOG_LINES = 250  # of the training losses, a stage
 KMEANS_SLICES = 128
 CHECKPOINT_SECONDS = 60
-AVERAGE_DECAY = 0.99  # of the prior's averaged weights in the end: a memory of some 100 updates
+AVERAGE_DECAY = 0.99  # of averaged weights in the end: a memory of some 100 updates
+SPREAD_SLICES = 256  # from which the strength of detail is measured
 LONG_SECONDS = 1  # an update that takes longer is left on a signal: a checkpoint has to be written in five
 COLLAPSED = (0.1, 500)  # share of codes used, and for how many updates
 SMALLEST_SIDE = 8  # pixels; SSIM's window needs 6
@@ -88,22 +91,43 @@ class Preset:
 
     vqvae: VQVAEConfig
     prior: PriorConfig
+    detail: DetailConfig
     phantom_size: tuple[int, int]
     updates: int
     prior_updates: int
+    detail_updates: int
     augmentation: float
     learning_rate: float = 1e-3
     prior_learning_rate: float = 3e-3
+    detail_learning_rate: float = 1e-3
 
 
 PRESETS = {
-    "full": Preset(VQVAEConfig(), PriorConfig(), (256, 128), updates=5000, prior_updates=5000, augmentation=1.0),
-    "demo": Preset(VQVAEConfig(), PriorConfig(cycles=1), (128, 64), updates=1000, prior_updates=400, augmentation=0.0),
+    "full": Preset(
+        VQVAEConfig(),
+        PriorConfig(),
+        DetailConfig(),
+        (256, 128),
+        updates=5000,
+        prior_updates=5000,
+        detail_updates=5000,
+        augmentation=1.0,
+    ),
+    "demo": Preset(
+        VQVAEConfig(),
+        PriorConfig(cycles=1),
+        DetailConfig(),
+        (128, 64),
+        updates=1000,
+        prior_updates=400,
+        detail_updates=800,
+        augmentation=0.0,
+    ),
 }
 
 
 def parse_options(arguments: Sequence[str] | None):
-    """The command line; --updates and --prior-updates filled in from the preset."""
+    """The command line; numbers of updates filled in from the preset."""
     parser = Parser(description=__doc__.split("\n\n")[0], epilog="Run the same command again to resume.")
     parser.add_argument(
         "--data", default="phantom", help="folder of 2D .nii/.nii.gz slices, or 'phantom', the embedded data (default)"
@@ -125,6 +149,12 @@ def parse_options(arguments: Sequence[str] | None):
         type=limited["prior_updates"],
         metavar="N",
         help="updates of the prior (default: the preset's)",
+    )
+    parser.add_argument(
+        "--detail-updates",
+        type=limited["detail_updates"],
+        metavar="N",
+        help="updates of the detail (default: the preset's, or --updates where that is fewer)",
     )
     parser.add_argument(
         "--batch-size", type=limited["batch_size"], default=32, metavar="N", help="slices an update (default: 32)"
@@ -159,12 +189,13 @@ def parse_options(arguments: Sequence[str] | None):
     preset = PRESETS[options.preset]
     options.updates = options.updates or preset.updates
     options.prior_updates = options.prior_updates or preset.prior_updates
+    options.detail_updates = options.detail_updates or min(options.updates, preset.detail_updates)
     options.augmentation = preset.augmentation if options.augmentation is None else options.augmentation
     return options
 
 
 class Stage:
-    """What both training loops share: resuming, the optimiser's step, log lines, checkpoints, a stop on a signal."""
+    """What the training loops share: resuming, the optimiser's step, log lines, checkpoints, a stop on a signal."""
 
     def __init__(
         self,
@@ -175,9 +206,12 @@ class Stage:
         learning_rate: float,
         seed: int,
         checkpoint_every: int | None = None,
+        averaged: bool = False,
     ):
         self.run, self.name, self.total, self.seed = run, name, updates, seed
         self.networks = {"model": model}  # what a checkpoint holds the weights of
+        if averaged:
+            self.networks["averaged"] = AveragedModel(model, multi_avg_fn=average)
         self.optimiser = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
         for weight in model.parameters():  # as its first step would make them, so that a checkpoint has its place
             step = torch.zeros((), device=weight.device)
@@ -260,6 +294,14 @@ class Stage:
         self.optimiser.zero_grad()
         loss.backward()
         self.optimiser.step()
+        if "averaged" in self.networks:
+            self.networks["averaged"].update_parameters(self.networks["model"])
+
+    def keep_best(self, loss: float, network: nn.Module) -> None:
+        """Write the weights of the lowest validation loss so far."""
+        if loss < self.best:
+            self.best = loss
+            save_weights(self.run.path / f"{self.name}.safetensors", network)
 
     def note(self, **losses: Tensor) -> None:
         """Keep training losses, and log their means now and then. Without waiting for a GPU in between."""
@@ -334,8 +376,8 @@ class Stage:
                 self.writer.flush()
 
 
-def train_vqvae(run: Run, state: dict, data: Dataset, options, preset: Preset, device: torch.device) -> VQVAE:
-    """Stage 1: the VQ-VAE, to vqvae.safetensors."""
+def train_vqvae(run: Run, state: dict, data: Dataset, options, preset: Preset, device: torch.device) -> None:
+    """Stage 1: the VQ-VAE, its best weights to vqvae.safetensors."""
     seed_update(options.seed, "vqvae", 0)
     model = VQVAE(preset.vqvae).to(device, memory_format=torch.channels_last)
     stage = Stage(run, "vqvae", model, options.updates, preset.learning_rate, options.seed, options.checkpoint_every)
@@ -360,11 +402,9 @@ def train_vqvae(run: Run, state: dict, data: Dataset, options, preset: Preset, d
         if update > warm_up and stage.at_share(EVALUATIONS):
             values, counts = evaluate_vqvae(model, data.validate, options.batch_size, device)
             stage.log("validate", values)
+            stage.keep_best(values["reconstruction_loss"], model)
             if figures_due.due() or update == options.updates:
                 write_vqvae_figures(run, model, data.validate, counts, options.images, device)
-
-    save_weights(run.path / "vqvae.safetensors", model)
-    return model.eval()
 
 
 class Feed:
@@ -502,11 +542,17 @@ def train_prior(
     config = replace(preset.prior, grid=tuple(validation_codes.shape[1:]), codes=vqvae.config.codes)
     model = GatedPixelCNN(config).to(device, memory_format=torch.channels_last)
     model.know_codes(vqvae.codebook.embeddings)
-    averaged = AveragedModel(model, multi_avg_fn=average)
     stage = Stage(
-        run, "prior", model, options.prior_updates, preset.prior_learning_rate, options.seed, options.checkpoint_every
+        run,
+        "prior",
+        model,
+        options.prior_updates,
+        preset.prior_learning_rate,
+        options.seed,
+        options.checkpoint_every,
+        averaged=True,
     )
-    stage.networks["averaged"] = averaged
+    averaged = stage.networks["averaged"].module
     stage.resume(state)
     stage.checkpoint()  # from here on stage 1 need not be looked at again
     feed = Feed(data, options, options.augmentation, device)
@@ -518,16 +564,13 @@ def train_prior(
             codes = vqvae.encode(slices)  # anew for each update: a mirrored slice has other codes
             loss = code_loss(model(codes, positions, variation), codes)
         stage.step(loss)
-        averaged.update_parameters(model)
         stage.note(**in_bits(loss))
 
         # At even intervals and after the last update: validation of the averaged weights; the best so far are kept.
         if stage.at_share(EVALUATIONS):
-            nats = evaluate_prior(averaged.module, validation_codes, validation_positions, options.batch_size, device)
+            nats = evaluate_prior(averaged, validation_codes, validation_positions, options.batch_size, device)
             stage.log("validate", in_bits(nats))
-            if nats < stage.best:
-                stage.best = nats
-                save_weights(run.path / "prior.safetensors", averaged.module)
+            stage.keep_best(nats, averaged)
             if figures_due.due() or update == options.prior_updates:
                 prior_loss_figure(options.images / "prior_loss.png", run.curves("prior"), config.codes)
 
@@ -570,6 +613,90 @@ def evaluate_prior(
             total += code_loss(model(batch, position), batch).item() * batch.numel()
     model.train()
     return total / codes.numel()
+
+
+def train_detail(
+    run: Run, state: dict, vqvae: VQVAE, data: Dataset, options, preset: Preset, device: torch.device
+) -> None:
+    """Stage 3: the detail that decoded training slices lack, its best weights to detail.safetensors."""
+    seed_update(options.seed, "detail", 0)
+    config = replace(preset.detail, downsampling=vqvae.config.downsampling, code_dim=vqvae.config.code_dim)
+    model = Detail(config).to(device, memory_format=torch.channels_last)
+    model.spread.copy_(missing_detail(vqvae, data.train, options, device))
+    stage = Stage(
+        run,
+        "detail",
+        model,
+        options.detail_updates,
+        preset.detail_learning_rate,
+        options.seed,
+        options.checkpoint_every,
+        averaged=True,
+    )
+    averaged = stage.networks["averaged"].module
+    stage.resume(state)
+    stage.checkpoint()  # from here on stage 2 need not be looked at again
+    feed = Feed(data, options, 0.0, device)  # varied slices lack detail
+    figures_due = Clock(CHECKPOINT_SECONDS)
+
+    for update in stage.updates():
+        slices, _, _ = feed(update)
+        with autocast(device):
+            loss = model.loss(slices, *decode_again(vqvae, slices))
+        stage.step(loss)
+        stage.note(flow_loss=loss)
+
+        # At even intervals and after the last update: validation of the averaged weights; the best so far are kept.
+        if stage.at_share(EVALUATIONS):
+            flow_loss = evaluate_detail(averaged, vqvae, data.validate, options, device)
+            stage.log("validate", {"flow_loss": flow_loss})
+            stage.keep_best(flow_loss, averaged)
+            if figures_due.due() or update == options.detail_updates:
+                write_detail_figures(run, averaged, vqvae, data.validate, options.images, device)
+
+
+def decode_again(vqvae: VQVAE, slices: Tensor) -> tuple[Tensor, Tensor]:
+    """Slices (N, 1, H, W) decoded from their codes, and the vectors that the codes stand for (N, D, h, w)."""
+    codes = vqvae.encode(slices)
+    return vqvae.decode(codes), vqvae.embed(codes)
+
+
+@torch.no_grad()
+def missing_detail(vqvae: VQVAE, train: Slices, options, device: torch.device) -> Tensor:
+    """Root mean square () of what training slices drawn at random lose when they are encoded and decoded."""
+    chosen = batch_indices(len(train), SPREAD_SLICES, options.seed, 0)
+    squares = []
+    for part in np.array_split(chosen, -(-SPREAD_SLICES // options.batch_size)):
+        batch = train.batch(part).to(device, memory_format=torch.channels_last)
+        with autocast(device):
+            squares.append((batch - decode_again(vqvae, batch)[0]).square().mean((1, 2, 3)))
+    return torch.cat(squares).mean().sqrt()
+
+
+@torch.no_grad()
+def evaluate_detail(model: Detail, vqvae: VQVAE, slices: Slices, options, device: torch.device) -> float:
+    """Mean loss over a split, for the same noise and times whenever it is called."""
+    seed_update(options.seed, "detail validation", 0)
+    total = 0.0
+    for batch in slices.batches(options.batch_size):
+        batch = batch.to(device, memory_format=torch.channels_last)
+        with autocast(device):
+            total += len(batch) * model.loss(batch, *decode_again(vqvae, batch)).item()
+    return total / len(slices)
+
+
+def write_detail_figures(
+    run: Run, model: Detail, vqvae: VQVAE, slices: Slices, images: Path, device: torch.device
+) -> None:
+    """The loss curve, and six slices spread over the split: as they are, decoded, and with detail drawn twice."""
+    detail_loss_figure(images / "detail_loss.png", run.curves("detail"))
+    chosen = spread(len(slices))
+    batch = slices.batch(chosen).to(device)
+    decoded, embeddings = decode_again(vqvae, batch)
+    drawn = [model.sample(range(len(batch)), decoded, embeddings, seed) for seed in (0, 1)]
+    strips = dict(zip(("slice", "decoded", "with detail", "with other detail"), (batch, decoded, *drawn)))
+    titles = [Path(slices.names[i]).name.split(".")[0] for i in chosen]
+    detail_figure(images / "detail.png", {name: of[:, 0].cpu().numpy() for name, of in strips.items()}, titles)
 
 
 def describe_run(options, data: Dataset) -> dict:
@@ -624,19 +751,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def train_stages(run: Run, state: dict, data: Dataset, options, preset: Preset, device: torch.device) -> None:
-    """Both stages, or what is left of them."""
+    """The three stages, or what is left of them."""
     if state.get("stage") == "done":
         print(f"{options.run} is complete: nothing to do")
         return
     make_folder(options.images)
-    if state.get("stage") == "prior":
-        vqvae = load_weights(run.path / "vqvae.safetensors", VQVAE, VQVAEConfig)
-        if vqvae.config != preset.vqvae:
-            raise RunError(f"{run.path / 'vqvae.safetensors'} is not of this run: choose another --run")
-        vqvae.to(device, memory_format=torch.channels_last)
-    else:
-        vqvae = train_vqvae(run, state, data, options, preset, device)
-    train_prior(run, state, vqvae, data, options, preset, device)
+    if state.get("stage", "vqvae") == "vqvae":
+        train_vqvae(run, state, data, options, preset, device)
+    vqvae = load_weights(run.path / "vqvae.safetensors", VQVAE, VQVAEConfig)
+    if vqvae.config != preset.vqvae:
+        raise RunError(f"{run.path / 'vqvae.safetensors'} is not of this run: choose another --run")
+    vqvae.to(device, memory_format=torch.channels_last)
+    if state.get("stage") != "detail":
+        train_prior(run, state, vqvae, data, options, preset, device)
+    train_detail(run, state, vqvae, data, options, preset, device)
     run.save(stage="done")
     print(f"{options.run} is complete: figures in {options.images}; sample with: python predict.py --run {options.run}")
 

@@ -45,6 +45,7 @@ FREE_OPTIONS = ("run", "images", "device", "data", "checkpoint_every", "allow_ch
 LIMITS = {
     "updates": (1, 10_000_000),  # the losses since the last log line, of which there are 250, are kept in memory
     "prior_updates": (1, 10_000_000),
+    "detail_updates": (1, 10_000_000),
     "batch_size": (1, 65_536),  # 8 GB of slices of 256x128
     "checkpoint_every": (1, 10_000_000),
     "seed": (0, 2**32 - 1),
@@ -357,10 +358,10 @@ def read_config(path: Path) -> dict:
 
 # ---------------------------------------------------------------- run directory
 
-STAGES = ("vqvae", "prior", "done")
+STAGES = ("vqvae", "prior", "detail", "done")
 # The first three are written in this order, so that where there is a config, the run's beginning is complete.
 FILES = ("lock", "data.json", "config.json", "metrics.jsonl", "training.pt", "training.pt.before")
-FILES += ("vqvae.safetensors", "prior.safetensors")
+FILES += ("vqvae.safetensors", "prior.safetensors", "detail.safetensors")
 
 
 class Run:
@@ -775,6 +776,28 @@ def prior_loss_figure(path: Path, curves: dict, codes: int) -> None:
     save_figure(figure, path)
 
 
+def detail_loss_figure(path: Path, curves: dict) -> None:
+    """The loss of stage 3, in units in which an untrained network has 2."""
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    draw_curves(axes, curves, "flow_loss", "loss of the detail", "mean squared error of the velocity")
+    updates, losses = curves["validate", "flow_loss"]
+    best = int(np.argmin(losses))
+    axes.plot(updates[best], losses[best], "o", color=VALIDATE, label=f"kept: {losses[best]:.3f}")
+    axes.legend(frameon=False)
+    save_figure(figure, path)
+
+
+def detail_figure(path: Path, strips: dict[str, np.ndarray], titles: Sequence[str]) -> None:
+    """Strips of slices (n, H, W) in [-1, 1], each under its name, and a title over each column."""
+    count, height, width = upright(next(iter(strips.values()))).shape
+    figure = Figure(figsize=(2.4 * count, 2.4 * len(strips) * height / width + 0.4), layout="constrained")
+    draw_strips(figure, strips)
+    for axes, title in zip(figure.axes, titles):
+        axes.set_title(title, fontsize=8)
+    save_figure(figure, path)
+
+
 def codebook_figure(path: Path, curves: dict, counts: np.ndarray) -> None:
     """How many codes are used and how evenly: over the updates, and at the end on validation slices."""
     figure = Figure(figsize=(10, 3.4), layout="constrained")
@@ -877,7 +900,7 @@ def evaluation_figure(
     save_figure(figure, path)
 
 
-def draw_strips(figure: SubFigure, strips: dict[str, np.ndarray]) -> None:
+def draw_strips(figure: Figure | SubFigure, strips: dict[str, np.ndarray]) -> None:
     """Rows of slices (n, H, W) in [-1, 1] with their names."""
     columns = len(next(iter(strips.values())))
     for row, (label, slices) in zip(figure.subplots(len(strips), columns, squeeze=False), strips.items()):

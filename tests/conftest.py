@@ -10,11 +10,12 @@ import torch
 
 import phantom
 import train
-from modules import PriorConfig, VQVAEConfig
+from modules import DetailConfig, PriorConfig, VQVAEConfig
 
 ROOT = Path(__file__).parents[1]
 VQVAE_TINY = VQVAEConfig(downsampling=4, channels=16, blocks=1, hidden=8, codes=16, code_dim=8)
 PRIOR_TINY = PriorConfig(channels=8, cycles=1, head=16)
+DETAIL_TINY = DetailConfig(channels=8, blocks=1, hidden=8)
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,17 @@ def slices_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_preset(tmp_path_factory):
-    """--preset tiny: 12 updates and 9, with networks so small that a training takes a second."""
+    """--preset tiny: 12, 9 and 6 updates, with networks so small that a training takes a second."""
     with pytest.MonkeyPatch.context() as patch:
         tiny = replace(
-            train.PRESETS["demo"], vqvae=VQVAE_TINY, prior=PRIOR_TINY, updates=12, prior_updates=9, augmentation=1.0
+            train.PRESETS["demo"],
+            vqvae=VQVAE_TINY,
+            prior=PRIOR_TINY,
+            detail=DETAIL_TINY,
+            updates=12,
+            prior_updates=9,
+            detail_updates=6,
+            augmentation=1.0,
         )
         patch.setitem(train.PRESETS, "tiny", tiny)
         patch.setattr(train, "KMEANS_SLICES", 16)
