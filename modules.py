@@ -7,9 +7,7 @@ w = W / downsampling. PyTorch only: no files, no printing.
     codes = vqvae.encode(slices)
     prior = GatedPixelCNN(PriorConfig(grid=codes.shape[1:]))
     new_codes = prior.sample(range(16), torch.full((16,), 0.5), seed=0)
-    smooth_slices = vqvae.decode(new_codes)
-    detail = Detail(DetailConfig())
-    new_slices = detail.sample(range(16), smooth_slices, vqvae.embed(new_codes), seed=0)
+    new_slices = Detail(DetailConfig()).sample(range(16), new_codes, vqvae, seed=0)
 
 van den Oord et al. 2017, Neural Discrete Representation Learning, arXiv:1711.00937 (VQ-VAE)
 van den Oord et al. 2016, Conditional Image Generation with PixelCNN Decoders, arXiv:1606.05328 (gated PixelCNN)
@@ -58,9 +56,10 @@ class PriorConfig:
 
 @dataclass(frozen=True)
 class DetailConfig:
-    """Shape of a detail network; it works on the code grid, with `downsampling` and `code_dim` of the VQ-VAE."""
+    """Shape of a detail network; `downsampling`, `codes` and `code_dim` are those of the VQ-VAE."""
 
     downsampling: int = 4
+    codes: int = 512
     code_dim: int = 64
     channels: int = 128
     blocks: int = 6
@@ -484,62 +483,90 @@ class Detail(nn.Module):
     difference x_1 = (slice - decoded) / spread is drawn anew here: noise x_0 is moved along dx/dt = v(x, t) from t = 0
     to 1. The network learns v as x_1 - x_0 at x = (1 - t) x_0 + t x_1 (there, eq. 23, with sigma_min = 0).
 
-    Squares of pixels are moved into channels, as in the encoder, so that all convolutions run on the code grid.
+    The spread is that of each pixel of a code's square in the training slices. So x_1 has variance 1 everywhere, in air
+    as in muscle, and what is left to be learnt is its shape: were it normal noise, v would be c(t) x with
+    c = (2t - 1) / (t^2 + (1 - t)^2), to which the network adds. Squares of pixels are moved into channels, as in the
+    encoder: all convolutions run on the code grid.
     """
 
     STEPS = 8
+    RARE = 10  # a code seen less often has the spread of all codes rather than its own
 
     def __init__(self, config: DetailConfig):
         super().__init__()
         self.config = config
-        s, c = config.downsampling, config.channels
-        self.register_buffer("spread", torch.ones(()))
-        self.stem = nn.Conv2d(2 * s * s + config.code_dim, c, 3, padding=1)
-        self.time = nn.Linear(1 + 2 * config.time_waves, config.blocks * c)
+        square, c = config.downsampling**2, config.channels
+        self.register_buffer("spread", torch.ones(config.codes, square))
+        self.stem = nn.Conv2d(square, c, 3, padding=1)
+        self.context = nn.Conv2d(2 * square + config.code_dim, c, 3, padding=1, bias=False)
+        self.time = nn.Linear(1 + 2 * config.time_waves, 2 * config.blocks * c)
         self.blocks = nn.ModuleList(ResidualBlock(c, config.hidden) for _ in range(config.blocks))
-        self.output = nn.Conv2d(c, s * s, 3, padding=1)
+        self.output = nn.Conv2d(c, square, 3, padding=1)
+        nn.init.zeros_(self.output.weight)
+        nn.init.zeros_(self.output.bias)
 
-    def forward(self, x: Tensor, time: Tensor, decoded: Tensor, embeddings: Tensor) -> Tensor:
-        """Velocities (N, 1, H, W) at x (N, 1, H, W) and times (N,), for decoded slices and their embedded codes."""
-        waves = time[:, None] * torch.arange(1, self.config.time_waves + 1, device=time.device) * torch.pi
-        told = self.time(torch.cat([time[:, None], waves.sin(), waves.cos()], 1))[:, :, None, None]
+    @torch.no_grad()
+    def measure(self, slices: Tensor, decoded: Tensor, codes: Tensor) -> None:
+        """Set the spread from training slices, what they are decoded to (N, 1, H, W), and their codes (N, h, w)."""
+        squares = F.pixel_unshuffle((slices - decoded).square(), self.config.downsampling)  # (N, s*s, h, w)
+        squares = squares.permute(0, 2, 3, 1).flatten(0, 2)
+        sums = torch.zeros_like(self.spread).index_add_(0, codes.flatten(), squares)
+        counts = torch.bincount(codes.flatten(), minlength=len(sums))[:, None]
+        means = (sums + self.RARE * squares.mean(0)) / (counts + self.RARE)
+        self.spread.copy_(means.sqrt().clamp(min=1e-3))  # half a grey level of 256 is 4e-3
+
+    def spreads(self, codes: Tensor) -> Tensor:
+        """The spread of each pixel (N, 1, H, W) of codes (N, h, w)."""
+        return F.pixel_shuffle(F.embedding(codes, self.spread).permute(0, 3, 1, 2), self.config.downsampling)
+
+    def told(self, codes: Tensor, vqvae: VQVAE) -> Tensor:
+        """What the network is told of the codes (N, h, w), whatever the time: (N, C, h, w)."""
+        pictures = vqvae.decode(codes), self.spreads(codes).log() / 2  # both about in [-2, 1]
+        squares = [F.pixel_unshuffle(picture, self.config.downsampling) for picture in pictures]
+        return self.context(torch.cat([*squares, vqvae.embed(codes)], 1))
+
+    def forward(self, x: Tensor, time: Tensor, told: Tensor) -> Tensor:
+        """Velocities (N, 1, H, W) at x (N, 1, H, W) and times (N,) in [0, 1]; `told` as above."""
         side = self.config.downsampling
-        h = self.stem(torch.cat([F.pixel_unshuffle(x, side), F.pixel_unshuffle(decoded, side), embeddings], 1))
-        for block, shift in zip(self.blocks, told.chunk(self.config.blocks, 1)):
-            h = block(h + shift.to(h.dtype))
-        return F.pixel_shuffle(self.output(F.relu(h)), side).float()
+        waves = time[:, None] * torch.arange(1, self.config.time_waves + 1, device=time.device) * torch.pi
+        of_time = self.time(torch.cat([time[:, None], waves.sin(), waves.cos()], 1))[:, :, None, None]
+        h = self.stem(F.pixel_unshuffle(x, side)) + told
+        for block, change in zip(self.blocks, of_time.to(h.dtype).chunk(self.config.blocks, 1)):
+            scale, shift = change.chunk(2, 1)
+            h = block(h + h * scale + shift)
+        t = time[:, None, None, None]
+        return F.pixel_shuffle(self.output(F.relu(h)), side).float() + x * (2 * t - 1) / (t**2 + (1 - t) ** 2)
 
-    def loss(self, slices: Tensor, decoded: Tensor, embeddings: Tensor) -> Tensor:
-        """Mean squared error of the velocity at random places of the way, (); 2 where nothing is learnt.
+    def loss(self, slices: Tensor, codes: Tensor, vqvae: VQVAE) -> Tensor:
+        """Mean squared error of the velocity at random places of the way (); 1.66 where only the spread is known.
 
         Times are logit-normal: the middle of the way is the hardest (Esser et al. 2024, arXiv:2403.03206, section 3.1).
         """
-        difference = (slices - decoded) / self.spread
+        difference = (slices - vqvae.decode(codes)) / self.spreads(codes)
         noise = torch.randn_like(difference)
         time = torch.randn(len(slices), device=slices.device).sigmoid()
         x = torch.lerp(noise, difference, time[:, None, None, None])
-        return F.mse_loss(self(x, time, decoded, embeddings), difference - noise)
+        return F.mse_loss(self(x, time, self.told(codes, vqvae)), difference - noise)
 
     @torch.no_grad()
-    def sample(self, numbers: Sequence[int], decoded: Tensor, embeddings: Tensor, seed: int = 0) -> Tensor:
-        """Decoded slices (N, 1, H, W) with detail, clipped to [-1, 1]: one for each of N sample numbers.
+    def sample(self, numbers: Sequence[int], codes: Tensor, vqvae: VQVAE, seed: int = 0) -> Tensor:
+        """Slices (N, 1, H, W) in [-1, 1] of codes (N, h, w), their detail drawn for N sample numbers.
 
         Each has its own random stream, as in `GatedPixelCNN.sample`. The way is gone in STEPS steps of Heun's method
         (Karras et al. 2022, arXiv:2206.00364, algorithm 1), the last of them Euler's.
         """
-        device = decoded.device
+        told, decoded = self.told(codes, vqvae), vqvae.decode(codes)
         x = torch.empty_like(decoded)
         for noise, number in zip(x, numbers):
-            noise.normal_(generator=torch.Generator(device).manual_seed(stream_seed(seed + NOT_CODES, number)))
-        times = torch.linspace(0, 1, self.STEPS + 1, device=device)
+            noise.normal_(generator=torch.Generator(x.device).manual_seed(stream_seed(seed + NOT_CODES, number)))
+        times = torch.linspace(0, 1, self.STEPS + 1, device=x.device)
         for time, after in zip(times, times[1:]):
-            velocity = self(x, time.expand(len(x)), decoded, embeddings)
-            there = x + (after - time) * velocity
+            velocity = self(x, time.expand(len(x)), told)
             if after < 1:
-                velocity = (velocity + self(there, after.expand(len(x)), decoded, embeddings)) / 2
-                there = x + (after - time) * velocity
-            x = there
-        return (decoded + self.spread * x).clamp(-1, 1)
+                there = self(x + (after - time) * velocity, after.expand(len(x)), told)
+                velocity = (velocity + there) / 2
+            x = x + (after - time) * velocity
+        return (decoded + self.spreads(codes) * x).clamp(-1, 1)
 
 
 def stream_seed(seed: int, number: int) -> int:

@@ -643,15 +643,20 @@ def paint_rectum(canvas, rng, p):
 
 
 def draw_volume(
-    seed: int, case: int, week: int = 0, slices: int = 20, size: tuple[int, int] = (256, 128)
+    seed: int,
+    case: int,
+    week: int = 0,
+    slices: int = 20,
+    size: tuple[int, int] = (256, 128),
+    exposure: int | None = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """One volume: images (slices, rows, columns), float32 whole numbers >= 0, and its labels, uint8.
 
     Anatomy depends on (seed, case), the filling of bladder and rectum on (seed, case, week); shading,
     brightness and noise on all of these. None of the anatomy depends on slices and size, which only say where
     it is looked at. Rows run from the patient's right to his left, columns from front to back, slices
-    upwards. Labels index LABELS. Raises ValueError for no slices, a size under 16 rows by 8 columns, or a
-    negative number.
+    upwards. Labels index LABELS. Another exposure is the same volume with other noise; None has no noise.
+    Raises ValueError for no slices, a size under 16 rows by 8 columns, or a negative number.
     """
     check(slices, size, (seed, case, week))
     patient_rng, week_rng = generator(1, seed, case), generator(2, seed, case, week)
@@ -671,7 +676,7 @@ def draw_volume(
     paint_vessels(canvas, patient_rng, patient)
     paint_bladder(canvas, week_rng, patient)
     paint_prostate(canvas, patient_rng, patient)
-    return expose(canvas, generator(3, seed, case, week)), canvas.labels
+    return expose(canvas, generator(3, seed, case, week), exposure), canvas.labels
 
 
 def generator(stream, *key):
@@ -693,7 +698,7 @@ def check(slices, size, others, weeks=1, workers=None):
         raise ValueError(f"seed, cases and weeks must not be negative, not {min(others)}")
 
 
-def expose(canvas, rng):
+def expose(canvas, rng, exposure):
     """The signal as a scanner stores it: coil shading, Rician noise, an arbitrary scale, whole numbers.
 
     Magnitude of a complex signal with normal noise in both parts: Gudbjartsson and Patz 1995, Magn Reson Med
@@ -705,6 +710,9 @@ def expose(canvas, rng):
     bright = np.percentile(image[::2, ::2, ::2], 99.5)
     gain = np.float32(rng.uniform(400, 1200) / bright)
     sigma = np.float32(rng.uniform(0.008, 0.016) * bright)
+    if exposure is None:
+        return np.rint(gain * image)
+    rng = rng.spawn(exposure)[-1] if exposure else rng
     for plane in image:
         real, imaginary = rng.standard_normal((2, *plane.shape), dtype=np.float32) * sigma
         real += plane

@@ -181,10 +181,6 @@ class Networks(NamedTuple):
     prior: GatedPixelCNN
     detail: Detail
 
-    def decode(self, codes: Tensor, numbers: Sequence[int], seed: int) -> Tensor:
-        """Codes (N, h, w) to slices (N, 1, H, W) with the detail of these sample numbers."""
-        return self.detail.sample(numbers, self.vqvae.decode(codes), self.vqvae.embed(codes), seed)
-
 
 class Samples(NamedTuple):
     """New slices and what they were made from."""
@@ -215,7 +211,8 @@ def draw_samples(options, config: dict, networks: Networks, count: int, device: 
             )
             codes = drawn.cpu()
             drawn_at = time.perf_counter()
-            parts.append((networks.decode(drawn, numbers, options.seed).cpu(), codes, positions))
+            slices = networks.detail.sample(numbers, drawn, networks.vqvae, options.seed).cpu()
+            parts.append((slices, codes, positions))
             seconds[0] += drawn_at - start
             seconds[1] += time.perf_counter() - drawn_at
     return Samples(*map(torch.cat, zip(*parts)), tuple(seconds))
@@ -412,12 +409,14 @@ def training_data(options, config: dict, vqvae: VQVAE) -> Dataset:
 
 def reconstruct_all(networks: Networks, group: Group, options) -> tuple[Tensor, Group, Group]:
     """Codes (N, h, w) of slices, their reconstructions, and these with detail."""
-    codes = torch.cat([networks.vqvae.encode(batch) for batch in group.slices.split(options.batch_size)])
-    decoded = torch.cat([networks.vqvae.decode(batch) for batch in codes.split(options.batch_size)])
-    numbers = torch.arange(MOST, MOST + len(codes)).split(options.batch_size)  # other detail than that of samples
-    parts = zip(codes.split(options.batch_size), numbers)
-    detailed = torch.cat([networks.decode(batch, those.tolist(), options.seed) for batch, those in parts])
-    return codes, Group(quantise(decoded), group.cases), Group(quantise(detailed), group.cases)
+    vqvae, size = networks.vqvae, options.batch_size
+    codes = [vqvae.encode(batch) for batch in group.slices.split(size)]
+    decoded = [vqvae.decode(batch) for batch in codes]
+    numbers = torch.arange(MOST, MOST + len(group.slices)).split(size)  # other detail than that of samples
+    detailed = [
+        networks.detail.sample(those.tolist(), batch, vqvae, options.seed) for those, batch in zip(numbers, codes)
+    ]
+    return torch.cat(codes), *(Group(quantise(torch.cat(parts)), group.cases) for parts in (decoded, detailed))
 
 
 @torch.no_grad()
@@ -572,7 +571,7 @@ def load_networks(run: Path, config: dict, vqvae: VQVAE, device: torch.device) -
     grid = tuple(side // own.downsampling for side in config["slice_size"])
     if (prior.config.grid, prior.config.codes) != (grid, own.codes):
         raise RunError(f"{run}: prior.safetensors and vqvae.safetensors are of different runs: their codes differ")
-    if (detail.config.downsampling, detail.config.code_dim) != (own.downsampling, own.code_dim):
+    if any(getattr(detail.config, name) != getattr(own, name) for name in ("downsampling", "codes", "code_dim")):
         raise RunError(f"{run}: detail.safetensors and vqvae.safetensors are of different runs: their codes differ")
     return Networks(vqvae, prior, detail)
 

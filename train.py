@@ -78,7 +78,7 @@ LOG_LINES = 250  # of the training losses, a stage
 KMEANS_SLICES = 128
 CHECKPOINT_SECONDS = 60
 AVERAGE_DECAY = 0.99  # of averaged weights in the end: a memory of some 100 updates
-SPREAD_SLICES = 256  # from which the strength of detail is measured
+SPREAD_SLICES = 256  # from which the spread of detail is measured
 LONG_SECONDS = 1  # an update that takes longer is left on a signal: a checkpoint has to be written in five
 COLLAPSED = (0.1, 500)  # share of codes used, and for how many updates
 SMALLEST_SIDE = 8  # pixels; SSIM's window needs 6
@@ -620,9 +620,10 @@ def train_detail(
 ) -> None:
     """Stage 3: the detail that decoded training slices lack, its best weights to detail.safetensors."""
     seed_update(options.seed, "detail", 0)
-    config = replace(preset.detail, downsampling=vqvae.config.downsampling, code_dim=vqvae.config.code_dim)
+    given = vqvae.config
+    config = replace(preset.detail, downsampling=given.downsampling, codes=given.codes, code_dim=given.code_dim)
     model = Detail(config).to(device, memory_format=torch.channels_last)
-    model.spread.copy_(missing_detail(vqvae, data.train, options, device))
+    model.measure(*lossy_slices(vqvae, data.train, options, device))
     stage = Stage(
         run,
         "detail",
@@ -642,7 +643,7 @@ def train_detail(
     for update in stage.updates():
         slices, _, _ = feed(update)
         with autocast(device):
-            loss = model.loss(slices, *decode_again(vqvae, slices))
+            loss = model.loss(slices, vqvae.encode(slices), vqvae)
         stage.step(loss)
         stage.note(flow_loss=loss)
 
@@ -655,22 +656,17 @@ def train_detail(
                 write_detail_figures(run, averaged, vqvae, data.validate, options.images, device)
 
 
-def decode_again(vqvae: VQVAE, slices: Tensor) -> tuple[Tensor, Tensor]:
-    """Slices (N, 1, H, W) decoded from their codes, and the vectors that the codes stand for (N, D, h, w)."""
-    codes = vqvae.encode(slices)
-    return vqvae.decode(codes), vqvae.embed(codes)
-
-
 @torch.no_grad()
-def missing_detail(vqvae: VQVAE, train: Slices, options, device: torch.device) -> Tensor:
-    """Root mean square () of what training slices drawn at random lose when they are encoded and decoded."""
+def lossy_slices(vqvae: VQVAE, train: Slices, options, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Training slices drawn at random, what they are decoded to (N, 1, H, W), and their codes (N, h, w)."""
     chosen = batch_indices(len(train), SPREAD_SLICES, options.seed, 0)
-    squares = []
+    parts = []
     for part in np.array_split(chosen, -(-SPREAD_SLICES // options.batch_size)):
         batch = train.batch(part).to(device, memory_format=torch.channels_last)
         with autocast(device):
-            squares.append((batch - decode_again(vqvae, batch)[0]).square().mean((1, 2, 3)))
-    return torch.cat(squares).mean().sqrt()
+            codes = vqvae.encode(batch)
+            parts.append((batch, vqvae.decode(codes), codes))
+    return tuple(map(torch.cat, zip(*parts)))
 
 
 @torch.no_grad()
@@ -681,7 +677,7 @@ def evaluate_detail(model: Detail, vqvae: VQVAE, slices: Slices, options, device
     for batch in slices.batches(options.batch_size):
         batch = batch.to(device, memory_format=torch.channels_last)
         with autocast(device):
-            total += len(batch) * model.loss(batch, *decode_again(vqvae, batch)).item()
+            total += len(batch) * model.loss(batch, vqvae.encode(batch), vqvae).item()
     return total / len(slices)
 
 
@@ -692,9 +688,9 @@ def write_detail_figures(
     detail_loss_figure(images / "detail_loss.png", run.curves("detail"))
     chosen = spread(len(slices))
     batch = slices.batch(chosen).to(device)
-    decoded, embeddings = decode_again(vqvae, batch)
-    drawn = [model.sample(range(len(batch)), decoded, embeddings, seed) for seed in (0, 1)]
-    strips = dict(zip(("slice", "decoded", "with detail", "with other detail"), (batch, decoded, *drawn)))
+    codes = vqvae.encode(batch)
+    drawn = [model.sample(range(len(batch)), codes, vqvae, seed) for seed in (0, 1)]
+    strips = dict(zip(("slice", "decoded", "with detail", "with other detail"), (batch, vqvae.decode(codes), *drawn)))
     titles = [Path(slices.names[i]).name.split(".")[0] for i in chosen]
     detail_figure(images / "detail.png", {name: of[:, 0].cpu().numpy() for name, of in strips.items()}, titles)
 

@@ -1,0 +1,120 @@
+"""What our prior and the paper's 15 gated layers reach in equal time, on the codes of a finished run.
+
+Held-out bits a code. Both learn the same codes, those of the run's training slices as they are; ours is told the
+slices' positions and has its weights averaged, as in train.py. They take turns: whichever has used less time makes the
+next update. Ten times, at even intervals, both are tried on held-out slices, which is not counted; the best counts.
+
+    python benchmarks/equal_time.py --run RUN [--minutes 20] [--split test] [--seed 0]
+"""
+
+import argparse
+import math
+import time
+from pathlib import Path
+
+import torch
+from common import machine, report
+from reference import PaperPixelCNN
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
+from tqdm import tqdm
+
+from dataset import Slices, batch_indices, load_dataset
+from modules import VQVAE, GatedPixelCNN, PriorConfig, VQVAEConfig
+from train import PRESETS, average, code_loss, extract_codes
+from utils import autocast, load_weights, pick_device, read_config
+
+BATCH = 32
+LOOKS = 10
+
+
+class Contender:
+    """A prior in training, and what it has reached."""
+
+    def __init__(self, network: torch.nn.Module, rate: float, told: bool):
+        self.network, self.rate, self.told = network, rate, told
+        self.averaged = AveragedModel(network, multi_avg_fn=average) if told else None
+        self.optimiser = torch.optim.AdamW(network.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+        self.seconds, self.updates, self.looks = 0.0, 0, []
+
+    def logits(self, network: torch.nn.Module, codes: Tensor, positions: Tensor) -> Tensor:
+        return network(codes, positions) if self.told else network(codes)
+
+    def learn(self, codes: Tensor, positions: Tensor, share: float) -> None:
+        """One update, after `share` of the time; the rate falls along a cosine."""
+        start = time.perf_counter()
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.rate * min(1.0, (self.updates + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * share))
+        with autocast(codes.device):
+            loss = code_loss(self.logits(self.network, codes, positions), codes)
+        self.optimiser.zero_grad()
+        loss.backward()
+        self.optimiser.step()
+        if self.averaged:
+            self.averaged.update_parameters(self.network)
+        self.updates += 1
+        self.seconds += time.perf_counter() - start
+
+    @torch.no_grad()
+    def look(self, codes: Tensor, positions: Tensor) -> None:
+        """Bits a held-out code, float32, without dropout."""
+        network = (self.averaged.module if self.averaged else self.network).eval()
+        parts = zip(codes.split(BATCH), positions.split(BATCH))
+        nats = sum(code_loss(self.logits(network, *part), part[0]).item() * len(part[0]) for part in parts)
+        network.train()
+        self.looks.append(nats / len(codes) / math.log(2))
+
+
+def contend(contenders: list[Contender], training: tuple, held_out: tuple, seconds: float, seed: int) -> None:
+    """Train all for as many seconds each."""
+    with tqdm(total=round(seconds * len(contenders)), unit="s", disable=None) as bar:
+        while (one := min(contenders, key=lambda contender: contender.seconds)).seconds < seconds:
+            chosen = torch.from_numpy(batch_indices(len(training[0]), BATCH, seed, one.updates))
+            one.learn(*(of[chosen] for of in training), one.seconds / seconds)
+            bar.update(round(sum(other.seconds for other in contenders)) - bar.n)
+            if one.seconds >= seconds * (len(one.looks) + 1) / LOOKS:
+                one.look(*held_out)
+
+
+def codes_and_positions(vqvae: VQVAE, slices: Slices, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Codes (N, h, w) and positions (N,) of a split."""
+    return extract_codes(vqvae, slices, BATCH, device), torch.from_numpy(slices.positions).to(device)
+
+
+def main() -> None:
+    """Print the JSON lines and the sentence."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--run", type=Path, required=True, help="a run whose VQ-VAE is trained")
+    parser.add_argument("--minutes", type=float, default=20, help="of training, for each prior (default: 20)")
+    parser.add_argument("--split", choices=("validate", "test"), default="test", help="held-out slices (default: test)")
+    parser.add_argument("--seed", type=int, default=0, help="of both (default: 0)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda ... (default: a GPU where there is one)")
+    options = parser.parse_args()
+    device = pick_device(options.device)
+    given = read_config(options.run)
+    vqvae = load_weights(options.run / "vqvae.safetensors", VQVAE, VQVAEConfig).to(device)
+    side = vqvae.config.downsampling
+    data = load_dataset(given["options"]["data"], tuple(given["slice_size"]), (side, side), given["options"]["seed"])
+    training, held_out = (codes_and_positions(vqvae, of, device) for of in (data.train, getattr(data, options.split)))
+
+    torch.manual_seed(options.seed)
+    config = PriorConfig(grid=tuple(training[0].shape[1:]), codes=vqvae.config.codes)
+    prior = GatedPixelCNN(config).to(device, memory_format=torch.channels_last)
+    prior.know_codes(vqvae.codebook.embeddings)
+    ours = Contender(prior, PRESETS["full"].prior_learning_rate, told=True)
+    paper = Contender(PaperPixelCNN(vqvae.config.codes).to(device), 1e-3, told=False)
+    contend([ours, paper], training, held_out, 60 * options.minutes, options.seed)
+
+    bits = min(ours.looks), min(paper.looks)
+    settings = {"run": str(options.run), "split": options.split, "minutes": options.minutes, "seed": options.seed}
+    settings["machine"] = machine(device)
+    report("equal_time_bits_ours", bits[0], "bits/code", updates=ours.updates, **settings)
+    report("equal_time_bits_reference", bits[1], "bits/code", updates=paper.updates, **settings)
+    print(
+        f"In {options.minutes:g} minutes each: ours {bits[0]:.2f} bits a held-out code after {ours.updates} updates, "
+        f"the paper's network {bits[1]:.2f} after {paper.updates}: {1 - bits[0] / bits[1]:.0%} lower."
+    )
+
+
+if __name__ == "__main__":
+    main()
