@@ -99,7 +99,7 @@ class Preset:
     augmentation: float
     learning_rate: float = 1e-3
     prior_learning_rate: float = 3e-3
-    detail_learning_rate: float = 1e-3
+    detail_learning_rate: float = 3e-3
 
 
 PRESETS = {
@@ -120,7 +120,7 @@ PRESETS = {
         (128, 64),
         updates=1000,
         prior_updates=400,
-        detail_updates=800,
+        detail_updates=1000,
         augmentation=0.0,
     ),
 }
