@@ -813,7 +813,8 @@ def tamper_with_place(rng: Generator, path: Path, canary: Path) -> bool:
     return False
 
 
-READ_BY_PREDICT = ("config.json", "vqvae.safetensors", "prior.safetensors")
+WEIGHTS = ("vqvae.safetensors", "prior.safetensors", "detail.safetensors")
+READ_BY_PREDICT = ("config.json", *WEIGHTS)
 
 
 def tamper(rng: Generator, run: Path, canary: Path) -> tuple[str, bool]:
