@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from campaign import CHECKPOINT_CALLS, half_done, judge_run, resume, tamper
+from campaign import CHECKPOINT_CALLS, WEIGHTS, half_done, judge_run, resume, tamper
 from matplotlib.image import imread
 from safetensors.torch import load_file
 from torch.optim.swa_utils import AveragedModel
@@ -44,7 +44,6 @@ VQVAE_METRICS = VQVAE_LOSSES | {"ssim", "psnr", "codes_used", "perplexity"}
 PRIOR_LOSSES = {"nats_per_code", "bits_per_code"}
 DETAIL_LOSSES = {"flow_loss"}
 UPDATES = {"vqvae": 12, "prior": 9, "detail": 6}  # of the tiny preset
-WEIGHTS = ("vqvae.safetensors", "prior.safetensors", "detail.safetensors")
 
 
 def arguments(**options):
