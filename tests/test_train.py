@@ -358,6 +358,27 @@ def test_the_spread_of_detail_is_the_error_of_decoded_training_slices(trained, m
     assert saved == pytest.approx(expected, rel=0.2)  # measured on fewer
 
 
+def test_the_figure_of_detail_shows_what_its_strips_are_called(trained, tmp_path, monkeypatch):
+    vqvae = load_weights(trained.run / "vqvae.safetensors", VQVAE, VQVAEConfig)
+    detail = load_weights(trained.run / "detail.safetensors", Detail, DetailConfig)
+    slices, drawn = load_dataset(str(trained.data)).validate, []
+    monkeypatch.setattr(train, "detail_figure", lambda *given: drawn.append(given))
+    monkeypatch.setattr(train, "detail_loss_figure", lambda path, curves: drawn.append((path, curves)))
+    run = SimpleNamespace(curves={"detail": "the curves"}.get)
+    train.write_detail_figures(run, detail, vqvae, slices, tmp_path, torch.device("cpu"))
+    assert drawn[0] == (tmp_path / "detail_loss.png", "the curves")
+    path, strips, titles = drawn[1]
+    assert path == tmp_path / "detail.png"
+    assert titles == [Path(name).name.removesuffix(".nii.gz") for name in slices.names]
+    assert list(strips) == ["slice", "decoded", "with detail", "with other detail"]
+    batch = slices.batch(range(4))
+    codes = vqvae.encode(batch)
+    decoded, embeddings = vqvae.decode(codes), vqvae.embed(codes)
+    expected = [batch, decoded, *(detail.sample(range(4), decoded, embeddings, seed) for seed in (0, 1))]
+    for strip, pictures in zip(strips.values(), expected):
+        np.testing.assert_allclose(strip, pictures[:, 0].numpy(), atol=1e-5)
+
+
 def test_detail_is_learnt_of_slices_as_they_are(options, monkeypatch):
     """Mirrored, but not varied: what was turned or stretched has been smoothed. The prior's are varied."""
     strengths, real = [], train.Feed
