@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the project's files are not installed
 
-from conftest import PRIOR_TINY, VQVAE_TINY
+from conftest import DETAIL_TINY, PRIOR_TINY, VQVAE_TINY
 
 import phantom
 import predict
@@ -365,6 +365,8 @@ CHECKPOINT_CALLS = (  # all through which a run's files are written, and read ba
     (os, "truncate"),
     (Run, "log"),
 )
+WEIGHTS = ("vqvae.safetensors", "prior.safetensors", "detail.safetensors")
+IN_STAGES = ("in_vqvae", "in_prior", "in_detail")
 STOP_SECONDS = 5
 LOAD_SECONDS = 5
 MOST_LOAD_MEGABYTES = 300  # above the process that loads
@@ -381,11 +383,12 @@ class Trainings:
         )
         os.environ["PROSTATEVQ_CACHE"] = str(folder / "cache")
         torch.set_num_threads(1)
-        tiny = replace(train.PRESETS["demo"], vqvae=VQVAE_TINY, prior=PRIOR_TINY, updates=12, prior_updates=9)
-        train.PRESETS["tiny"] = tiny
-        train.KMEANS_SLICES, train.LOG_LINES, train.EVALUATIONS = 16, 5, 4
-        for place, name in ((train, "write_vqvae_figures"), (train, "prior_loss_figure"), (train, "tensorboard")):
-            setattr(place, name, lambda *_: None)  # they take most of the time of a tiny training
+        networks = {"vqvae": VQVAE_TINY, "prior": PRIOR_TINY, "detail": DETAIL_TINY}
+        updates = {"updates": 12, "prior_updates": 9, "detail_updates": 6}
+        train.PRESETS["tiny"] = replace(train.PRESETS["demo"], **networks, **updates)
+        train.KMEANS_SLICES, train.SPREAD_SLICES, train.LOG_LINES, train.EVALUATIONS = 16, 16, 5, 4
+        for name in ("write_vqvae_figures", "prior_loss_figure", "write_detail_figures", "tensorboard"):
+            setattr(train, name, lambda *_: None)  # they take most of the time of a tiny training
         predict.samples_figure = train.tensorboard
         phantom.write_phantom(folder / "data", cases=(3, 1, 1), slices=4, size=(32, 16), workers=1)
         self.reference = folder / "reference"
@@ -426,7 +429,7 @@ class Trainings:
         status, said = self.finish(self.start(run))
         if status or said:
             return f"resuming ended with {status}: {said}"
-        for name in ("vqvae.safetensors", "prior.safetensors", "metrics.jsonl"):
+        for name in (*WEIGHTS, "metrics.jsonl"):
             if (run / name).read_bytes() != (self.reference / name).read_bytes():
                 return f"{name} differs"
         return "a file is left over" if list(run.glob("*.part")) else ""
@@ -496,7 +499,7 @@ def spread_over(calls: int, number: int) -> int:
 def kills(count: int | None, seed: int) -> dict:
     """Trainings (200) killed by SIGKILL at a random moment or a write; resumed, each has to end as one that was not."""
     count = count or 200
-    totals = dict.fromkeys(("kills", "at_a_write", "writes_in_all", "in_vqvae", "in_prior", "identical", "failed"), 0)
+    totals = dict.fromkeys(("kills", "at_a_write", "writes_in_all", *IN_STAGES, "identical", "failed"), 0)
     with tempfile.TemporaryDirectory() as temporary, tqdm(total=count, desc="kills", unit="kill") as bar:
         trainings = Trainings(Path(temporary))
         calls = totals["writes_in_all"] = trainings.count_calls()
@@ -519,7 +522,7 @@ def kills(count: int | None, seed: int) -> dict:
                 bar.write(f"kill {number} in {stage}: {problem}", file=sys.stderr)
             totals["kills"] += 1
             totals["at_a_write"] += number % 2
-            totals["in_vqvae" if stage == "vqvae" else "in_prior"] += 1
+            totals[f"in_{stage}"] += 1
             totals["identical"] += not problem
             totals["failed"] += bool(problem)
             rmtree(run)
@@ -528,16 +531,16 @@ def kills(count: int | None, seed: int) -> dict:
 
 
 def stage_of(run: Path) -> str:
-    """The stage that a run has come to."""
+    """The last stage that a run has logged anything of."""
     log = run / "metrics.jsonl"
-    made = (run / "vqvae.safetensors").exists() or (log.exists() and '"prior"' in log.read_text())
-    return "prior" if made else "vqvae"
+    logged = log.read_text() if log.exists() else ""
+    return next((stage for stage in ("detail", "prior") if f'"{stage}"' in logged), "vqvae")
 
 
 def stops(count: int | None, seed: int) -> dict:
     """Trainings (100) stopped by SIGTERM or SIGINT at a random moment: exit status, seconds, and resumed as above."""
     count = count or 100
-    totals = dict.fromkeys(("stops", "in_vqvae", "in_prior", "longest_seconds", "identical", "failed"), 0)
+    totals = dict.fromkeys(("stops", *IN_STAGES, "longest_seconds", "identical", "failed"), 0)
     with tempfile.TemporaryDirectory() as temporary, tqdm(total=count, desc="stops", unit="stop") as bar:
         trainings = Trainings(Path(temporary))
         for number in range(seed, seed + count):
@@ -557,7 +560,7 @@ def stops(count: int | None, seed: int) -> dict:
             if problem or seconds > STOP_SECONDS:
                 bar.write(f"stop {number} in {stage} after {seconds:.1f} s: {problem}", file=sys.stderr)
             totals["stops"] += 1
-            totals["in_vqvae" if stage == "vqvae" else "in_prior"] += 1
+            totals[f"in_{stage}"] += 1
             totals["longest_seconds"] = max(totals["longest_seconds"], round(seconds, 2))
             totals["identical"] += not problem
             totals["failed"] += bool(problem) or seconds > STOP_SECONDS
@@ -735,7 +738,8 @@ def tamper_with_checkpoint(rng: Generator, path: Path, canary: Path) -> bool:
         pick(rng, (plain_pickle, hungry_pickle, doubling_pickle, swelling_zip))(path, canary)
         return True
     if way < 0.6 and state["stage"] != "done":
-        tamper_with_tensors(rng, pick(rng, (state["model"], pick(rng, list(state["optimiser"].values())))))
+        networks = [state[name] for name in ("model", "averaged") if name in state]
+        tamper_with_tensors(rng, pick(rng, [*networks, pick(rng, list(state["optimiser"].values()))]))
     else:
         plain = {name: value for name, value in state.items() if name not in ("model", "optimiser")}
         set_value(rng, plain)
@@ -813,7 +817,7 @@ def tamper_with_place(rng: Generator, path: Path, canary: Path) -> bool:
     return False
 
 
-READ_BY_PREDICT = ("config.json", "vqvae.safetensors", "prior.safetensors")
+READ_BY_PREDICT = ("config.json", *WEIGHTS)
 
 
 def tamper(rng: Generator, run: Path, canary: Path) -> tuple[str, bool]:
@@ -901,7 +905,8 @@ def runs(count: int | None, seed: int) -> dict:
     totals["longest_seconds"] = 0.0
     with tempfile.TemporaryDirectory() as temporary, tqdm(total=count, desc="runs", unit="run") as bar:
         trainings = Trainings(Path(temporary))
-        bases = [half_way(trainings, "vqvae", 7), half_way(trainings, "prior", 6), trainings.reference]
+        places = (("vqvae", 7), ("prior", 6), ("detail", 4))
+        bases = [*(half_way(trainings, *place) for place in places), trainings.reference]
         run, canary, out = (Path(temporary, name) for name in ("tampered", "canary", "out"))
         (canary.with_name("outside")).write_text("not the run's")
         given = trainings.arguments(run)
@@ -912,7 +917,7 @@ def runs(count: int | None, seed: int) -> dict:
             shutil.copytree(base, run)
             name, evil = tamper(rng, run, canary)
             loads = {"train.py": lambda: resume(given)}
-            if (base / "prior.safetensors").exists():
+            if (base / "detail.safetensors").exists():
                 loads["predict.py"] = lambda: predict.main([*map(str, sampling)])
             totals["tried"] += 1
             totals["evil"] += evil
@@ -940,8 +945,8 @@ def runs(count: int | None, seed: int) -> dict:
 
 def unread(base: Path) -> set[tuple[str, str]]:
     """Which files a command does not look at in a run that has come so far."""
-    ignored = {("train.py", "prior.safetensors")}
-    return ignored if base.name == "prior" else ignored | {("train.py", "vqvae.safetensors")}
+    read = ["vqvae.safetensors"] if base.name in ("prior", "detail") else []
+    return {("train.py", name) for name in WEIGHTS if name not in read}
 
 
 def resume(arguments: list[str]) -> None:
@@ -966,17 +971,18 @@ def memory_of(task: Callable[[Callable[[], None]], object]) -> list[float]:
 
 
 def memory_growth(count: int | None, seed: int) -> dict:
-    """Memory over 2,000 updates and 50 batches of samples: flat, once the first third of each has seen all there is."""
-    updates, batches = max(count or 2000, 1000), 50  # fewer show nothing
+    """Memory over 3,000 updates and 50 batches of samples: flat, once the first third of each has seen all there is."""
+    updates, batches = max(count or 3000, 1500), 50  # fewer show nothing
+    each = updates // len(WEIGHTS)
     with tempfile.TemporaryDirectory() as temporary:
         trainings = Trainings(Path(temporary))
         train.LOG_LINES = 250
         real = train.seed_update
 
         def training(step: Callable[[], None]) -> None:
-            train.seed_update = lambda *place: (real(*place), step())
-            run = trainings.folder / "long"
-            train.main(trainings.arguments(run, updates=updates // 2, prior_updates=updates // 2, seed=seed))
+            train.seed_update = lambda *place: (real(*place), step() if place[-1] else None)  # 0 is before the first
+            lengths = {"updates": each, "prior_updates": each, "detail_updates": each}
+            train.main(trainings.arguments(trainings.folder / "long", **lengths, seed=seed))
 
         def sampling(step: Callable[[], None]) -> None:
             draw = predict.draw_positions
@@ -987,8 +993,9 @@ def memory_growth(count: int | None, seed: int) -> dict:
 
         seen = memory_of(training)
         parts = {
-            "megabytes_vqvae": seen[: updates // 2],
-            "megabytes_prior": seen[-(updates // 2) :],
+            "megabytes_vqvae": seen[:each],
+            "megabytes_prior": seen[each : 2 * each],
+            "megabytes_detail": seen[2 * each :],
             "megabytes_sampling": memory_of(sampling),
         }
     ends = {name: [round(part[len(part) // 3], 1), round(part[-1], 1)] for name, part in parts.items()}

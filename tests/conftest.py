@@ -51,6 +51,7 @@ def tiny_preset(tmp_path_factory):
         )
         patch.setitem(train.PRESETS, "tiny", tiny)
         patch.setattr(train, "KMEANS_SLICES", 16)
+        patch.setattr(train, "SPREAD_SLICES", 16)
         patch.setattr(train, "LOG_LINES", 5)  # so that a line is a mean over several updates
         patch.setenv("PROSTATEVQ_CACHE", str(tmp_path_factory.mktemp("cache")))
         threads = torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""The networks against brute-force twins, causality by gradient, the sampler against the full forward."""
+"""The networks against brute-force twins, causality by gradient, the samplers against what is known exactly."""
 
 from dataclasses import replace
 
@@ -7,9 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import modules
+import utils
 from modules import (
     VQVAE,
     Codebook,
+    Detail,
+    DetailConfig,
     GatedPixelCNN,
     PriorConfig,
     RowMaker,
@@ -20,6 +24,7 @@ from modules import (
 )
 
 SMALL = VQVAEConfig(downsampling=4, channels=16, blocks=1, hidden=8, codes=20, code_dim=6)
+SMALL_DETAIL = DetailConfig(downsampling=4, code_dim=6, channels=16, blocks=2, hidden=8)
 GRIDS = [(5, 3), (3, 9), (8, 4), (1, 6), (6, 1), (2, 2), (16, 8)]
 
 
@@ -30,6 +35,24 @@ def seeded():
 
 def small_prior(grid, **fields):
     return GatedPixelCNN(PriorConfig(grid=grid, codes=11, channels=20, head=64, **fields)).double().eval()
+
+
+def small_detail(velocity=None, spread=1.0):
+    """A detail network with random weights, or in its place a known velocity(x, t), with t of shape (N, 1, 1, 1)."""
+    detail = Detail(SMALL_DETAIL).eval()
+    detail.spread.fill_(spread)
+    if velocity:
+        detail.forward = lambda x, time, *_: velocity(x, time[:, None, None, None])
+    return detail
+
+
+def still(x, time):
+    return torch.zeros_like(x)
+
+
+def grey(count, size=(16, 8)):
+    """Decoded slices that are 0 all over, and embeddings drawn at random, of their codes."""
+    return torch.zeros(count, 1, *size), torch.randn(count, 6, size[0] // 4, size[1] // 4)
 
 
 # ---------------------------------------------------------------- codebook
@@ -127,6 +150,20 @@ def test_shapes_and_ranges(size):
     decoded = vqvae.decode(codes)
     torch.testing.assert_close(decoded, reconstructions.clamp(-1, 1))
     assert decoded.abs().max() <= 1
+
+
+def test_a_code_is_decoded_from_the_vector_that_it_stands_for():
+    vqvae = VQVAE(SMALL).eval()
+    codes = torch.randint(20, (3, 5, 2))
+    embedded = vqvae.embed(codes)
+    assert embedded.shape == (3, 6, 5, 2)
+    for n, row, column in ((0, 0, 0), (1, 4, 1), (2, 3, 0)):
+        assert torch.equal(embedded[n, :, row, column], vqvae.codebook.embeddings[codes[n, row, column]])
+    with torch.no_grad():
+        vqvae.decoder[-2].bias += 0.5  # so that there is something to clip
+        decoded = vqvae.decoder(embedded)
+    assert decoded.max() > 1
+    assert torch.equal(vqvae.decode(codes), decoded.clamp(-1, 1))
 
 
 def test_losses_are_those_of_the_paper():
@@ -360,3 +397,204 @@ def test_keep_top_keeps_the_fewest_codes_that_suffice():
     kept = keep_top(logits, 0.75).isfinite()
     assert kept.tolist() == [[True, False, True, False], [False, False, False, True]]
     assert torch.equal(keep_top(logits, 1.0), logits)
+
+
+# ---------------------------------------------------------------- detail
+
+
+@pytest.mark.parametrize("size", [(16, 8), (8, 24), (4, 4)])
+def test_shapes_and_ranges_of_detail(size):
+    detail = small_detail(spread=0.5)
+    decoded, embeddings = grey(3, size)
+    velocities = detail(torch.randn_like(decoded), torch.rand(3), decoded, embeddings)
+    loss = detail.loss(torch.rand_like(decoded), decoded, embeddings)
+    slices = detail.sample(range(3), decoded, embeddings)
+    assert velocities.shape == slices.shape == decoded.shape
+    assert loss.shape == ()
+    assert loss > 0
+    assert slices.abs().max() <= 1
+    assert slices.std() > 0.1
+
+
+def test_the_network_is_told_where_it_is_and_what_was_decoded():
+    """Changing any of the four changes every slice's velocities."""
+    detail = small_detail()
+    given = torch.randn(3, 1, 16, 8), torch.tensor([0.1, 0.5, 0.9]), torch.randn(3, 1, 16, 8), torch.randn(3, 6, 4, 2)
+    velocities = detail(*given)
+    for place in range(4):
+        other = [tensor + 0.05 * (place == number) for number, tensor in enumerate(given)]
+        assert ((detail(*other) - velocities).abs().amax((1, 2, 3)) > 1e-4).all()
+
+
+def test_a_pixel_is_moved_by_what_is_decoded_there():
+    """Squares of pixels become channels and squares again: with 1x1 kernels nothing reaches beyond its square."""
+    detail = small_detail()
+    for convolution in (m for m in detail.modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (3, 3)):
+        centre = convolution.weight.detach()[:, :, 1:2, 1:2].clone()
+        convolution.weight.data.zero_()[:, :, 1:2, 1:2] = centre
+    decoded, embeddings = grey(1)
+    x, time = torch.randn_like(decoded), torch.rand(1)
+    before = detail(x, time, decoded, embeddings)
+    for of in (x, decoded):
+        of[0, 0, 9, 6] += 1  # in the square of rows 8 to 11, columns 4 to 7
+        changed = (detail(x, time, decoded, embeddings) != before)[0, 0]
+        assert changed[8:12, 4:].any()
+        assert not changed[:8].any()
+        assert not changed[12:].any()
+        assert not changed[:, :4].any()
+
+
+def test_the_loss_of_a_network_that_has_learnt_nothing_is_two():
+    """The velocity x_1 - x_0 has variance 1 + 1; 5 standard deviations of the mean of 131,072 squares are 0.04."""
+    detail = small_detail(spread=0.2)
+    torch.nn.init.zeros_(detail.output.weight)
+    torch.nn.init.zeros_(detail.output.bias)
+    _, embeddings = grey(64, (64, 32))
+    decoded = torch.rand(64, 1, 64, 32) - 0.5
+    loss = detail.loss(decoded + 0.2 * torch.randn_like(decoded), decoded, embeddings)
+    assert loss.item() == pytest.approx(2, abs=0.04)
+
+
+def test_the_loss_of_the_right_velocity_is_nothing():
+    """Where each slice's difference is known, its velocity is (difference / spread - x) / (1 - t) and no other."""
+    difference = torch.randn(40, 1, 16, 8)
+    decoded, embeddings = grey(40)
+    detail = small_detail(lambda x, time: (difference / 0.2 - x) / (1 - time), spread=0.2)
+    assert detail.loss(decoded + difference, decoded, embeddings) < 1e-6
+    detail.forward = lambda x, time, *_: difference / 0.2 - x
+    assert detail.loss(decoded + difference, decoded, embeddings) > 0.1
+
+
+def test_times_of_the_loss_are_logit_normal():
+    """Mean and shares of 4000 logits are those of a normal distribution within 5 standard deviations."""
+    told = []
+    detail = small_detail(lambda x, time: (told.append(time), still(x, time))[1])
+    slices = torch.zeros(4000, 1, 4, 4)
+    detail.loss(slices, slices, torch.zeros(4000, 6, 1, 1))
+    logits = told[0].flatten().logit()
+    assert logits.mean().abs() < 5 / 4000**0.5
+    for limit, share in ((-1.0, 0.1587), (0.4307, 0.6667), (2.0, 0.9772)):
+        assert abs((logits < limit).float().mean() - share) < 5 * (share * (1 - share) / 4000) ** 0.5
+
+
+def test_detail_starts_as_white_noise_of_the_spread():
+    """5 standard deviations of the mean and the variance of 16,384 pixels."""
+    noise = small_detail(still, spread=0.1).sample(range(128), *grey(128))
+    assert noise.mean().abs() < 0.1 * 5 / 128
+    assert abs(noise.var() / 0.01 - 1) < 5 * 2**0.5 / 128
+    assert torch.corrcoef(noise.flatten(1)).fill_diagonal_(0).abs().max() < 0.5
+
+
+def test_a_constant_velocity_is_followed_exactly():
+    given, c = grey(3), torch.randn(3, 1, 16, 8)
+    start = small_detail(still, spread=0.1).sample(range(3), *given)
+    end = small_detail(lambda x, time: c, spread=0.1).sample(range(3), *given)
+    torch.testing.assert_close(end, start + 0.1 * c, rtol=0, atol=1e-6)
+
+
+def test_a_velocity_that_grows_with_the_way_is_followed_by_heuns_method():
+    """dx/dt = x: e times as far, but for the method's error of each step, which is known; Euler's is far larger."""
+    given, h = grey(3), 1 / Detail.STEPS
+    start = small_detail(still, spread=0.1).sample(range(3), *given)
+    end = small_detail(lambda x, time: x, spread=0.1).sample(range(3), *given)
+    factor = (1 + h + h**2 / 2) ** (Detail.STEPS - 1) * (1 + h)
+    torch.testing.assert_close(end, factor * start, rtol=0, atol=1e-6)
+    euler = (1 + h) ** Detail.STEPS
+    assert abs(factor - np.e) < 0.01 * np.e
+    assert abs(factor - np.e) < abs(euler - np.e) / 5
+
+
+def test_the_way_is_gone_in_even_steps_and_never_asked_about_at_its_end():
+    times = []
+    small_detail(lambda x, time: (times.append(time.unique().item()), still(x, time))[1]).sample(range(2), *grey(2))
+    expected = np.repeat(np.arange(Detail.STEPS) / Detail.STEPS, 2)[1:]
+    np.testing.assert_allclose(times, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.3])
+def test_detail_that_is_known_is_added(strength):
+    """The velocity towards one slice is (x_1 - x) / (1 - t): every noise ends there. Without detail, as decoded."""
+    decoded, missing = torch.rand(3, 1, 16, 8) - 0.5, strength * (torch.rand(3, 1, 16, 8) - 0.5)
+    detail = small_detail(lambda x, time: (missing / 0.2 - x) / (1 - time), spread=0.2)
+    torch.testing.assert_close(detail.sample(range(3), decoded, grey(3)[1]), decoded + missing, rtol=0, atol=1e-6)
+
+
+def test_detail_of_a_normal_distribution_has_its_mean_and_its_variance():
+    """x_1 of N(m, s^2): the velocity is the mean of x_1 - x_0 at x, by the rule for two correlated normal variables,
+    and takes x_0 to m + s x_0. Eight steps come within 4 % of s; Euler's would miss it by 17 %."""
+    m, s = 0.7, 0.5
+
+    def velocity(x, time):
+        return m + (time * s**2 - (1 - time)) / ((1 - time) ** 2 + (time * s) ** 2) * (x - time * m)
+
+    given = grey(64)
+    start = small_detail(still, spread=0.1).sample(range(64), *given)
+    end = small_detail(velocity, spread=0.1).sample(range(64), *given)
+    torch.testing.assert_close(end - 0.1 * m, s * start, rtol=0.04, atol=1e-6)
+
+
+def test_the_spread_scales_what_is_added():
+    decoded, embeddings = torch.rand(3, 1, 16, 8) - 0.5, torch.randn(3, 6, 4, 2)
+    detail = small_detail()
+    added = []
+    for spread in (0.02, 0.06):
+        detail.spread.fill_(spread)
+        added.append(detail.sample(range(3), decoded, embeddings) - decoded)
+    torch.testing.assert_close(added[1], 3 * added[0], rtol=0, atol=1e-6)
+    assert added[0].std() > 0.01
+
+
+def test_slices_with_detail_are_clipped():
+    _, embeddings = grey(2)
+    slices = small_detail(spread=5.0).sample(range(2), torch.full((2, 1, 16, 8), 0.9), embeddings)
+    assert slices.min() == -1
+    assert slices.max() == 1
+
+
+@pytest.mark.parametrize(
+    "batches", [[range(6)], [range(2), range(2, 6)], [[i] for i in range(6)], [[5, 4, 3, 2, 1, 0]]]
+)
+def test_detail_n_does_not_depend_on_its_batch(batches):
+    detail = small_detail(spread=0.1)
+    decoded, embeddings = torch.rand(6, 1, 16, 8) - 0.5, torch.randn(6, 6, 4, 2)
+    expected = detail.sample(range(6), decoded, embeddings, seed=3)
+    for numbers in batches:
+        chosen = list(numbers)
+        drawn = detail.sample(numbers, decoded[chosen], embeddings[chosen], seed=3)
+        torch.testing.assert_close(drawn, expected[chosen], rtol=0, atol=1e-5)
+
+
+def test_detail_differs_by_number_and_by_seed():
+    """Of the same codes; slices that are no copies of one another differ by sqrt(2) standard deviations."""
+    detail = small_detail(spread=0.1)
+    decoded, embeddings = grey(1)
+    drawn = torch.cat([detail.sample([n], decoded, embeddings, seed) for seed in (0, 1, 2**32 - 1) for n in range(3)])
+    distances = torch.cdist(drawn.flatten(1), drawn.flatten(1)) / drawn.std() / 128**0.5
+    assert (distances.fill_diagonal_(torch.inf) > 1).all()
+
+
+def test_detail_has_other_random_numbers_than_the_codes():
+    """The prior's stream of the same seed and number is not used again, nor that of any other seed it may have."""
+    given = grey(1)
+    for seed, number in ((0, 0), (3, 7), (2**32 - 1, 5)):
+        noise = small_detail(still, spread=0.1).sample([number], *given, seed) / 0.1
+        generator = torch.Generator().manual_seed(stream_seed(seed, number))
+        of_codes = torch.empty_like(noise).normal_(generator=generator)
+        assert (noise - of_codes).abs().mean() > 0.5
+    assert utils.LIMITS["seed"][1] < modules.NOT_CODES
+
+
+def test_detail_of_a_simple_distribution_is_learnt():
+    """Slices that are 0.3 lighter or darker all over, at random, and 0 where decoded: both are drawn, and no other."""
+    detail = Detail(DetailConfig(downsampling=4, code_dim=1, channels=32, blocks=1, hidden=32))
+    detail.spread.fill_(0.3)
+    optimiser = torch.optim.Adam(detail.parameters(), lr=5e-3)
+    decoded, embeddings = torch.zeros(128, 1, 8, 8), torch.zeros(128, 1, 2, 2)
+    for _ in range(300):
+        signs = torch.randint(2, (128, 1, 1, 1)) * 2.0 - 1
+        optimiser.zero_grad()
+        detail.loss(decoded + 0.3 * signs, decoded, embeddings).backward()
+        optimiser.step()
+    levels = detail.sample(range(128), decoded, embeddings).mean((1, 2, 3))
+    assert ((levels.abs() - 0.3).abs() < 0.1).float().mean() > 0.9
+    assert 0.25 < (levels > 0).float().mean() < 0.75

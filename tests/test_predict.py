@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 import metrics
 import predict
 from metrics import reconstruction_metrics
-from modules import GatedPixelCNN, PriorConfig
+from modules import Detail, DetailConfig, GatedPixelCNN, PriorConfig
 from utils import RunError, lock, read_config, save_weights
 
 ROOT = Path(__file__).parents[1]
@@ -102,12 +102,28 @@ def test_codes_are_written(call):
     assert len(np.unique(codes)) > 4
 
 
-def test_the_files_are_the_decoded_codes(call, trained):
-    folder = call(num=3)
-    vqvae = predict.load_weights(trained.run / "vqvae.safetensors", predict.VQVAE, predict.VQVAEConfig)
-    decoded = vqvae.decode(torch.from_numpy(codes_of(folder)).long())[:, 0].numpy()
+def load_decoders(run):
+    """A run's VQ-VAE and detail network."""
+    vqvae = predict.load_weights(run / "vqvae.safetensors", predict.VQVAE, predict.VQVAEConfig)
+    return vqvae, predict.load_weights(run / "detail.safetensors", Detail, DetailConfig)
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_the_files_are_the_decoded_codes_with_detail(call, trained, seed):
+    folder = call(num=3, seed=seed)
+    vqvae, detail = load_decoders(trained.run)
+    codes = torch.from_numpy(codes_of(folder)).long()
+    slices = detail.sample(range(3), vqvae.decode(codes), vqvae.embed(codes), seed)[:, 0].numpy()
     scale = read_config(trained.run)["intensity"]["scale"]
-    np.testing.assert_allclose(pixels_of(folder), (decoded + 1) / 2 * scale, atol=1e-4 * scale)
+    np.testing.assert_allclose(pixels_of(folder), (slices + 1) / 2 * scale, atol=1e-4 * scale)
+
+
+def test_samples_of_the_same_codes_differ_in_detail(call):
+    folder = call(num=3, temperature=1e-6, position=0.5)
+    codes, pixels = codes_of(folder), pixels_of(folder)
+    assert (codes == codes[0]).all()
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        assert np.abs(pixels[one] - pixels[other]).mean() > 0.01 * pixels.max()
 
 
 def test_sample_n_is_the_same_in_any_batch_and_beside_any_others(call, trained):
@@ -449,7 +465,7 @@ def test_copies_are_found_out(evaluated, trained, monkeypatch):
     data = predict.load_dataset(str(trained.data), (64, 32), (4, 4), 0)
     copies = data.train.batch(range(6)).roll((3, -2), (2, 3)).flip(2)
 
-    def draw_samples(options, config, vqvae, prior, count, device):
+    def draw_samples(options, config, networks, count, device):
         return predict.Samples(copies, torch.zeros(6, 16, 8, dtype=torch.int64), torch.linspace(0, 1, 6), (1.0, 1.0))
 
     monkeypatch.setattr(predict, "draw_samples", draw_samples)
@@ -483,11 +499,14 @@ def test_each_column_compares_what_it_says(evaluated, trained, monkeypatch):
 
     for replaced in (two_sample_test, nearest, copying_statistic):
         monkeypatch.setattr(predict, replaced.__name__, replaced)
-    evaluated(num=12)  # as many as training slices
+    _, results, _ = evaluated(num=12, batch_size=5)  # as many as training slices
     data = predict.load_dataset(str(trained.data), (64, 32), (4, 4), 0)
-    vqvae = predict.load_weights(trained.run / "vqvae.safetensors", predict.VQVAE, predict.VQVAEConfig)
+    vqvae, detail = load_decoders(trained.run)
     real, training = data.test.batch(range(4)), data.train.batch(range(12))
-    decoded, decoded_training = (metrics.quantise(vqvae.decode(vqvae.encode(slices))) for slices in (real, training))
+    decoded, decoded_training = (  # with detail, and not that of a sample
+        metrics.quantise(detail.sample(range(10**6, 10**6 + len(codes)), vqvae.decode(codes), vqvae.embed(codes)))
+        for codes in map(vqvae.encode, (real, training))
+    )
     samples = compared[0][0]
     assert len(samples) == 12
     expected = [(samples, means(real)), (means(decoded_training), means(real))]
@@ -496,6 +515,9 @@ def test_each_column_compares_what_it_says(evaluated, trained, monkeypatch):
     halves = (means(real[[0, 2]]), means(real[[1, 3]]))
     expected = [(samples, means(real)), (means(decoded), means(real)), (samples, means(decoded)), halves]
     np.testing.assert_allclose(sum(sum(copying, ()), []), sum(sum(expected, ()), []), atol=1e-5)
+    for part, slices in ((results, real), (results["training"], training)):  # of the network without detail
+        plain = metrics.quantise(vqvae.decode(vqvae.encode(slices)))
+        assert part["reconstructions"]["mse"] == pytest.approx((plain - slices).square().mean().item(), rel=1e-4)
 
 
 def test_other_data_are_refused(trained, tmp_path, complaint):
@@ -582,7 +604,7 @@ def copied(trained, tmp_path):
     return shutil.copytree(trained.run, tmp_path / "run")
 
 
-@pytest.mark.parametrize("name", ["config.json", "vqvae.safetensors", "prior.safetensors"])
+@pytest.mark.parametrize("name", READ_BY_PREDICT)
 @pytest.mark.parametrize("content", [None, b"", b"{", b"\x80\x04K\x01."])
 def test_a_run_that_cannot_be_used_is_one_line(copied, tmp_path, complaint, name, content):
     run = copied
@@ -601,6 +623,12 @@ def test_networks_of_different_runs_are_one_line(copied, tmp_path, complaint):
         save_weights(copied / "prior.safetensors", GatedPixelCNN(replace(prior.config, **change)))
         error = complaint("predict.py", arguments(run=copied, out=tmp_path / "out"))
         assert f"{copied}: prior.safetensors and vqvae.safetensors are of different runs" in error
+    save_weights(copied / "prior.safetensors", prior)
+    detail = predict.load_weights(copied / "detail.safetensors", Detail, DetailConfig)
+    for change in ({"code_dim": 7}, {"downsampling": 8}):
+        save_weights(copied / "detail.safetensors", Detail(replace(detail.config, **change)))
+        error = complaint("predict.py", arguments(run=copied, out=tmp_path / "out"))
+        assert f"{copied}: detail.safetensors and vqvae.safetensors are of different runs" in error
     config = read_config(copied)
     (copied / "config.json").write_text(json.dumps(config | {"slice_size": [62, 32]}))
     error = complaint("predict.py", arguments(run=copied, out=tmp_path / "out"))
@@ -608,12 +636,13 @@ def test_networks_of_different_runs_are_one_line(copied, tmp_path, complaint):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["vqvae.safetensors", "prior.safetensors"])
+@pytest.mark.parametrize("name", ["vqvae.safetensors", "prior.safetensors", "detail.safetensors"])
 def test_a_network_that_would_take_all_memory_is_one_line(copied, tmp_path, complaint, name):
     with safe_open(copied / name, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 not a dict
         config = json.loads(file.metadata()["config"])
-    for change in ({"channels": 10**9}, {"channels": 60_000}, {"codes": 2**40}, {"grid": [10**6, 10**6]}, {"x": 1}):
+    changes = [{"channels": 10**9}, {"channels": 60_000}, {"codes": 2**40}, {"grid": [10**6, 10**6]}, {"x": 1}]
+    for change in [*changes, {"downsampling": 2**20}, {"time_waves": 2**40}]:
         save_file(tensors, copied / name, {"config": json.dumps(config | change)})
         error = complaint("predict.py", arguments(run=copied, out=tmp_path / "out"))
         assert f"{copied / name} cannot be used" in error
@@ -643,6 +672,22 @@ def test_a_run_that_trains_can_be_sampled_from(copied, tmp_path, capsys):
     predict.main(arguments(run=copied, num=2, out=tmp_path / "out", images=tmp_path / "images", device="cpu"))
     os.close(handle)
     assert len(list((tmp_path / "out").glob("*.nii.gz"))) == 2
+
+
+@pytest.mark.parametrize("missing", [["detail.safetensors"], ["detail.safetensors", "prior.safetensors"]])
+def test_what_a_run_that_trains_has_not_come_to(copied, trained, tmp_path, complaint, missing):
+    """No samples yet, and it says so; but slices can be reconstructed."""
+    for name in missing:
+        (copied / name).unlink()
+    handle = lock(copied)
+    given = {"run": copied, "out": tmp_path / "out", "images": tmp_path / "images", "device": "cpu"}
+    for mode in ([], ["--evaluate"]):
+        error = complaint("predict.py", [*mode, *arguments(**given)])
+        assert f"{copied / missing[-1]} does not exist: train.py has not come that far" in error
+    assert not (tmp_path / "out").exists()
+    predict.main(arguments(**given, reconstruct=[trained.data / "keras_slices_test"]))
+    os.close(handle)
+    assert len(list((tmp_path / "out").glob("*_reconstruction.nii.gz"))) == 4
 
 
 def test_an_output_folder_that_is_a_file_is_refused(call, tmp_path):

@@ -13,6 +13,7 @@ import threading
 import time
 import zipfile
 from collections import Counter
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from campaign import CHECKPOINT_CALLS, half_done, judge_run, resume, tamper
+from campaign import CHECKPOINT_CALLS, WEIGHTS, half_done, judge_run, resume, tamper
 from matplotlib.image import imread
 from safetensors.torch import load_file
 from torch.optim.swa_utils import AveragedModel
@@ -30,17 +31,19 @@ import phantom
 import train
 import utils
 from dataset import DataError, load_dataset
-from modules import VQVAE, GatedPixelCNN, PriorConfig, VQVAEConfig
+from modules import VQVAE, Detail, DetailConfig, GatedPixelCNN, PriorConfig, VQVAEConfig
 from utils import RunError, load_weights
 
 ROOT = Path(__file__).parents[1]
 REAL = ROOT.parent / "shared" / "hipmri_like"
-FIGURES = {"vqvae_loss.png", "prior_loss.png", "codebook_usage.png", "reconstructions.png"}
+FIGURES = {"vqvae_loss.png", "prior_loss.png", "detail_loss.png"}
+FIGURES |= {"codebook_usage.png", "reconstructions.png", "detail.png"}
 FILES = set(utils.FILES)
 VQVAE_LOSSES = {"reconstruction_loss", "embedding_loss", "total_loss"}
 VQVAE_METRICS = VQVAE_LOSSES | {"ssim", "psnr", "codes_used", "perplexity"}
 PRIOR_LOSSES = {"nats_per_code", "bits_per_code"}
-UPDATES, PRIOR_UPDATES = 12, 9  # of the tiny preset
+DETAIL_LOSSES = {"flow_loss"}
+UPDATES = {"vqvae": 12, "prior": 9, "detail": 6}  # of the tiny preset
 
 
 def arguments(**options):
@@ -57,7 +60,7 @@ def select(lines, stage, split):
 
 def make_quick(patch):
     """Without figures and TensorBoard, which take most of the time of a tiny training."""
-    for name in ("write_vqvae_figures", "prior_loss_figure", "tensorboard"):
+    for name in ("write_vqvae_figures", "prior_loss_figure", "write_detail_figures", "tensorboard"):
         patch.setattr(train, name, lambda *_: None)
 
 
@@ -88,7 +91,7 @@ def test_the_config_says_what_was_trained_on_what(trained):
     config = json.loads((trained.run / "config.json").read_text())
     data = load_dataset(str(trained.data), None, (4, 4), 0)
     assert config["slice_size"] == config["options"]["slice_size"] == [64, 32]
-    expected = {"preset": "tiny", "updates": UPDATES, "prior_updates": PRIOR_UPDATES, "batch_size": 5, "seed": 0}
+    expected = {"preset": "tiny", "updates": 12, "prior_updates": 9, "detail_updates": 6, "batch_size": 5, "seed": 0}
     assert expected.items() <= config["options"].items()
     assert config["fingerprint"] == data.fingerprint
     assert config["intensity"]["scale"] == pytest.approx(data.scale)
@@ -119,6 +122,8 @@ def test_metrics_have_the_promised_names(trained):
         ("vqvae", "validate"): {frozenset(VQVAE_METRICS)},
         ("prior", "train"): {frozenset(PRIOR_LOSSES)},
         ("prior", "validate"): {frozenset(PRIOR_LOSSES)},
+        ("detail", "train"): {frozenset(DETAIL_LOSSES)},
+        ("detail", "validate"): {frozenset(DETAIL_LOSSES)},
     }
 
 
@@ -127,7 +132,7 @@ def test_metrics_agree_with_each_other(trained):
     for line in lines:
         if line["stage"] == "vqvae":
             assert line["total_loss"] == pytest.approx(line["reconstruction_loss"] + line["embedding_loss"], rel=1e-5)
-        else:
+        elif line["stage"] == "prior":
             assert line["bits_per_code"] == pytest.approx(line["nats_per_code"] / math.log(2), rel=1e-5)
     for line in select(lines, "vqvae", "validate"):
         assert 0 < line["codes_used"] <= 1
@@ -139,7 +144,7 @@ def test_metrics_agree_with_each_other(trained):
 
 def test_validation_is_also_made_after_the_last_update(trained):
     lines = lines_of(trained.run)
-    for stage, last in (("vqvae", UPDATES), ("prior", PRIOR_UPDATES)):
+    for stage, last in UPDATES.items():
         for split in ("train", "validate"):
             updates = [line["update"] for line in select(lines, stage, split)]
             assert updates == sorted(set(updates))
@@ -147,7 +152,7 @@ def test_validation_is_also_made_after_the_last_update(trained):
 
 
 def test_evaluations_are_evenly_spread(options):
-    train.main(arguments(**options | {"updates": 47, "prior_updates": 1}))
+    train.main(arguments(**options | {"updates": 47, "prior_updates": 1, "detail_updates": 2}))
     lines = lines_of(options["run"])
     updates = [line["update"] for line in select(lines, "vqvae", "validate")]
     warm_up = 47 // 6
@@ -155,53 +160,102 @@ def test_evaluations_are_evenly_spread(options):
     assert updates[-1] == 47
     assert set(np.diff(updates)) <= {2, 3}
     assert [line["update"] for line in select(lines, "prior", "validate")] == [1]
+    assert [line["update"] for line in select(lines, "detail", "validate")] == [1, 2]
+
+
+def best_line(lines, stage, name):
+    return min(select(lines, stage, "validate"), key=lambda line: line[name])
 
 
 def test_the_weights_are_those_that_were_measured(trained):
-    """The last validation line of stage 1 again, from the saved weights, in single precision."""
+    """The best validation line of each stage again, from the saved weights, of the VQ-VAE in single precision."""
     vqvae = load_weights(trained.run / "vqvae.safetensors", VQVAE, VQVAEConfig)
-    data = load_dataset(str(trained.data), None, (4, 4), 0)
+    prior = load_weights(trained.run / "prior.safetensors", GatedPixelCNN, PriorConfig)
+    detail = load_weights(trained.run / "detail.safetensors", Detail, DetailConfig)
+    data, lines, cpu = load_dataset(str(trained.data), None, (4, 4), 0), lines_of(trained.run), torch.device("cpu")
     slices = data.validate.batch(range(len(data.validate)))
     with torch.no_grad():
         reconstructions, embedding_loss, codes = vqvae(slices)
-    line = select(lines_of(trained.run), "vqvae", "validate")[-1]
+    line = best_line(lines, "vqvae", "reconstruction_loss")
     assert line["reconstruction_loss"] == pytest.approx(F.mse_loss(reconstructions, slices).item(), rel=0.05)
     assert line["embedding_loss"] == pytest.approx(embedding_loss.item(), rel=0.05)
     assert line["codes_used"] == pytest.approx(len(codes.unique()) / 16, abs=0.15)
 
+    with utils.autocast(cpu), torch.no_grad():
+        codes = vqvae.encode(slices)
+        loss = F.cross_entropy(prior(codes, torch.from_numpy(data.validate.positions)).float(), codes).item()
+    assert best_line(lines, "prior", "nats_per_code")["nats_per_code"] == pytest.approx(loss, abs=2e-3)
 
-def test_the_prior_is_the_one_of_the_best_validation_loss(options, monkeypatch):
-    """Losses but the third are made worse, so that the third evaluation has to be the one that is kept."""
-    losses = []
+    given = train.parse_options(["--batch-size", "5"])
+    loss = train.evaluate_detail(detail, vqvae, data.validate, given, cpu)
+    assert best_line(lines, "detail", "flow_loss")["flow_loss"] == pytest.approx(loss, rel=1e-4)
 
-    def worse_but_once(*given):
-        losses.append(real(*given))
-        return losses[-1] + 100 * (len(losses) != 3)
 
-    real = train.evaluate_prior
-    monkeypatch.setattr(train, "evaluate_prior", worse_but_once)
+BEST = [
+    ("vqvae", "evaluate_vqvae", "reconstruction_loss"),
+    ("prior", "evaluate_prior", "nats_per_code"),
+    ("detail", "evaluate_detail", "flow_loss"),
+]
+
+
+def make_the_third_best(monkeypatch, evaluate):
+    """Add 100 to all losses that `train.<evaluate>` gives but the third; gives the weights that it measures."""
+    real, measured = getattr(train, evaluate), []
+
+    def worse_but_once(model, *given):
+        measured.append(deepcopy(model.state_dict()))
+        found, worse = real(model, *given), 100 * (len(measured) != 3)
+        if evaluate == "evaluate_vqvae":
+            values, counts = found
+            return values | {"reconstruction_loss": values["reconstruction_loss"] + worse}, counts
+        return found + worse
+
+    monkeypatch.setattr(train, evaluate, worse_but_once)
+    return measured
+
+
+def same_weights(weights, others):
+    return weights.keys() == others.keys() and all(torch.equal(weights[name], others[name]) for name in weights)
+
+
+@pytest.mark.parametrize(("stage", "evaluate", "loss"), BEST)
+def test_the_weights_kept_are_those_of_the_best_validation_loss(options, monkeypatch, stage, evaluate, loss):
+    measured = make_the_third_best(monkeypatch, evaluate)
     train.main(arguments(**options))
-    logged = [line["nats_per_code"] for line in select(lines_of(options["run"]), "prior", "validate")]
-    assert len(logged) == PRIOR_UPDATES
-    assert min(logged) == pytest.approx(losses[2], rel=1e-5)
+    logged = [line[loss] for line in select(lines_of(options["run"]), stage, "validate")]
+    assert len(measured) == len(logged) > 3
+    assert np.argmin(logged) == 2
+    kept = load_file(options["run"] / f"{stage}.safetensors")
+    assert [same_weights(weights, kept) for weights in measured] == [n == 2 for n in range(len(measured))]
 
-    vqvae = load_weights(options["run"] / "vqvae.safetensors", VQVAE, VQVAEConfig)
-    prior = load_weights(options["run"] / "prior.safetensors", GatedPixelCNN, PriorConfig)
-    data = load_dataset(str(options["data"]), None, (4, 4), 0)
-    batch = data.validate.batch(range(len(data.validate)))
-    with utils.autocast(torch.device("cpu")), torch.no_grad():
-        codes = vqvae.encode(batch)
-        logits = prior(codes, torch.from_numpy(data.validate.positions))
-        loss = F.cross_entropy(logits.float(), codes).item()
-    others = losses[:2] + losses[3:]
-    assert abs(loss - losses[2]) < min(abs(loss - other) for other in others)
-    assert loss == pytest.approx(losses[2], abs=2e-3)
+
+@pytest.mark.parametrize(("stage", "evaluate", "update"), [("vqvae", 0, 7), ("prior", 1, 5), ("detail", 2, 5)])
+def test_the_best_weights_outlive_a_stop(options, monkeypatch, stage, evaluate, update):
+    """A run that is resumed at its fifth evaluation of a stage has to keep the weights of the third."""
+    measured = make_the_third_best(monkeypatch, BEST[evaluate][1])
+    at_updates(monkeypatch, {(stage, update): send(signal.SIGTERM)})
+    with pytest.raises(SystemExit):
+        train.main(arguments(**options))
+    assert len(measured) == 4
+    train.main(arguments(**options))
+    assert len(measured) > 5
+    assert same_weights(load_file(options["run"] / f"{stage}.safetensors"), measured[2])
+
+
+def test_later_stages_get_the_best_vqvae(options, monkeypatch):
+    """Not the one of the last update."""
+    measured, given = make_the_third_best(monkeypatch, "evaluate_vqvae"), []
+    for name in ("train_prior", "train_detail"):
+        monkeypatch.setattr(train, name, lambda run, state, vqvae, *_: given.append(vqvae.state_dict()))
+    train.main(arguments(**options))
+    assert len(given) == 2
+    assert all(same_weights(weights, measured[2]) for weights in given)
 
 
 def test_a_training_line_is_the_mean_since_the_line_before(options, trained, monkeypatch):
     monkeypatch.setattr(train, "LOG_LINES", 250)
     train.main(arguments(**options))
-    for stage, name in (("vqvae", "total_loss"), ("prior", "nats_per_code")):
+    for stage, name in (("vqvae", "total_loss"), ("prior", "nats_per_code"), ("detail", "flow_loss")):
         each = {line["update"]: line[name] for line in select(lines_of(options["run"]), stage, "train")}
         means = select(lines_of(trained.run), stage, "train")
         assert len(means) == 5 < len(each)
@@ -212,10 +266,11 @@ def test_a_training_line_is_the_mean_since_the_line_before(options, trained, mon
 
 def test_losses_fall(options, monkeypatch):
     """On few slices, often seen: far below what constant slices and even use of the codes would give."""
-    faster = replace(train.PRESETS["tiny"], learning_rate=5e-3, prior_learning_rate=1e-2)
+    faster = {"learning_rate": 5e-3, "prior_learning_rate": 1e-2, "detail_learning_rate": 1e-2}
+    faster = replace(train.PRESETS["tiny"], **faster)
     monkeypatch.setitem(train.PRESETS, "tiny", faster)
     monkeypatch.setattr(train, "LOG_LINES", 250)
-    train.main(arguments(**options | {"updates": 150, "prior_updates": 150}))
+    train.main(arguments(**options | {"updates": 150, "prior_updates": 150, "detail_updates": 100}))
     lines = lines_of(options["run"])
     data = load_dataset(str(options["data"]), None, (4, 4), 0)
     slices = data.train.batch(range(len(data.train)))
@@ -225,6 +280,11 @@ def test_losses_fall(options, monkeypatch):
     bits = [line["bits_per_code"] for line in select(lines, "prior", "train")]
     assert np.mean(bits[-10:]) < 0.8 * math.log2(16)
     assert np.mean(bits[-10:]) < 0.8 * bits[0]
+    flow = [line["flow_loss"] for line in select(lines, "detail", "train")]
+    assert np.mean(flow[:3]) > 1.9  # 2 where nothing is learnt
+    assert np.mean(flow[-10:]) < 0.9 * np.mean(flow[:3])
+    validated = [line["flow_loss"] for line in select(lines, "detail", "validate")]
+    assert min(validated) < 0.95 * validated[0]
 
 
 def test_the_rate_rises_and_falls_to_nothing():
@@ -257,6 +317,74 @@ def test_evaluation_does_not_depend_on_the_batch_size(trained):
         assert other == pytest.approx(values, rel=1e-3)
         assert torch.equal(other_counts, counts)
         assert train.evaluate_prior(prior, codes, positions, batch_size, cpu) == pytest.approx(nats, rel=1e-3)
+
+
+def test_detail_is_always_validated_with_the_same_noise(trained):
+    vqvae = load_weights(trained.run / "vqvae.safetensors", VQVAE, VQVAEConfig)
+    detail = load_weights(trained.run / "detail.safetensors", Detail, DetailConfig)
+    slices, cpu = load_dataset(str(trained.data), None, (4, 4), 0).train, torch.device("cpu")
+    given = train.parse_options(["--batch-size", "5"])
+    losses = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        losses.append(train.evaluate_detail(detail, vqvae, slices, given, cpu))
+    assert losses[0] == losses[1]
+    assert 0.5 < losses[0] < 2.5
+    other = train.parse_options(["--batch-size", "5", "--seed", "1"])
+    assert train.evaluate_detail(detail, vqvae, slices, other, cpu) != losses[0]
+
+
+def test_a_loss_of_detail_is_the_mean_over_slices_and_not_over_batches(trained, monkeypatch):
+    """Batches of 5, 5 and 2 slices; the loss of each is its number."""
+    vqvae, batches = load_weights(trained.run / "vqvae.safetensors", VQVAE, VQVAEConfig), itertools.count(1)
+    monkeypatch.setattr(Detail, "loss", lambda *_: torch.tensor(float(next(batches))))
+    slices, given = load_dataset(str(trained.data)).train, train.parse_options(["--batch-size", "5"])
+    loss = train.evaluate_detail(Detail(DetailConfig()), vqvae, slices, given, torch.device("cpu"))
+    assert loss == pytest.approx((5 * 1 + 5 * 2 + 2 * 3) / 12)
+
+
+def test_the_spread_of_detail_is_the_error_of_decoded_training_slices(trained, monkeypatch):
+    """24 slices are each of the 12 twice: the root mean square over all of them, but for bfloat16."""
+    vqvae = load_weights(trained.run / "vqvae.safetensors", VQVAE, VQVAEConfig)
+    data, cpu = load_dataset(str(trained.data), None, (4, 4), 0), torch.device("cpu")
+    slices = data.train.batch(range(12))
+    expected = (slices - vqvae.decode(vqvae.encode(slices))).square().mean().sqrt().item()
+    monkeypatch.setattr(train, "SPREAD_SLICES", 24)
+    for batch_size in (1, 5, 64):
+        given = train.parse_options(["--batch-size", str(batch_size)])
+        assert train.missing_detail(vqvae, data.train, given, cpu).item() == pytest.approx(expected, rel=0.02)
+    monkeypatch.undo()
+    saved = load_file(trained.run / "detail.safetensors")["spread"].item()
+    assert saved == pytest.approx(expected, rel=0.2)  # measured on fewer
+
+
+def test_the_figure_of_detail_shows_what_its_strips_are_called(trained, tmp_path, monkeypatch):
+    vqvae = load_weights(trained.run / "vqvae.safetensors", VQVAE, VQVAEConfig)
+    detail = load_weights(trained.run / "detail.safetensors", Detail, DetailConfig)
+    slices, drawn = load_dataset(str(trained.data)).validate, []
+    monkeypatch.setattr(train, "detail_figure", lambda *given: drawn.append(given))
+    monkeypatch.setattr(train, "detail_loss_figure", lambda path, curves: drawn.append((path, curves)))
+    run = SimpleNamespace(curves={"detail": "the curves"}.get)
+    train.write_detail_figures(run, detail, vqvae, slices, tmp_path, torch.device("cpu"))
+    assert drawn[0] == (tmp_path / "detail_loss.png", "the curves")
+    path, strips, titles = drawn[1]
+    assert path == tmp_path / "detail.png"
+    assert titles == [Path(name).name.removesuffix(".nii.gz") for name in slices.names]
+    assert list(strips) == ["slice", "decoded", "with detail", "with other detail"]
+    batch = slices.batch(range(4))
+    codes = vqvae.encode(batch)
+    decoded, embeddings = vqvae.decode(codes), vqvae.embed(codes)
+    expected = [batch, decoded, *(detail.sample(range(4), decoded, embeddings, seed) for seed in (0, 1))]
+    for strip, pictures in zip(strips.values(), expected):
+        np.testing.assert_allclose(strip, pictures[:, 0].numpy(), atol=1e-5)
+
+
+def test_detail_is_learnt_of_slices_as_they_are(options, monkeypatch):
+    """Mirrored, but not varied: what was turned or stretched has been smoothed. The prior's are varied."""
+    strengths, real = [], train.Feed
+    monkeypatch.setattr(train, "Feed", lambda *given: (strengths.append(given[2]), real(*given))[1])
+    train.main(arguments(**options))
+    assert strengths == [0.0, 1.0, 0.0]
 
 
 def test_describe_positions():
@@ -294,6 +422,20 @@ def test_averaged_weights_forget_the_first_ones_soon():
             assert averaged.module.weight.item() == pytest.approx(expected, abs=1e-5)
         if count == 30:
             assert expected > 0.9999
+
+
+def test_a_stage_averages_the_weights_that_it_is_asked_to():
+    layer = torch.nn.Linear(3, 1)
+    stage = train.Stage(None, "detail", layer, 400, 0.5, 0, averaged=True)
+    expected = AveragedModel(layer, multi_avg_fn=train.average)
+    for stage.update in range(1, 6):
+        stage.step(layer(torch.ones(3)).square().sum())
+        expected.update_parameters(layer)
+        averaged = stage.networks["averaged"].module
+        assert same_weights(averaged.state_dict(), expected.module.state_dict())
+    assert not same_weights(averaged.state_dict(), layer.state_dict())
+    assert stage.tensors().keys() == {"model", "averaged", "optimiser"}
+    assert train.Stage(None, "vqvae", layer, 400, 0.5, 0).tensors().keys() == {"model", "optimiser"}
 
 
 def test_varied_slices_are_slices_each_changed_a_little(slices_folder):
@@ -353,15 +495,16 @@ def test_slices_in_the_memory_of_a_gpu_are_the_same(options, slices_folder):
 def test_the_seed_decides(options, trained):
     other = options | {"seed": 1}
     train.main(arguments(**other))
-    here, there = (load_file(run / "vqvae.safetensors") for run in (other["run"], trained.run))
-    assert not torch.equal(here["codebook.embeddings"], there["codebook.embeddings"])
+    for name, weight in zip(WEIGHTS, ("codebook.embeddings", "embedding.weight", "stem.weight")):
+        here, there = (load_file(run / name)[weight] for run in (other["run"], trained.run))
+        assert not torch.equal(here, there)
 
 
 # ---------------------------------------------------------------- stopping and going on
 
 
 def assert_same_run(run, other):
-    for name in ("vqvae.safetensors", "prior.safetensors"):
+    for name in WEIGHTS:
         here, there = load_file(run / name), load_file(other / name)
         assert here.keys() == there.keys()
         for key in here:
@@ -389,8 +532,11 @@ STOPS = [
     [("vqvae", 1, signal.SIGTERM)],  # in the warm-up
     [("vqvae", 2, signal.SIGINT)],  # just before the codes are fitted
     [("vqvae", 7, signal.SIGTERM), ("prior", 4, signal.SIGINT)],
-    [("vqvae", UPDATES, signal.SIGTERM), ("prior", PRIOR_UPDATES, signal.SIGTERM)],
-    [("vqvae", n, signal.SIGINT) for n in (3, 4, 8)] + [("prior", n, signal.SIGTERM) for n in (1, 2, 8)],
+    [("detail", 1, signal.SIGINT), ("detail", 4, signal.SIGTERM)],
+    [(stage, last, signal.SIGTERM) for stage, last in UPDATES.items()],
+    [("vqvae", n, signal.SIGINT) for n in (3, 4, 8)]
+    + [("prior", n, signal.SIGTERM) for n in (1, 2, 8)]
+    + [("detail", n, signal.SIGINT) for n in (2, 3, 5)],
 ]
 
 
@@ -414,7 +560,8 @@ def test_a_stopped_and_resumed_run_equals_one_without_a_stop(options, trained, m
 def test_a_signal_waits_for_the_end_of_a_short_update(options, monkeypatch):
     monkeypatch.setattr(train, "EVALUATIONS", 2)
     train.main(arguments(**options | {"run": options["run"].with_name("unbroken")}))
-    stops = {("vqvae", 4): send(signal.SIGTERM), ("vqvae", 8): send(signal.SIGINT), ("prior", 3): send(signal.SIGTERM)}
+    places = [("vqvae", 4), ("vqvae", 8), ("prior", 3), ("detail", 2)]
+    stops = dict(zip(places, map(send, (signal.SIGTERM, signal.SIGINT) * 2)))
     for place in list(stops):
         at_updates(monkeypatch, stops)
         with pytest.raises(SystemExit):
@@ -438,23 +585,29 @@ def at_call(monkeypatch, place, name, call, act):
 
 
 @pytest.mark.parametrize(
-    ("name", "call", "before", "kind"),
+    ("place", "name", "call", "before", "kind"),
     [
-        ("encoder_vectors", 1, ("vqvae", 2), signal.SIGTERM),
-        ("evaluate_vqvae", 3, ("vqvae", 4), signal.SIGINT),
-        ("write_vqvae_figures", 1, ("vqvae", 11), signal.SIGTERM),
-        ("save_weights", 1, ("vqvae", 12), signal.SIGINT),
-        ("extract_codes", 1, ("vqvae", 12), signal.SIGTERM),
-        ("Feed", 2, ("prior", 0), signal.SIGINT),
-        ("evaluate_prior", 5, ("prior", 4), signal.SIGTERM),
-        ("save_weights", 4, ("prior", 2), signal.SIGINT),
-        ("prior_loss_figure", 1, ("prior", 8), signal.SIGTERM),
+        (train, "encoder_vectors", 1, ("vqvae", 2), signal.SIGTERM),
+        (train, "evaluate_vqvae", 3, ("vqvae", 4), signal.SIGINT),
+        (train, "save_weights", 1, ("vqvae", 2), signal.SIGTERM),
+        (train, "write_vqvae_figures", 1, ("vqvae", 11), signal.SIGTERM),
+        (train, "load_weights", 1, ("vqvae", 12), signal.SIGINT),
+        (train, "extract_codes", 1, ("vqvae", 12), signal.SIGTERM),
+        (train, "Feed", 2, ("prior", 0), signal.SIGINT),
+        (train, "evaluate_prior", 5, ("prior", 4), signal.SIGTERM),
+        (train.Stage, "keep_best", 13, ("prior", 2), signal.SIGINT),  # of ten validations of stage 1 and then nine
+        (train, "prior_loss_figure", 1, ("prior", 8), signal.SIGTERM),
+        (train, "missing_detail", 1, ("prior", 9), signal.SIGINT),
+        (train, "Feed", 3, ("detail", 0), signal.SIGTERM),
+        (train, "evaluate_detail", 3, ("detail", 2), signal.SIGINT),
+        (train.Stage, "keep_best", 24, ("detail", 4), signal.SIGTERM),
+        (train, "write_detail_figures", 1, ("detail", 5), signal.SIGINT),
     ],
 )
-def test_a_signal_between_updates_loses_nothing(options, trained, monkeypatch, capsys, name, call, before, kind):
+def test_a_signal_between_updates_loses_nothing(options, trained, monkeypatch, capsys, place, name, call, before, kind):
     """In a validation, while figures are drawn, between the stages: nothing waits, and nothing is made twice."""
     with monkeypatch.context() as patch:
-        at_call(patch, train, name, call, send(kind))
+        at_call(patch, place, name, call, send(kind))
         with pytest.raises(SystemExit) as stop:
             train.main(arguments(**options))
     assert stop.value.code == 128 + kind
@@ -503,7 +656,8 @@ def test_checkpoints_are_made_every_so_many_updates(options, monkeypatch):
     monkeypatch.setattr(utils.Run, "save", lambda run, **state: (saved.append(state), real(run, **state)))
     train.main(arguments(**options, checkpoint_every=5))
     places = [(state["stage"], state.get("update")) for state in saved]
-    assert places == [*(("vqvae", n) for n in (5, 10, 12)), *(("prior", n) for n in (0, 5, 9)), ("done", None)]
+    expected = {"vqvae": (5, 10, 12), "prior": (0, 5, 9), "detail": (0, 5, 6), "done": (None,)}
+    assert places == [(stage, update) for stage, updates in expected.items() for update in updates]
 
 
 def test_without_the_option_a_checkpoint_is_made_in_at_most_two_minutes():
@@ -513,26 +667,6 @@ def test_without_the_option_a_checkpoint_is_made_in_at_most_two_minutes():
     assert not stage.checkpoint_due()
     stage.clock.last -= train.CHECKPOINT_SECONDS
     assert stage.checkpoint_due()
-
-
-def test_the_best_prior_outlives_a_stop(options, monkeypatch):
-    """The third evaluation is made the best by far; a run that is resumed after the fifth has to keep its weights."""
-    made = []
-
-    def best_at_three(*given):
-        made.append(real(*given))
-        return made[-1] + 100 * (len(made) != 3)
-
-    real = train.evaluate_prior
-    monkeypatch.setattr(train, "evaluate_prior", best_at_three)
-    at_updates(monkeypatch, {("prior", 5): send(signal.SIGTERM)})
-    with pytest.raises(SystemExit):
-        train.main(arguments(**options))
-    kept = load_file(options["run"] / "prior.safetensors")
-    train.main(arguments(**options))
-    assert len(made) == PRIOR_UPDATES
-    resumed = load_file(options["run"] / "prior.safetensors")
-    assert all(torch.equal(resumed[name], kept[name]) for name in kept)
 
 
 class EveryThird:
@@ -555,7 +689,13 @@ def kill():
 
 
 @pytest.mark.parametrize(
-    "kills", [[("vqvae", 2)], [("vqvae", 9), ("vqvae", 12)], [("vqvae", 5), ("prior", 3), ("prior", 8), ("prior", 9)]]
+    "kills",
+    [
+        [("vqvae", 2)],
+        [("vqvae", 9), ("vqvae", 12)],
+        [("vqvae", 5), ("prior", 3), ("prior", 8), ("prior", 9), ("detail", 2)],
+        [("detail", 1), ("detail", 5), ("detail", 6)],
+    ],
 )
 def test_a_killed_run_goes_on_from_its_last_checkpoint(options, trained, monkeypatch, kills):
     """Updates and log lines since then are lost, and made anew, the same."""
@@ -568,14 +708,15 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(options, trained, monkeyp
     assert_same_run(options["run"], trained.run)
 
 
-def test_a_kill_between_log_line_and_checkpoint(options, trained, monkeypatch):
+@pytest.mark.parametrize(("stage", "update"), [("prior", 5), ("detail", 3)])
+def test_a_kill_between_log_line_and_checkpoint(options, trained, monkeypatch, stage, update):
     """The line of the unfinished update is there, half of the next too; neither is there twice in the end."""
     monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 0)  # a checkpoint after each update
     real = utils.Run.log
 
-    def log(run, stage, split, update, values):
-        real(run, stage, split, update, values)
-        if (stage, split, update) == ("prior", "validate", 5):
+    def log(run, *given):
+        real(run, *given)
+        if given[:3] == (stage, "validate", update):
             with open(run.log_path, "a") as file:
                 file.write('{"stage": "pri')
             raise Killed
@@ -584,7 +725,8 @@ def test_a_kill_between_log_line_and_checkpoint(options, trained, monkeypatch):
         patch.setattr(utils.Run, "log", log)
         with pytest.raises(Killed):
             train.main(arguments(**options))
-    assert torch.load(options["run"] / "training.pt", weights_only=True)["update"] == 4
+    state = torch.load(options["run"] / "training.pt", weights_only=True)
+    assert (state["stage"], state["update"]) == (stage, update - 1)
     train.main(arguments(**options))
     assert_same_run(options["run"], trained.run)
 
@@ -597,7 +739,7 @@ def count_writes(monkeypatch, act):
         monkeypatch.setattr(place, name, lambda *given, real=real: act(next(numbers), real, given))
 
 
-@pytest.mark.parametrize("number", [2, 60, 131])
+@pytest.mark.parametrize("number", [2, 60, 254, 416])
 def test_a_kill_in_the_middle_of_a_write(options, trained, monkeypatch, number):
     """A short form of `python tests/campaign.py kills`."""
     monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 0)
@@ -618,7 +760,7 @@ def test_a_kill_in_the_middle_of_a_write(options, trained, monkeypatch, number):
     assert not list(options["run"].glob("*.part"))
 
 
-@pytest.mark.parametrize("number", [31, 133])
+@pytest.mark.parametrize("number", [31, 256, 411])
 def test_a_full_disk_is_one_line_and_loses_nothing(options, trained, monkeypatch, number):
     """A short form of `python tests/campaign.py disk`."""
     monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 0)
@@ -653,26 +795,36 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(options, st
 # ---------------------------------------------------------------- numbers
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_the_checkpoint_stays(options, trained, monkeypatch):
+@pytest.mark.parametrize(
+    ("stage", "place", "name", "loss"),
+    [("prior", train, "code_loss", "nats_per_code"), ("detail", Detail, "loss", "flow_loss")],
+)
+def test_a_loss_that_is_not_finite_ends_the_run_and_the_checkpoint_stays(
+    options, monkeypatch, stage, place, name, loss
+):
     monkeypatch.setattr(train, "EVALUATIONS", 1)
     monkeypatch.setattr(train, "LOG_LINES", 1)
-    real, calls = train.code_loss, itertools.count(1)
+    real, calls = getattr(place, name), itertools.count(1)
     with monkeypatch.context() as patch:
-        patch.setattr(train, "code_loss", lambda *given: real(*given) * (1 if next(calls) < 4 else torch.nan))
+        patch.setattr(place, name, lambda *given: real(*given) * (1 if next(calls) < 4 else torch.nan))
         with pytest.raises(RunError) as error:
             train.main(arguments(**options, checkpoint_every=2))
-    assert "prior update 4: the nats_per_code is not finite" in str(error.value)
+    assert f"{stage} update 4: the {loss} is not finite" in str(error.value)
     assert "--batch-size" in str(error.value)
     state = torch.load(options["run"] / "training.pt", weights_only=True)
-    assert (state["stage"], state["update"]) == ("prior", 2)
+    assert (state["stage"], state["update"]) == (stage, 2)
     assert all(tensor.isfinite().all() for tensor in utils.tensors_in(state["model"]))
     train.main(arguments(**options))
     assert all(math.isfinite(value) for line in lines_of(options["run"]) for value in list(line.values())[2:])
 
 
-def test_a_validation_that_is_not_finite_ends_the_run(options, monkeypatch):
-    monkeypatch.setattr(train, "evaluate_prior", lambda *_: math.inf)
-    with pytest.raises(RunError, match="prior update 1: the nats_per_code in validation is not finite"):
+@pytest.mark.parametrize(
+    ("stage", "evaluate", "loss"),
+    [("prior", "evaluate_prior", "nats_per_code"), ("detail", "evaluate_detail", "flow_loss")],
+)
+def test_a_validation_that_is_not_finite_ends_the_run(options, monkeypatch, stage, evaluate, loss):
+    monkeypatch.setattr(train, evaluate, lambda *_: math.inf)
+    with pytest.raises(RunError, match=f"{stage} update 1: the {loss} in validation is not finite"):
         train.main(arguments(**options))
     assert all(math.isfinite(value) for line in lines_of(options["run"]) for value in list(line.values())[2:])
 
@@ -719,30 +871,39 @@ def test_a_collapsing_codebook_is_told_of_once(tmp_path, used, warned):
 # ---------------------------------------------------------------- a run directory of a stranger
 
 
+def break_off(options, stage, update):
+    """The folder of a run that was killed in that update."""
+    with pytest.MonkeyPatch.context() as patch:
+        make_quick(patch)
+        at_updates(patch, {(stage, update): kill})
+        with pytest.raises(Killed):
+            train.main(arguments(**options, checkpoint_every=1))
+    return options["run"]
+
+
 @pytest.fixture(scope="session")
 def half_way(tmp_path_factory, slices_folder, tiny_preset):
     """A run that was killed in update 4 of the prior."""
-    run = tmp_path_factory.mktemp("half_way") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        make_quick(patch)
-        at_updates(patch, {("prior", 4): kill})
-        with pytest.raises(Killed):
-            train.main(arguments(**options_of(slices_folder, run, tiny_preset), checkpoint_every=1))
-    return run
+    return break_off(options_of(slices_folder, tmp_path_factory.mktemp("half_way") / "run", tiny_preset), "prior", 4)
+
+
+@pytest.fixture(scope="session")
+def nearly_done(tmp_path_factory, slices_folder, tiny_preset):
+    """A run that was killed in update 4 of the detail."""
+    return break_off(options_of(slices_folder, tmp_path_factory.mktemp("nearly") / "run", tiny_preset), "detail", 4)
 
 
 @pytest.fixture
 def stopped(half_way, options):
     """Puts it where the options say, and gives what changes its checkpoint."""
     shutil.copytree(half_way, options["run"])
-    path = options["run"] / "training.pt"
+    return lambda act: change_checkpoint(options["run"], act)
 
-    def change(act):
-        state = torch.load(path, weights_only=True)
-        act(state)
-        torch.save(state, path)
 
-    return change
+def change_checkpoint(run, act):
+    state = torch.load(run / "training.pt", weights_only=True)
+    act(state)
+    torch.save(state, run / "training.pt")
 
 
 def shorten(state):
@@ -775,6 +936,22 @@ def test_a_checkpoint_that_does_not_fit_is_refused(options, stopped, act, messag
         train.main(arguments(**options))
 
 
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [
+        (lambda state: state.update(update=7), "update cannot be 7"),
+        (lambda state: state.pop("averaged"), "its averaged entries are not those of this network"),
+        (lambda state: state["model"].pop("spread"), "its model entries are not those of this network"),
+        (lambda state: state["averaged"]["module.spread"].fill_(math.inf), "its averaged module.spread is not finite"),
+    ],
+)
+def test_a_checkpoint_of_detail_that_does_not_fit_is_refused(options, nearly_done, act, message):
+    shutil.copytree(nearly_done, options["run"])
+    change_checkpoint(options["run"], act)
+    with pytest.raises(RunError, match=rf"training\.pt cannot be used: {message}"):
+        train.main(arguments(**options))
+
+
 def test_a_checkpoint_of_no_stage_is_refused(options, stopped):
     stopped(lambda state: state.update(stage="evaluation"))
     (options["run"] / "training.pt.before").unlink()
@@ -782,14 +959,19 @@ def test_a_checkpoint_of_no_stage_is_refused(options, stopped):
         train.main(arguments(**options))
 
 
-def test_a_vqvae_of_another_run_is_refused(options, stopped):
+@pytest.mark.parametrize("run", ["half_way", "nearly_done"])
+def test_a_vqvae_of_another_run_is_refused(options, request, run):
+    shutil.copytree(request.getfixturevalue(run), options["run"])
     other = VQVAE(replace(train.PRESETS["tiny"].vqvae, codes=8))
     utils.save_weights(options["run"] / "vqvae.safetensors", other)
     with pytest.raises(RunError, match=r"vqvae\.safetensors is not of this run"):
         train.main(arguments(**options))
+    (options["run"] / "vqvae.safetensors").unlink()
+    with pytest.raises(RunError, match=r"vqvae\.safetensors does not exist"):
+        train.main(arguments(**options))
 
 
-def test_run_directories_that_were_tampered_with(half_way, options, monkeypatch, tmp_path):
+def test_run_directories_that_were_tampered_with(half_way, nearly_done, options, monkeypatch, tmp_path):
     """A short form of `python tests/campaign.py runs`."""
     monkeypatch.setattr(train.Stage, "updates", train.Stage.updates)  # which `resume` replaces
     canary, outcomes = tmp_path / "canary", Counter()
@@ -797,11 +979,11 @@ def test_run_directories_that_were_tampered_with(half_way, options, monkeypatch,
     for seed in range(40):
         rng = np.random.default_rng(seed)
         run = tmp_path / "tampered"
-        shutil.copytree(half_way, run)
+        shutil.copytree((half_way, nearly_done)[seed % 2], run)
         name, evil = tamper(rng, run, canary)
         outcome, details = judge_run(lambda run=run: resume(arguments(**options | {"run": run})), run)
         assert outcome != "crashed", f"{seed}, {name}: {details}"
-        assert not (evil and outcome == "loaded" and name != "prior.safetensors")
+        assert not (evil and outcome == "loaded" and name not in ("prior.safetensors", "detail.safetensors"))
         outcomes[outcome] += 1
         shutil.rmtree(run)
     assert not canary.exists()
@@ -831,7 +1013,8 @@ def test_a_complete_run_says_so_and_stays_as_it_is(trained, tiny_preset, tmp_pat
         ({"batch_size": 6}, "--batch-size was 5, is 6"),
         ({"seed": 2, "updates": 13}, "--updates was 12, is 13; --seed was 0, is 2"),
         ({"prior_updates": 3}, "--prior-updates was 9, is 3"),
-        ({"preset": "demo", "updates": 12, "prior_updates": 9}, "--preset was tiny, is demo"),
+        ({"detail_updates": 3}, "--detail-updates was 6, is 3"),
+        ({"preset": "demo", "updates": 12, "prior_updates": 9, "detail_updates": 6}, "--preset was tiny, is demo"),
         ({"slice_size": "32 32"}, r"--slice-size was \[64, 32\], is \[32, 32\]"),
     ],
 )
@@ -920,6 +1103,8 @@ def test_a_place_for_figures_that_is_none_is_noticed_before_training(options, mo
         ({"updates": "many"}, "argument --updates: invalid int value: 'many'"),
         ({"updates": 10**8}, "argument --updates: 100000000 is not at least 1 and at most 10000000"),
         ({"prior_updates": 0}, "argument --prior-updates: 0 is not at least 1"),
+        ({"detail_updates": 0}, "argument --detail-updates: 0 is not at least 1"),
+        ({"detail_updates": 10**8}, "argument --detail-updates: 100000000 is not at least 1 and at most 10000000"),
         ({"batch_size": -1}, "argument --batch-size: -1 is not at least 1"),
         ({"batch_size": 10**6}, "argument --batch-size: 1000000 is not at least 1 and at most 65536"),
         ({"checkpoint_every": 0}, "argument --checkpoint-every: 0 is not at least 1"),
@@ -946,6 +1131,21 @@ def test_a_run_that_cannot_be_read_is_one_line(tmp_path, complaint, slices_folde
     (tmp_path / "config.json").write_text("{")
     error = complaint("train.py", arguments(data=slices_folder, run=tmp_path))
     assert "config.json cannot be used" in error
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, 800),
+        ({"updates": 60}, 60),
+        ({"updates": 5000}, 800),
+        ({"prior_updates": 3}, 800),
+        ({"updates": 60, "detail_updates": 7}, 7),
+        ({"updates": 60, "detail_updates": 900}, 900),
+    ],
+)
+def test_detail_has_no_more_updates_than_the_vqvae_where_none_are_given(given, expected):
+    assert train.parse_options(arguments(preset="demo", **given)).detail_updates == expected
 
 
 def test_config_json_has_a_check_for_each_option(tiny_preset):
@@ -976,7 +1176,7 @@ def test_from_data_to_samples(tmp_path):
     """The demo networks on slices of 32x16: stopped by SIGTERM, completed by the same command, sampled from."""
     data, run, images, out = (tmp_path / name for name in ("data", "run", "images", "samples"))
     phantom.write_phantom(data, cases=(3, 1, 1), slices=4, size=(32, 16), workers=1)
-    sizes = {"updates": 60, "prior_updates": 3, "batch_size": 4, "device": "cpu"}
+    sizes = {"updates": 60, "prior_updates": 3, "detail_updates": 2, "batch_size": 4, "device": "cpu"}
     command = arguments(preset="demo", data=data, run=run, images=images, **sizes)
 
     process = start("train.py", command, tmp_path / "cache")
@@ -1010,7 +1210,7 @@ def test_the_embedded_phantom(options, monkeypatch):
     """--data phantom is drawn at the preset's size, or at the one given."""
     real = phantom.write_phantom
     monkeypatch.setattr(phantom, "write_phantom", lambda folder, **given: real(folder, (2, 1, 1), slices=2, **given))
-    given = options | {"data": "phantom", "updates": 2, "prior_updates": 1}
+    given = options | {"data": "phantom", "updates": 2, "prior_updates": 1, "detail_updates": 1}
     train.main(arguments(**given, slice_size="32 16"))
     assert utils.read_config(options["run"])["slice_size"] == [32, 16]
     monkeypatch.setitem(train.PRESETS, "tiny", replace(train.PRESETS["tiny"], phantom_size=(48, 24)))
@@ -1021,9 +1221,10 @@ def test_the_embedded_phantom(options, monkeypatch):
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="needs the HipMRI-like slices beside the project")
 def test_real_slices(options):
-    train.main(arguments(**options | {"data": REAL, "updates": 2, "prior_updates": 2, "batch_size": 4}))
+    sizes = {"updates": 2, "prior_updates": 2, "detail_updates": 2, "batch_size": 4}
+    train.main(arguments(**options | {"data": REAL} | sizes))
     config = utils.read_config(options["run"])
     assert config["slice_size"] == [256, 128]
     prior = load_weights(options["run"] / "prior.safetensors", GatedPixelCNN, PriorConfig)
     assert prior.config.grid == (64, 32)
-    assert {line["stage"] for line in lines_of(options["run"])} == {"vqvae", "prior"}
+    assert {line["stage"] for line in lines_of(options["run"])} == UPDATES.keys()

@@ -139,7 +139,8 @@ def test_an_update_has_its_own_seed():
         seed_update(*key)
         return tuple(torch.rand(4).tolist())
 
-    keys = [(seed, stage, update) for seed in (0, 1, 2**32 - 1) for stage in ("vqvae", "prior") for update in range(5)]
+    stages = ("vqvae", "prior", "detail", "detail validation")
+    keys = [(seed, stage, update) for seed in (0, 1, 2**32 - 1) for stage in stages for update in range(5)]
     first = [drawn(*key) for key in keys]
     assert [drawn(*key) for key in keys] == first
     assert len(set(first)) == len(keys)
@@ -397,6 +398,8 @@ def test_a_damaged_config_is_a_run_error(tmp_path, content):
         (("options", "colour"), "blue", "options.colour is unknown to this version"),
         (("options", "seed"), True, "options.seed cannot be True"),
         (("options", "batch_size"), 10**9, "options.batch_size cannot be 1000000000"),
+        (("options", "detail_updates"), 0, "options.detail_updates cannot be 0"),
+        (("options", "detail_updates"), 10**8, "options.detail_updates cannot be 100000000"),
         (("options", "data"), 3, "options.data cannot be 3"),
         (("slice_size",), [10**6, 10**6], r"slice_size cannot be \[1000000, 1000000\]"),
         (("slice_size",), [64], "slice_size cannot be"),
@@ -1040,6 +1043,30 @@ def test_prior_loss_figure(tmp_path):
     read_png(path, 720, 432)
 
 
+def test_detail_loss_figure(tmp_path):
+    path = tmp_path / "new" / "loss.png"
+    utils.detail_loss_figure(path, curves_of("flow_loss"))
+    read_png(path, 720, 432)
+
+
+@pytest.mark.parametrize(
+    ("draw", "name", "kept"),
+    [
+        (lambda curves: utils.detail_loss_figure("loss.png", curves), "flow_loss", "kept: 1.000"),
+        (lambda curves: utils.prior_loss_figure("loss.png", curves, 512), "bits_per_code", "kept: 1.00 bits"),
+    ],
+)
+def test_loss_figures_mark_the_weights_that_are_kept(monkeypatch, draw, name, kept):
+    """Those of the lowest validation loss."""
+    drawn = []
+    monkeypatch.setattr(utils, "save_figure", lambda figure, path: drawn.append(figure))
+    draw(curves_of(name))
+    (axes,) = drawn[0].axes
+    (marked,) = (line for line in axes.lines if line.get_label() == kept)
+    assert (marked.get_xdata().tolist(), marked.get_ydata().tolist()) == ([20], [1.0])
+    assert kept in [text.get_text() for text in axes.get_legend().get_texts()]
+
+
 def test_codebook_figure(tmp_path):
     path = tmp_path / "new" / "codebook.png"
     utils.codebook_figure(path, curves_of("perplexity"), np.array([0, 5, 1, 9]))
@@ -1151,6 +1178,25 @@ def test_reconstructions_figure(tmp_path):
     np.testing.assert_allclose(middle[len(middle) // 2, left + step : right - step], 1, atol=0.02)
     red = lower[len(lower) // 2, left + step : right - step]
     assert (red[:, 0] > red[:, 2] + 0.2).all()
+
+
+def test_detail_figure(tmp_path, monkeypatch):
+    """A row a strip, under its name; a column a slice, under its title; upright, -1 black and 1 white."""
+    strips = {"slice": np.stack([marked_slice(64, 32, 0.0, 1.0)] * 3), "decoded": np.zeros((3, 64, 32))}
+    path = tmp_path / "new" / "detail.png"
+    utils.detail_figure(path, strips, ["one", "two", "three"])
+    read_png(path, 2.4 * 3 * 120, (2.4 * 2 / 2 + 0.4) * 120)
+    drawn = []
+    monkeypatch.setattr(utils, "save_figure", lambda figure, path: drawn.append(figure))
+    utils.detail_figure(path, strips, ["one", "two", "three"])
+    rows = np.reshape(drawn[0].axes, (2, 3))
+    assert [[axes.get_title() for axes in row] for row in rows] == [["one", "two", "three"], ["", "", ""]]
+    assert [row[0].get_ylabel() for row in rows] == ["slice", "decoded"]
+    for row, slices in zip(rows, strips.values()):
+        for axes, expected in zip(row, slices):
+            (image,) = axes.images
+            np.testing.assert_array_equal(image.get_array(), expected.T)
+            assert image.get_clim() == (-1, 1)
 
 
 # ---------------------------------------------------------------- figures of an evaluation
