@@ -13,7 +13,7 @@ from common import interleave, machine, profile, report
 from peers import sampling_steps
 from reference import sample_by_full_forwards
 
-from modules import VQVAE, GatedPixelCNN, PriorConfig, VQVAEConfig
+from modules import VQVAE, Detail, DetailConfig, GatedPixelCNN, PriorConfig, VQVAEConfig
 from utils import pick_device
 
 BATCH, GRID = 32, (64, 32)
@@ -21,13 +21,14 @@ PLACES = [(16, 8), (48, 24)]  # where full forwards are timed
 SLICES = {"cpu": (64, 32), "cuda": (1024, 512)}  # how many are sampled and decoded, how many at a time
 
 
-def sample_and_decode(prior: GatedPixelCNN, vqvae: VQVAE, device: torch.device) -> torch.Tensor:
+def sample_and_decode(prior: GatedPixelCNN, vqvae: VQVAE, detail: Detail, device: torch.device) -> torch.Tensor:
     """Slices (N, 1, 256, 128) as predict.py makes them, on the host."""
     count, batch = SLICES[device.type]
     slices = []
     for start in range(0, count, batch):
-        codes = prior.sample(range(start, start + batch), torch.full((batch,), 0.5, device=device))
-        slices.append(vqvae.decode(codes).cpu())
+        numbers = range(start, start + batch)
+        codes = prior.sample(numbers, torch.full((batch,), 0.5, device=device))
+        slices.append(detail.sample(numbers, codes, vqvae).cpu())
     return torch.cat(slices)
 
 
@@ -42,6 +43,7 @@ def main() -> None:
     torch.manual_seed(0)
     prior = GatedPixelCNN(PriorConfig(grid=GRID)).to(device, memory_format=torch.channels_last).eval()
     vqvae = VQVAE(VQVAEConfig()).to(device, memory_format=torch.channels_last).eval()
+    detail = Detail(DetailConfig()).to(device, memory_format=torch.channels_last).eval()
     positions = torch.rand(BATCH, device=device)
     codes = torch.randint(512, (BATCH, *GRID), device=device)
     steps = sampling_steps(GRID, device)
@@ -50,7 +52,9 @@ def main() -> None:
             "batch": lambda: prior.sample(range(BATCH), positions),
             "one": lambda: prior.sample(range(1), positions[:1]),
             "forwards": lambda: sample_by_full_forwards(lambda c: prior(c, positions), codes, PLACES),
-            "slices": lambda: sample_and_decode(prior, vqvae, device),
+            "slices": lambda: sample_and_decode(prior, vqvae, detail, device),
+            "decoding": lambda: vqvae.decode(codes),
+            "detail": lambda: detail.sample(range(BATCH), codes, vqvae),
             **steps,
         },
         options.rounds,
@@ -67,6 +71,8 @@ def main() -> None:
     report("sampling_speedup", speedup, "times", **settings)
     report("sampling_over_one_forward", seconds["batch"] / forward, "times", **settings)
     report("sampled_and_decoded_seconds", seconds["slices"], "s", **settings, slices=count)
+    report("decoding_seconds", seconds["decoding"], "s", **settings)
+    report("detail_seconds", seconds["detail"], "s", **settings)
     for name in steps:
         whole = seconds[name] * GRID[0] * GRID[1]
         report(f"sampling_one_grid_seconds_{name}", whole, "s", **one, extrapolated_from=1)
@@ -75,7 +81,8 @@ def main() -> None:
     print(
         f"On {settings['machine']}: {BATCH} grids of {GRID[0]}x{GRID[1]} codes take {seconds['batch']:.1f} s, "
         f"{seconds['batch'] / forward:.1f} times one forward over them and {speedup:.0f} times as fast as a forward "
-        f"a code; one grid takes {seconds['one']:.2f} s; {count} slices with decoding {seconds['slices']:.1f} s."
+        f"a code; one grid takes {seconds['one']:.2f} s; decoding {BATCH} takes {seconds['decoding']:.2f} s, "
+        f"with detail {seconds['detail']:.1f} s; {count} whole slices {seconds['slices']:.1f} s."
     )
 
 

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from dataset import load_dataset
-from modules import VQVAE, GatedPixelCNN, PriorConfig, VQVAEConfig
+from modules import VQVAE, Detail, DetailConfig, GatedPixelCNN, PriorConfig, VQVAEConfig
 from train import code_loss
 from utils import autocast, pick_device
 
@@ -92,6 +92,20 @@ def convolution(device: torch.device):
     return update
 
 
+def our_detail_update(slices: torch.Tensor):
+    """One update of the detail, its slices encoded and decoded anew."""
+    vqvae = VQVAE(VQVAEConfig()).to(slices.device, memory_format=torch.channels_last).eval()
+    model = Detail(DetailConfig()).to(slices.device, memory_format=torch.channels_last)
+    optimiser = torch.optim.AdamW(model.parameters(), fused=True)
+
+    def update():
+        with autocast(slices.device):
+            loss = model.loss(slices, vqvae.encode(slices), vqvae)
+        descend(optimiser, loss)
+
+    return update
+
+
 def flops(update) -> int:
     """Floating-point operations of convolutions and matrix products in one call."""
     with FlopCounterMode(display=False) as counter:
@@ -105,7 +119,7 @@ def recipe(device: torch.device) -> float:
         options = ["--run", f"{folder}/run", "--images", f"{folder}/images", "--device", str(device)]
         load_dataset("phantom", SIZE)
         start = time.perf_counter()
-        train.main([*options, "--prior-updates", "1"])
+        train.main([*options, "--prior-updates", "1", "--detail-updates", "1"])
         return time.perf_counter() - start
 
 
@@ -124,19 +138,20 @@ def main() -> None:
     for name, ours, others in (
         ("vqvae", our_vqvae_update(slices), {"reference": textbook_vqvae_update(slices), **vqvae_updates(slices)}),
         ("prior", our_prior_update(device), {"reference": paper_prior_update(device)}),
+        ("detail", our_detail_update(slices), {}),
     ):
         seconds = interleave({"ours": ours, "convolution": limit, **others}, options.rounds)
         share = flops(ours) / seconds["ours"] / (flops(limit) / seconds["convolution"])
-        speedup = seconds["reference"] / seconds["ours"]
         report(f"{name}_update_seconds", seconds["ours"], "s", **settings)
         for other in others:
             report(f"{name}_update_seconds_{other}", seconds[other], "s", **settings)
-        report(f"{name}_update_speedup", speedup, "times", **settings)
         report(f"{name}_update_share_of_limit", share, "of the convolution's rate", **settings)
-        found.append(
-            f"an update of the {name} takes {seconds['ours']:.3g} s, {speedup:.1f} times as fast as the textbook's and "
-            f"at {share:.0%} of the machine's convolution rate"
-        )
+        says = f"an update of the {name} takes {seconds['ours']:.3g} s at {share:.0%} of the machine's convolution rate"
+        if others:
+            speedup = seconds["reference"] / seconds["ours"]
+            report(f"{name}_update_speedup", speedup, "times", **settings)
+            says += f", {speedup:.1f} times as fast as the textbook's"
+        found.append(says)
         if options.profile:
             profile(ours, device)
     report("convolution_rate", flops(limit) / seconds["convolution"] / 1e9, "GFLOP/s", **settings)
