@@ -16,7 +16,6 @@ from typing import NamedTuple
 import nibabel as nib
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -36,6 +35,7 @@ from metrics import (
     halves,
     jpeg2000_bits,
     ms_ssim_diversity,
+    nats_per_code,
     nearest,
     quantise,
     reconstruction_metrics,
@@ -437,15 +437,16 @@ def network_figures(
     used, perplexity = codebook_use(code_counts(codes, size))
     places = torch.from_numpy(positions).to(codes.device)
     total = sum(
-        F.cross_entropy(networks.prior(batch, place), batch, reduction="sum").item()
+        nats_per_code(networks.prior(batch, place), batch).item() * batch.numel()
         for batch, place in zip(codes.split(batch_size), places.split(batch_size))
     )
-    bits = total / codes.numel() / math.log(2)
+    nats = total / codes.numel()
+    bits = nats / math.log(2)
     return {
         "reconstructions": {name: value.item() for name, value in metrics.compute().items()} | {"bits_per_pixel": rate},
         "codes": {"used": used, "perplexity": perplexity},
         "prior": {
-            "nats_per_code": total / codes.numel(),
+            "nats_per_code": nats,
             "bits_per_code": bits,
             "bits_per_slice": bits * codes[0].numel(),
         },

@@ -640,8 +640,8 @@ def test_an_update_of_a_minute_delays_no_stop(options, monkeypatch):
     monkeypatch.setattr(train, "LONG_SECONDS", 0.2)
     seconds = iter([0.0, 0.3, 60])
     at_updates(monkeypatch, {("vqvae", 3): lambda: threading.Timer(0.3, send(signal.SIGINT)).start()})
-    real = train.code_loss, train.F.mse_loss
-    monkeypatch.setattr(train.F, "mse_loss", lambda *given: (time.sleep(next(seconds)), real[1](*given))[1])
+    real = train.F.mse_loss
+    monkeypatch.setattr(train.F, "mse_loss", lambda *given: (time.sleep(next(seconds)), real(*given))[1])
     start = time.monotonic()
     with pytest.raises(SystemExit) as stop:
         train.main(arguments(**options))
@@ -797,7 +797,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(options, st
 
 @pytest.mark.parametrize(
     ("stage", "place", "name", "loss"),
-    [("prior", train, "code_loss", "nats_per_code"), ("detail", Detail, "loss", "flow_loss")],
+    [("prior", train, "nats_per_code", "nats_per_code"), ("detail", Detail, "loss", "flow_loss")],
 )
 def test_a_loss_that_is_not_finite_ends_the_run_and_the_checkpoint_stays(
     options, monkeypatch, stage, place, name, loss
