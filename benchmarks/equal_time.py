@@ -53,6 +53,8 @@ class Contender:
         self.optimiser.step()
         if self.averaged:
             self.averaged.update_parameters(self.network)
+        if codes.is_cuda:
+            torch.cuda.synchronize()  # else the next update, whoever's it is, pays for this one
         self.updates += 1
         self.seconds += time.perf_counter() - start
 
