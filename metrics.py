@@ -130,6 +130,14 @@ def code_counts(codes: Tensor, size: int) -> Tensor:
     return torch.bincount(codes.flatten(), minlength=size)
 
 
+def nats_per_code(logits: Tensor, codes: Tensor) -> Tensor:
+    """Mean cross-entropy () of logits (N, K, h, w) and codes (N, h, w), 0 or more: ln K where all are held as likely.
+
+    A row a code, as the last convolution left them in memory: a softmax across the channels of a grid is slow.
+    """
+    return F.cross_entropy(logits.permute(0, 2, 3, 1).flatten(0, 2), codes.flatten())
+
+
 def codebook_use(counts: Tensor) -> tuple[float, float]:
     """Share of codes used at least once, in [0, 1], and perplexity exp(entropy), in [1, K], of counts (K,).
 

@@ -538,7 +538,7 @@ class Detail(nn.Module):
         return F.pixel_shuffle(self.output(F.relu(h)), side).float() + x * (2 * t - 1) / (t**2 + (1 - t) ** 2)
 
     def loss(self, slices: Tensor, codes: Tensor, vqvae: VQVAE) -> Tensor:
-        """Mean squared error of the velocity at random places of the way (); 1.66 where only the spread is known.
+        """Mean squared error of the velocity at random places of the way (); 1.74 where only the spread is known.
 
         Times are logit-normal: the middle of the way is the hardest (Esser et al. 2024, arXiv:2403.03206, section 3.1).
         """

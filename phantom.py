@@ -658,7 +658,7 @@ def draw_volume(
     upwards. Labels index LABELS. Another exposure is the same volume with other noise; None has no noise.
     Raises ValueError for no slices, a size under 16 rows by 8 columns, or a negative number.
     """
-    check(slices, size, (seed, case, week))
+    check(slices, size, (seed, case, week, exposure or 0))
     patient_rng, week_rng = generator(1, seed, case), generator(2, seed, case, week)
     patient = draw_patient(patient_rng)
     canvas = Canvas(patient_rng, slices, size, patient.scale, patient.turn, patient.shift)
@@ -695,7 +695,7 @@ def check(slices, size, others, weeks=1, workers=None):
     if size[0] < 16 or size[1] < 8:
         raise ValueError(f"size must be at least 16 rows by 8 columns, not {size[0]} by {size[1]}")
     if min(others) < 0:
-        raise ValueError(f"seed, cases and weeks must not be negative, not {min(others)}")
+        raise ValueError(f"seed, cases, weeks and exposure must not be negative, not {min(others)}")
 
 
 def expose(canvas, rng, exposure):

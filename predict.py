@@ -16,7 +16,6 @@ from typing import NamedTuple
 import nibabel as nib
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -36,6 +35,7 @@ from metrics import (
     halves,
     jpeg2000_bits,
     ms_ssim_diversity,
+    nats_per_code,
     nearest,
     quantise,
     reconstruction_metrics,
@@ -290,15 +290,16 @@ class Group(NamedTuple):
 def evaluate(options, config: dict, networks: Networks, device: torch.device) -> None:
     """Measure a run on held-out slices: a table, RUN/evaluation.json, images/evaluation.png and images/copying.png.
 
-    A sample may be unlike a real slice because of the decoder or because of the prior. So what is measured of samples
-    is measured four times:
+    A sample may be unlike a real slice because of the decoder and its detail or because of the prior. So what is
+    measured of samples is measured four times, and reconstructions have their detail drawn anew, as samples do:
 
     samples        Samples beside held-out slices.
     decoder_alone  Reconstructions in the samples' place: they owe nothing to the prior. They are of training slices,
-                   so that none lies beside its own original; for copying of the held-out slices, which neither network
-                   has seen.
-    prior_alone    Samples beside reconstructions of the held-out slices: both come out of the decoder. Copying is to
-                   be judged here, because the decoder smooths, and a smooth slice is nearer to every other slice.
+                   so that none lies beside its own original; for copying of the held-out slices, which no network has
+                   seen.
+    prior_alone    Samples beside reconstructions of the held-out slices: both are decoded and given detail. Copying is
+                   to be judged here, because a slice smoother than real ones is nearer to every other slice, and a
+                   rougher one farther.
     floor          Training slices, as many as samples, in their place: how much real slices of other patients differ.
                    For copying half of the held-out cases beside the other half.
     """
@@ -428,7 +429,7 @@ def network_figures(
     positions: np.ndarray,
     batch_size: int,
 ) -> dict[str, dict[str, float]]:
-    """What is measured of both networks on slices, of their reconstructions, and of their codes (N, h, w)."""
+    """What is measured of the VQ-VAE and the prior on slices: of reconstructions without detail, of codes (N, h, w)."""
     metrics = all_reconstruction_metrics(originals.slices.shape[2:]).to(codes.device)
     for pair in zip(reconstructions.slices.split(batch_size), originals.slices.split(batch_size)):
         metrics.update(*pair)
@@ -437,15 +438,16 @@ def network_figures(
     used, perplexity = codebook_use(code_counts(codes, size))
     places = torch.from_numpy(positions).to(codes.device)
     total = sum(
-        F.cross_entropy(networks.prior(batch, place), batch, reduction="sum").item()
+        nats_per_code(networks.prior(batch, place), batch).item() * batch.numel()
         for batch, place in zip(codes.split(batch_size), places.split(batch_size))
     )
-    bits = total / codes.numel() / math.log(2)
+    nats = total / codes.numel()
+    bits = nats / math.log(2)
     return {
         "reconstructions": {name: value.item() for name, value in metrics.compute().items()} | {"bits_per_pixel": rate},
         "codes": {"used": used, "perplexity": perplexity},
         "prior": {
-            "nats_per_code": total / codes.numel(),
+            "nats_per_code": nats,
             "bits_per_code": bits,
             "bits_per_slice": bits * codes[0].numel(),
         },
@@ -509,14 +511,14 @@ SAMPLE_LINES = (
 )
 COLUMNS = """
 samples        samples beside held-out slices
-decoder alone  reconstructions in their place (of training slices; for copying of held-out slices)
-prior alone    samples beside reconstructions of held-out slices; the column to judge copying by
+decoder alone  reconstructions with detail in their place (of training slices; for copying of held-out slices)
+prior alone    samples beside reconstructions of held-out slices with detail; the column to judge copying by
 floor          training slices in their place (for copying half of the held-out cases beside the other half)
 """
 
 
 def print_table(results: dict) -> None:
-    """A line a figure: of both networks on slices, then of samples."""
+    """A line a figure: of VQ-VAE and prior on slices, then of samples."""
     settings = results["settings"]
     print(f"\n{settings['heldout_slices']} {settings['split']} slices (cases: {settings['heldout_cases']})")
     print_lines(NETWORK_LINES, {settings["split"]: results, "training": results["training"]})

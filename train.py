@@ -34,7 +34,7 @@ from dataset import (
     intensities,
     load_dataset,
 )
-from metrics import code_counts, codebook_use, reconstruction_metrics
+from metrics import code_counts, codebook_use, nats_per_code, reconstruction_metrics
 from modules import VARIATIONS, VQVAE, Detail, DetailConfig, GatedPixelCNN, PriorConfig, VQVAEConfig
 from utils import (
     FORMAT,
@@ -562,7 +562,7 @@ def train_prior(
         slices, positions, variation = feed(update)
         with autocast(device):
             codes = vqvae.encode(slices)  # anew for each update: a mirrored slice has other codes
-            loss = code_loss(model(codes, positions, variation), codes)
+            loss = nats_per_code(model(codes, positions, variation), codes)
         stage.step(loss)
         stage.note(**in_bits(loss))
 
@@ -579,14 +579,6 @@ def average(averaged: list[Tensor], weights: list[Tensor], count: Tensor) -> Non
     """One step of the moving average of a network's weights, in place; its memory grows with the steps done."""
     decay = min(AVERAGE_DECAY, (1 + count.item()) / (10 + count.item()))
     torch._foreach_lerp_(averaged, weights, 1 - decay)
-
-
-def code_loss(logits: Tensor, codes: Tensor) -> Tensor:
-    """Mean cross-entropy of logits (N, K, h, w) and codes (N, h, w), in nats a code.
-
-    A row a code, as the last convolution left them in memory: a softmax across the channels of a grid is slow.
-    """
-    return F.cross_entropy(logits.permute(0, 2, 3, 1).flatten(0, 2), codes.flatten())
 
 
 def describe_positions(positions: np.ndarray) -> dict:
@@ -610,7 +602,7 @@ def evaluate_prior(
     total = 0.0
     for batch, position in zip(codes.split(batch_size), positions.split(batch_size)):
         with autocast(device):
-            total += code_loss(model(batch, position), batch).item() * batch.numel()
+            total += nats_per_code(model(batch, position), batch).item() * batch.numel()
     model.train()
     return total / codes.numel()
 

@@ -158,7 +158,7 @@ class StopSignals:
 # What a file may hold. A run directory may be a stranger's: a limit keeps memory and time in bounds.
 MAX_CONFIG = 1 << 20  # bytes: a config takes 4 kB
 MAX_DATA = 1 << 24  # bytes of data.json: HipMRI's 12,660 files take 0.7 MB, and Python twenty times as much
-MAX_LOG = 1 << 24  # bytes: two stages of 270 lines take 0.1 MB
+MAX_LOG = 1 << 24  # bytes: three stages of 270 lines take 0.1 MB
 MAX_TENSORS = 1 << 30  # bytes of weights or a checkpoint: fifty times the largest preset's
 MAX_HEADER = 1 << 20  # bytes that name a file's tensors: the largest preset's take 10 kB
 MAX_PICKLE = 1 << 22  # bytes of a checkpoint's plain values: 10 kB, and a megabyte of losses at the most updates
@@ -662,7 +662,8 @@ def load_weights(path: Path, network: Callable[..., nn.Module], config: type) ->
         with safetensors.safe_open(path, "pt") as file:
             return read_network(file, network, config).eval()
     except FileNotFoundError:
-        raise RunError(f"{path} does not exist: train.py has not come that far") from None
+        reason = "train.py has not come that far, or the run is of an older version"
+        raise RunError(f"{path} does not exist: {reason}") from None
     except Exception as error:  # a stranger's file raises whatever its first wrong byte leads to
         raise RunError(f"{path} cannot be used: {in_short(error)}") from error
 

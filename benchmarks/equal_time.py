@@ -20,8 +20,9 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from dataset import Slices, batch_indices, load_dataset
+from metrics import nats_per_code
 from modules import VQVAE, GatedPixelCNN, PriorConfig, VQVAEConfig
-from train import PRESETS, average, code_loss, extract_codes
+from train import PRESETS, average, extract_codes
 from utils import autocast, load_weights, pick_device, read_config
 
 BATCH = 32
@@ -46,12 +47,14 @@ class Contender:
         for group in self.optimiser.param_groups:
             group["lr"] = self.rate * min(1.0, (self.updates + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * share))
         with autocast(codes.device):
-            loss = code_loss(self.logits(self.network, codes, positions), codes)
+            loss = nats_per_code(self.logits(self.network, codes, positions), codes)
         self.optimiser.zero_grad()
         loss.backward()
         self.optimiser.step()
         if self.averaged:
             self.averaged.update_parameters(self.network)
+        if codes.is_cuda:
+            torch.cuda.synchronize()  # else the next update, whoever's it is, pays for this one
         self.updates += 1
         self.seconds += time.perf_counter() - start
 
@@ -60,7 +63,7 @@ class Contender:
         """Bits a held-out code, float32, without dropout."""
         network = (self.averaged.module if self.averaged else self.network).eval()
         parts = zip(codes.split(BATCH), positions.split(BATCH))
-        nats = sum(code_loss(self.logits(network, *part), part[0]).item() * len(part[0]) for part in parts)
+        nats = sum(nats_per_code(self.logits(network, *part), part[0]).item() * len(part[0]) for part in parts)
         network.train()
         self.looks.append(nats / len(codes) / math.log(2))
 

@@ -19,9 +19,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dataset import Slices, batch_indices, load_dataset
-from metrics import reconstruction_metrics
+from metrics import nats_per_code, reconstruction_metrics
 from modules import VQVAE, GatedPixelCNN, PriorConfig, VQVAEConfig
-from train import PRESETS, code_loss
+from train import PRESETS
 from utils import autocast, pick_device
 
 BATCH = 32
@@ -85,7 +85,7 @@ def heldout_nats(model, logits_of, codes: Tensor) -> float:
     """Nats a code, float32, dropout off."""
     model.eval()
     chosen = torch.arange(len(codes), device=codes.device).split(BATCH)
-    total = sum(code_loss(logits_of(codes[part], part), codes[part]).item() * len(part) for part in chosen)
+    total = sum(nats_per_code(logits_of(codes[part], part), codes[part]).item() * len(part) for part in chosen)
     model.train()
     return total / len(codes)
 
@@ -98,7 +98,7 @@ def best_nats(model, logits_of, heldout_logits_of, codes: Tensor, heldout: Tenso
         if update and update % max(1, options.prior_updates // 10) == 0:
             looks.append(heldout_nats(model, heldout_logits_of, heldout))
         with autocast(codes.device):
-            return code_loss(logits_of(codes[chosen], chosen), codes[chosen])
+            return nats_per_code(logits_of(codes[chosen], chosen), codes[chosen])
 
     train(model, loss_of, codes, options.prior_updates, rate, options.seed)
     return min([*looks, heldout_nats(model, heldout_logits_of, heldout)])

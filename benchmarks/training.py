@@ -19,8 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from dataset import load_dataset
+from metrics import nats_per_code
 from modules import VQVAE, Detail, DetailConfig, GatedPixelCNN, PriorConfig, VQVAEConfig
-from train import code_loss
 from utils import autocast, pick_device
 
 BATCH, SIZE, GRID = 32, (256, 128), (64, 32)
@@ -61,7 +61,7 @@ def our_prior_update(device: torch.device):
 
     def update():
         with autocast(device):
-            loss = code_loss(model(codes, positions), codes)
+            loss = nats_per_code(model(codes, positions), codes)
         descend(optimiser, loss)
 
     return update

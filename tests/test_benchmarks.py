@@ -1,5 +1,7 @@
-"""The networks that ours are compared with are what they are said to be."""
+"""The networks that ours are compared with are what they are said to be; benchmarks print what they promise."""
 
+import json
+import math
 import sys
 from pathlib import Path
 
@@ -7,6 +9,8 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import equal_time
+import noise_floor
 from reference import PaperPixelCNN, TextbookVQVAE, sample_by_full_forwards
 
 
@@ -52,3 +56,60 @@ def test_full_forwards_fill_the_given_places():
     assert torch.equal(sampled[:, kept], codes[:, kept])
     assert sampled.min() >= 0
     assert sampled.max() < 7
+
+
+@pytest.fixture
+def lines(monkeypatch, capsys):
+    """What `python benchmarks/... ` prints: its JSON lines by name, and the sentence."""
+
+    def run(benchmark, *given):
+        monkeypatch.setattr(sys, "argv", [benchmark.__name__, *map(str, given)])
+        capsys.readouterr()
+        benchmark.main()
+        *printed, sentence = capsys.readouterr().out.splitlines()
+        return {line["name"]: line for line in map(json.loads, printed)}, sentence
+
+    return run
+
+
+def test_without_noise_a_slice_is_more_like_an_exposure_than_another_is(lines):
+    printed, sentence = lines(noise_floor, "--cases", 2, "--size", 64, 32)
+    noisy, clean = (printed[name]["value"] for name in ("ssim_of_two_exposures", "ssim_without_noise"))
+    assert 0.5 < noisy < clean < 1
+    assert f"{noisy:.3f}" in sentence
+    assert f"{clean:.3f}" in sentence
+    other, _ = lines(noise_floor, "--cases", 1, "--size", 64, 32, "--seed", 1)
+    assert other["ssim_without_noise"]["value"] != clean
+
+
+def test_both_priors_learn_the_codes_of_a_run_in_equal_time(lines, trained):
+    """In a second or two: little more is learnt than how often each of the 16 codes occurs."""
+    printed, sentence = lines(equal_time, "--run", trained.run, "--minutes", 0.02, "--device", "cpu")
+    assert printed.keys() == {"equal_time_bits_ours", "equal_time_bits_reference"}
+    for line in printed.values():
+        assert math.log2(16) - 1.5 < line["value"] < math.log2(16) + 0.1
+        assert line["updates"] >= 1
+        assert line["split"] == "test"
+        assert f"after {line['updates']}" in sentence
+
+
+def test_equal_time_is_given_to_the_slow_and_the_fast():
+    class Clocked:
+        def __init__(self, cost):
+            self.cost, self.seconds, self.updates, self.looks, self.shares = cost, 0.0, 0, [], []
+
+        def learn(self, codes, share):
+            assert len(codes) == 32
+            self.shares.append(share)
+            self.seconds, self.updates = self.seconds + self.cost, self.updates + 1
+
+        def look(self, codes):
+            assert len(codes) == 3
+            self.looks.append(self.seconds)
+
+    fast, slow = contenders = [Clocked(1 / 64), Clocked(1 / 16)]
+    equal_time.contend(contenders, (torch.zeros(40),), (torch.zeros(3),), 5.0, seed=0)
+    assert (fast.updates, slow.updates) == (320, 80)
+    for one in contenders:
+        assert one.looks == pytest.approx([0.5 * (n + 1) for n in range(equal_time.LOOKS)])
+        assert one.shares == pytest.approx([n / one.updates for n in range(one.updates)])

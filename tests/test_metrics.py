@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import metrics
-from metrics import DATA_RANGE, code_counts, codebook_use, reconstruction_metrics
+from metrics import DATA_RANGE, code_counts, codebook_use, nats_per_code, reconstruction_metrics
 
 WINDOW, SIGMA = 11, 1.5
 C1, C2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2  # (K * data range)^2
@@ -134,6 +134,20 @@ def test_code_counts_of_batches_add_up():
 )
 def test_codebook_use(counts, share, perplexity):
     assert codebook_use(torch.tensor(counts)) == pytest.approx((share, perplexity), rel=1e-12)
+
+
+def test_nats_per_code_against_numpy():
+    """The mean of -log softmax at each place's code; ln K where all codes are as likely, far above where it is sure."""
+    logits, codes = torch.randn(2, 7, 3, 5), torch.randint(7, (2, 3, 5))
+    nats = []
+    for n, row, column in np.ndindex(2, 3, 5):
+        likely = np.exp(logits[n, :, row, column].double().numpy())
+        nats.append(-np.log(likely[codes[n, row, column]] / likely.sum()))
+    assert nats_per_code(logits, codes).item() == pytest.approx(np.mean(nats), rel=1e-5)
+    assert nats_per_code(torch.zeros(2, 7, 3, 5), codes).item() == pytest.approx(math.log(7))
+    sure = 50 * torch.nn.functional.one_hot(codes, 7).permute(0, 3, 1, 2).float()
+    assert nats_per_code(sure, codes) == 0
+    assert nats_per_code(sure, (codes + 1) % 7) == 50
 
 
 def test_codebook_use_of_nothing_is_an_error():

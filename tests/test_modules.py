@@ -24,7 +24,7 @@ from modules import (
 )
 
 SMALL = VQVAEConfig(downsampling=4, channels=16, blocks=1, hidden=8, codes=20, code_dim=6)
-SMALL_DETAIL = DetailConfig(downsampling=4, code_dim=6, channels=16, blocks=2, hidden=8)
+SMALL_DETAIL = DetailConfig(downsampling=4, codes=20, code_dim=6, channels=16, blocks=2, hidden=8)
 GRIDS = [(5, 3), (3, 9), (8, 4), (1, 6), (6, 1), (2, 2), (16, 8)]
 
 
@@ -40,9 +40,10 @@ def small_prior(grid, **fields):
 def small_detail(velocity=None, spread=1.0):
     """A detail network with random weights, or in its place a known velocity(x, t), with t of shape (N, 1, 1, 1)."""
     detail = Detail(SMALL_DETAIL).eval()
-    detail.spread.fill_(spread)
+    detail.output.reset_parameters()  # which are 0 before training
+    detail.spread.copy_(torch.as_tensor(spread))
     if velocity:
-        detail.forward = lambda x, time, *_: velocity(x, time[:, None, None, None])
+        detail.forward = lambda x, time, told: velocity(x, time[:, None, None, None])
     return detail
 
 
@@ -50,9 +51,22 @@ def still(x, time):
     return torch.zeros_like(x)
 
 
+def of_noise(x, time):
+    """The velocity of differences that are normal noise, to which the network adds its answer."""
+    return x * (2 * time - 1) / (time**2 + (1 - time) ** 2)
+
+
+def some_codes(count, size=(16, 8)):
+    """Codes drawn at random, and a VQ-VAE that decodes them."""
+    return torch.randint(20, (count, size[0] // 4, size[1] // 4)), VQVAE(SMALL).eval()
+
+
 def grey(count, size=(16, 8)):
-    """Decoded slices that are 0 all over, and embeddings drawn at random, of their codes."""
-    return torch.zeros(count, 1, *size), torch.randn(count, 6, size[0] // 4, size[1] // 4)
+    """Codes drawn at random, and a VQ-VAE that decodes them to 0 all over."""
+    codes, vqvae = some_codes(count, size)
+    for parameter in vqvae.decoder[-2].parameters():
+        torch.nn.init.zeros_(parameter)
+    return codes, vqvae
 
 
 # ---------------------------------------------------------------- codebook
@@ -402,75 +416,120 @@ def test_keep_top_keeps_the_fewest_codes_that_suffice():
 # ---------------------------------------------------------------- detail
 
 
+def test_the_spread_of_a_code_is_measured_by_hand():
+    """Pixel by pixel of its square, as if 10 more had the mean of all codes; the first pixel is always right."""
+    strength = 0.05 * torch.arange(16.0).view(1, 1, 4, 4).repeat(1, 1, 2, 3)
+    decoded, codes = torch.rand(30, 1, 8, 12) - 0.5, torch.randint(12, (30, 2, 3)) ** 2 // 12  # more of some
+    slices = decoded + strength * torch.randn(30, 1, 8, 12)
+    detail = small_detail()
+    detail.measure(slices, decoded, codes)
+    squares = [[[] for _ in range(16)] for _ in range(20)]
+    for n, row, column, i, j in np.ndindex(30, 2, 3, 4, 4):
+        place = n, 0, 4 * row + i, 4 * column + j
+        squares[codes[n, row, column]][4 * i + j].append((slices[place] - decoded[place]).item() ** 2)
+    counts = [len(square[0]) for square in squares]
+    assert min(counts) == 0
+    assert max(counts) > 30
+    for pixel in range(16):
+        mean = np.mean(sum((square[pixel] for square in squares), []))
+        for code in range(20):
+            own = squares[code][pixel]
+            expected = max(1e-3, np.sqrt((sum(own) + 10 * mean) / (len(own) + 10)))
+            assert detail.spread[code, pixel].item() == pytest.approx(expected, rel=1e-5)
+    assert (detail.spread[:, 0] == 1e-3).all()
+    assert (detail.spread[:, 1:] > 0.01).all()
+
+
+def test_each_code_has_its_spread_at_its_pixels():
+    detail, codes = small_detail(spread=torch.rand(20, 16)), torch.randint(20, (2, 3, 5))
+    spreads = detail.spreads(codes)
+    assert spreads.shape == (2, 1, 12, 20)
+    for n, row, column, i, j in np.ndindex(2, 3, 5, 4, 4):
+        expected = detail.spread[codes[n, row, column], 4 * i + j]
+        assert spreads[n, 0, 4 * row + i, 4 * column + j] == expected
+
+
 @pytest.mark.parametrize("size", [(16, 8), (8, 24), (4, 4)])
 def test_shapes_and_ranges_of_detail(size):
-    detail = small_detail(spread=0.5)
-    decoded, embeddings = grey(3, size)
-    velocities = detail(torch.randn_like(decoded), torch.rand(3), decoded, embeddings)
-    loss = detail.loss(torch.rand_like(decoded), decoded, embeddings)
-    slices = detail.sample(range(3), decoded, embeddings)
-    assert velocities.shape == slices.shape == decoded.shape
+    detail, (codes, vqvae) = small_detail(spread=0.5), some_codes(3, size)
+    velocities = detail(torch.randn(3, 1, *size), torch.rand(3), detail.told(codes, vqvae))
+    loss = detail.loss(torch.rand(3, 1, *size), codes, vqvae)
+    slices = detail.sample(range(3), codes, vqvae)
+    assert velocities.shape == slices.shape == (3, 1, *size)
     assert loss.shape == ()
     assert loss > 0
     assert slices.abs().max() <= 1
     assert slices.std() > 0.1
 
 
-def test_the_network_is_told_where_it_is_and_what_was_decoded():
-    """Changing any of the four changes every slice's velocities."""
-    detail = small_detail()
-    given = torch.randn(3, 1, 16, 8), torch.tensor([0.1, 0.5, 0.9]), torch.randn(3, 1, 16, 8), torch.randn(3, 6, 4, 2)
-    velocities = detail(*given)
-    for place in range(4):
-        other = [tensor + 0.05 * (place == number) for number, tensor in enumerate(given)]
-        assert ((detail(*other) - velocities).abs().amax((1, 2, 3)) > 1e-4).all()
+def test_the_network_is_told_where_it_is_and_all_that_is_known_of_the_codes():
+    """Changing any of the five changes what it answers for every slice."""
+    detail, (codes, vqvae) = small_detail(), grey(3)
+    x, time = torch.randn(3, 1, 16, 8), torch.tensor([0.1, 0.5, 0.9])
+
+    def answer(x, time):
+        return detail(x, time, detail.told(codes, vqvae)) - of_noise(x, time[:, None, None, None])
+
+    answers = [answer(x, time), answer(x + 0.05, time), answer(x, time + 0.05)]
+    for known in (detail.spread, vqvae.decoder[-2].bias.data, vqvae.codebook.embeddings):
+        known += 0.05
+        answers.append(answer(x, time))
+        known -= 0.05
+    for other in answers[1:]:
+        assert ((other - answers[0]).abs().amax((1, 2, 3)) > 1e-4).all()
 
 
-def test_a_pixel_is_moved_by_what_is_decoded_there():
+def test_a_pixel_is_moved_by_what_is_known_there():
     """Squares of pixels become channels and squares again: with 1x1 kernels nothing reaches beyond its square."""
-    detail = small_detail()
+    detail, (codes, vqvae) = small_detail(spread=torch.rand(20, 16)), some_codes(1)
     for convolution in (m for m in detail.modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (3, 3)):
         centre = convolution.weight.detach()[:, :, 1:2, 1:2].clone()
         convolution.weight.data.zero_()[:, :, 1:2, 1:2] = centre
-    decoded, embeddings = grey(1)
-    x, time = torch.randn_like(decoded), torch.rand(1)
-    before = detail(x, time, decoded, embeddings)
-    for of in (x, decoded):
-        of[0, 0, 9, 6] += 1  # in the square of rows 8 to 11, columns 4 to 7
-        changed = (detail(x, time, decoded, embeddings) != before)[0, 0]
+    x, time, decoded = torch.randn(1, 1, 16, 8), torch.rand(1), torch.rand(1, 1, 16, 8)
+    vqvae.decode = lambda _: decoded
+    before = detail(x, time, detail.told(codes, vqvae))
+    for of, place in ((x, (0, 0, 9, 6)), (decoded, (0, 0, 9, 6)), (codes, (0, 2, 1))):
+        of[place] += 1 if of[place] < 19 else -1  # in the square of rows 8 to 11, columns 4 to 7
+        after = detail(x, time, detail.told(codes, vqvae))
+        changed = (after != before)[0, 0]
         assert changed[8:12, 4:].any()
         assert not changed[:8].any()
         assert not changed[12:].any()
         assert not changed[:, :4].any()
+        before = after
 
 
-def test_the_loss_of_a_network_that_has_learnt_nothing_is_two():
-    """The velocity x_1 - x_0 has variance 1 + 1; 5 standard deviations of the mean of 131,072 squares are 0.04."""
-    detail = small_detail(spread=0.2)
-    torch.nn.init.zeros_(detail.output.weight)
-    torch.nn.init.zeros_(detail.output.bias)
-    _, embeddings = grey(64, (64, 32))
-    decoded = torch.rand(64, 1, 64, 32) - 0.5
-    loss = detail.loss(decoded + 0.2 * torch.randn_like(decoded), decoded, embeddings)
-    assert loss.item() == pytest.approx(2, abs=0.04)
+def test_the_loss_of_an_untrained_network_is_that_of_normal_noise():
+    """Differences are normal with the spread: what is not known of x_1 - x_0 at x has variance 1 / (t^2 + (1 - t)^2).
+
+    Integrated over logit-normal times that is 1.741; 5 standard deviations of 4000 times and 256,000 squares are 0.03.
+    """
+    logits = np.linspace(-12, 12, 2401)
+    t, density = 1 / (1 + np.exp(-logits)), np.exp(-(logits**2) / 2) / np.sqrt(2 * np.pi)
+    expected = 0.01 * (density / (t**2 + (1 - t) ** 2)).sum()
+    detail, (codes, vqvae) = Detail(SMALL_DETAIL), some_codes(4000, (8, 8))
+    detail.spread.copy_(0.02 + 0.3 * torch.rand(20, 16))
+    slices = vqvae.decode(codes) + detail.spreads(codes) * torch.randn(4000, 1, 8, 8)
+    assert expected == pytest.approx(1.741, abs=1e-3)
+    assert detail.loss(slices, codes, vqvae).item() == pytest.approx(expected, abs=0.03)
 
 
 def test_the_loss_of_the_right_velocity_is_nothing():
     """Where each slice's difference is known, its velocity is (difference / spread - x) / (1 - t) and no other."""
-    difference = torch.randn(40, 1, 16, 8)
-    decoded, embeddings = grey(40)
-    detail = small_detail(lambda x, time: (difference / 0.2 - x) / (1 - time), spread=0.2)
-    assert detail.loss(decoded + difference, decoded, embeddings) < 1e-6
-    detail.forward = lambda x, time, *_: difference / 0.2 - x
-    assert detail.loss(decoded + difference, decoded, embeddings) > 0.1
+    difference, (codes, vqvae) = torch.randn(40, 1, 16, 8), some_codes(40)
+    detail = small_detail(spread=0.1 + torch.rand(20, 16))
+    slices, scaled = vqvae.decode(codes) + difference, difference / detail.spreads(codes)
+    detail.forward = lambda x, time, told: (scaled - x) / (1 - time[:, None, None, None])
+    assert detail.loss(slices, codes, vqvae) < 1e-6
+    detail.forward = lambda x, time, told: scaled - x
+    assert detail.loss(slices, codes, vqvae) > 0.1
 
 
 def test_times_of_the_loss_are_logit_normal():
     """Mean and shares of 4000 logits are those of a normal distribution within 5 standard deviations."""
     told = []
     detail = small_detail(lambda x, time: (told.append(time), still(x, time))[1])
-    slices = torch.zeros(4000, 1, 4, 4)
-    detail.loss(slices, slices, torch.zeros(4000, 6, 1, 1))
+    detail.loss(torch.zeros(4000, 1, 4, 4), *grey(4000, (4, 4)))
     logits = told[0].flatten().logit()
     assert logits.mean().abs() < 5 / 4000**0.5
     for limit, share in ((-1.0, 0.1587), (0.4307, 0.6667), (2.0, 0.9772)):
@@ -514,9 +573,10 @@ def test_the_way_is_gone_in_even_steps_and_never_asked_about_at_its_end():
 @pytest.mark.parametrize("strength", [0.0, 0.3])
 def test_detail_that_is_known_is_added(strength):
     """The velocity towards one slice is (x_1 - x) / (1 - t): every noise ends there. Without detail, as decoded."""
-    decoded, missing = torch.rand(3, 1, 16, 8) - 0.5, strength * (torch.rand(3, 1, 16, 8) - 0.5)
+    missing, (codes, vqvae) = strength * (torch.rand(3, 1, 16, 8) - 0.5), some_codes(3)
     detail = small_detail(lambda x, time: (missing / 0.2 - x) / (1 - time), spread=0.2)
-    torch.testing.assert_close(detail.sample(range(3), decoded, grey(3)[1]), decoded + missing, rtol=0, atol=1e-6)
+    drawn = detail.sample(range(3), codes, vqvae)
+    torch.testing.assert_close(drawn, vqvae.decode(codes) + missing, rtol=0, atol=1e-6)
 
 
 def test_detail_of_a_normal_distribution_has_its_mean_and_its_variance():
@@ -533,20 +593,27 @@ def test_detail_of_a_normal_distribution_has_its_mean_and_its_variance():
     torch.testing.assert_close(end - 0.1 * m, s * start, rtol=0.04, atol=1e-6)
 
 
+def test_an_untrained_network_draws_normal_noise_of_the_codes_spread():
+    """The variance of x falls from 1 to 1/2 and rises to 1 again, as t^2 + (1 - t)^2: every noise x_0 ends where it
+    began. Heun's eight steps come within 1.1 % of it; Euler's would miss it by 15 %."""
+    codes, vqvae = some_codes(64)
+    decoded, untrained = vqvae.decode(codes), Detail(SMALL_DETAIL)
+    untrained.spread.copy_(0.02 + 0.1 * torch.rand(20, 16))
+    start = small_detail(still, untrained.spread).sample(range(64), codes, vqvae)
+    end = untrained.sample(range(64), codes, vqvae)
+    assert max(start.abs().max(), end.abs().max()) < 1  # nothing is clipped
+    torch.testing.assert_close(end - decoded, start - decoded, rtol=0.011, atol=1e-6)
+
+
 def test_the_spread_scales_what_is_added():
-    decoded, embeddings = torch.rand(3, 1, 16, 8) - 0.5, torch.randn(3, 6, 4, 2)
-    detail = small_detail()
-    added = []
-    for spread in (0.02, 0.06):
-        detail.spread.fill_(spread)
-        added.append(detail.sample(range(3), decoded, embeddings) - decoded)
-    torch.testing.assert_close(added[1], 3 * added[0], rtol=0, atol=1e-6)
+    given, spread = grey(3), 0.01 + 0.05 * torch.rand(20, 16)
+    added = [small_detail(lambda x, time: x.sin(), scale).sample(range(3), *given) for scale in (0.02, spread)]
+    torch.testing.assert_close(added[1] / small_detail(spread=spread).spreads(given[0]), added[0] / 0.02)
     assert added[0].std() > 0.01
 
 
 def test_slices_with_detail_are_clipped():
-    _, embeddings = grey(2)
-    slices = small_detail(spread=5.0).sample(range(2), torch.full((2, 1, 16, 8), 0.9), embeddings)
+    slices = small_detail(spread=5.0).sample(range(2), *some_codes(2))
     assert slices.min() == -1
     assert slices.max() == 1
 
@@ -555,20 +622,17 @@ def test_slices_with_detail_are_clipped():
     "batches", [[range(6)], [range(2), range(2, 6)], [[i] for i in range(6)], [[5, 4, 3, 2, 1, 0]]]
 )
 def test_detail_n_does_not_depend_on_its_batch(batches):
-    detail = small_detail(spread=0.1)
-    decoded, embeddings = torch.rand(6, 1, 16, 8) - 0.5, torch.randn(6, 6, 4, 2)
-    expected = detail.sample(range(6), decoded, embeddings, seed=3)
+    detail, (codes, vqvae) = small_detail(spread=0.1), some_codes(6)
+    expected = detail.sample(range(6), codes, vqvae, seed=3)
     for numbers in batches:
-        chosen = list(numbers)
-        drawn = detail.sample(numbers, decoded[chosen], embeddings[chosen], seed=3)
-        torch.testing.assert_close(drawn, expected[chosen], rtol=0, atol=1e-5)
+        drawn = detail.sample(numbers, codes[list(numbers)], vqvae, seed=3)
+        torch.testing.assert_close(drawn, expected[list(numbers)], rtol=0, atol=1e-5)
 
 
 def test_detail_differs_by_number_and_by_seed():
     """Of the same codes; slices that are no copies of one another differ by sqrt(2) standard deviations."""
-    detail = small_detail(spread=0.1)
-    decoded, embeddings = grey(1)
-    drawn = torch.cat([detail.sample([n], decoded, embeddings, seed) for seed in (0, 1, 2**32 - 1) for n in range(3)])
+    detail, given = small_detail(spread=0.1), grey(1)
+    drawn = torch.cat([detail.sample([n], *given, seed) for seed in (0, 1, 2**32 - 1) for n in range(3)])
     distances = torch.cdist(drawn.flatten(1), drawn.flatten(1)) / drawn.std() / 128**0.5
     assert (distances.fill_diagonal_(torch.inf) > 1).all()
 
@@ -586,15 +650,15 @@ def test_detail_has_other_random_numbers_than_the_codes():
 
 def test_detail_of_a_simple_distribution_is_learnt():
     """Slices that are 0.3 lighter or darker all over, at random, and 0 where decoded: both are drawn, and no other."""
-    detail = Detail(DetailConfig(downsampling=4, code_dim=1, channels=32, blocks=1, hidden=32))
+    detail = Detail(replace(SMALL_DETAIL, channels=32, blocks=1, hidden=32))
     detail.spread.fill_(0.3)
     optimiser = torch.optim.Adam(detail.parameters(), lr=5e-3)
-    decoded, embeddings = torch.zeros(128, 1, 8, 8), torch.zeros(128, 1, 2, 2)
+    codes, vqvae = grey(128, (8, 8))
     for _ in range(300):
         signs = torch.randint(2, (128, 1, 1, 1)) * 2.0 - 1
         optimiser.zero_grad()
-        detail.loss(decoded + 0.3 * signs, decoded, embeddings).backward()
+        detail.loss(0.3 * signs.expand(128, 1, 8, 8), codes, vqvae).backward()
         optimiser.step()
-    levels = detail.sample(range(128), decoded, embeddings).mean((1, 2, 3))
+    levels = detail.sample(range(128), codes, vqvae).mean((1, 2, 3))
     assert ((levels.abs() - 0.3).abs() < 0.1).float().mean() > 0.9
     assert 0.25 < (levels > 0).float().mean() < 0.75

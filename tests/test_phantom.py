@@ -196,6 +196,52 @@ def test_deterministic_and_different_for_other_seeds_cases_and_weeks():
     assert all(not np.array_equal(draw(0, 1, 0), other) for other in others)
 
 
+def test_the_first_exposure_is_what_it_has_always_been():
+    image = phantom.draw_volume(5, 4, 1, 3, (64, 32))[0]
+    assert np.array_equal(image, phantom.draw_volume(5, 4, 1, 3, (64, 32), exposure=0)[0])
+    # noise in two corners and the mean, as drawn before there were others; 1 for another processor's rounding
+    np.testing.assert_allclose(image[0, 0, :8], [21, 17, 9, 24, 30, 20, 9, 24], atol=1)
+    np.testing.assert_allclose(image[2, -1, -8:], [12, 16, 25, 13, 26, 18, 26, 6], atol=1)
+    assert image.mean() == pytest.approx(279.356, abs=0.05)
+
+
+def test_another_exposure_has_other_noise_of_the_same_strength(volume):
+    image, labels = volume
+    other, again, third = (phantom.draw_volume(0, 1, size=SMALL, exposure=number) for number in (1, 1, 2))
+    assert np.array_equal(other[0], again[0])
+    assert all(np.array_equal(labels, others) for _, others in (other, third))
+    # In the air near the corners, 4 * 20 * 16 * 8 = 10240 voxels of noise alone: 5 standard errors of the ratio of two
+    # means are 5 * 0.523 * sqrt(2 / 10240) = 0.037, those of a correlation 0.05.
+    corners = (slice(None), *np.ix_(np.r_[:16, 112:128], np.r_[:8, 56:64]))
+    noise = [exposed[corners].ravel() for exposed in (image, other[0], third[0])]
+    assert not labels[corners].any()
+    for one, two in ((0, 1), (0, 2), (1, 2)):
+        assert noise[one].mean() / noise[two].mean() == pytest.approx(1, abs=0.037)
+        assert abs(np.corrcoef(noise[one], noise[two])[0, 1]) < 0.05
+
+
+def test_an_exposure_without_noise_is_what_many_exposures_tend_to():
+    count, drawing = 30, {"seed": 0, "case": 1, "slices": 4, "size": (64, 32)}
+    clean, labels = phantom.draw_volume(**drawing, exposure=None)
+    exposures = np.stack([phantom.draw_volume(**drawing, exposure=number)[0] for number in range(count)])
+    assert clean.dtype == np.float32 and np.array_equal(clean, np.rint(clean))
+    assert (clean[:, [0, -1]] == 0).all()
+    assert np.array_equal(labels, phantom.draw_volume(**drawing)[1])
+    # sigma from the noise in air, whose mean is sigma sqrt(pi / 2). Where the signal is 20 times as strong the noise
+    # is normal, of a mean shifted by less than sigma / 40, and the mean of 30 is sigma / sqrt(30) off.
+    sigma = exposures[:, :, [0, -1]].mean() / np.sqrt(np.pi / 2)
+    bright = clean > 20 * sigma
+    error = (exposures.mean(axis=0) - clean)[bright]
+    assert bright.sum() > 3000  # 5 standard errors of a standard deviation of as many are 6 %, rounding adds 2 %
+    assert abs(error.mean()) < sigma / 40 + 5 * sigma / np.sqrt(count * bright.sum())
+    assert error.std() == pytest.approx(sigma / np.sqrt(count), rel=0.1)
+
+
+def test_a_negative_exposure_is_refused():
+    with pytest.raises(ValueError, match="exposure must not be negative, not -1"):
+        phantom.draw_volume(0, 1, slices=1, size=(16, 8), exposure=-1)
+
+
 @pytest.mark.parametrize("slices, size", [(1, (16, 8)), (1, (64, 32)), (3, (50, 70)), (40, (32, 16))])
 def test_other_sizes(slices, size):
     image, labels = phantom.draw_volume(0, 1, slices=slices, size=size)
