@@ -120,7 +120,7 @@ PRESETS = {
         (128, 64),
         updates=1000,
         prior_updates=400,
-        detail_updates=1000,
+        detail_updates=750,
         augmentation=0.0,
     ),
 }
