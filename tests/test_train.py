@@ -1142,10 +1142,10 @@ def test_a_run_that_cannot_be_read_is_one_line(tmp_path, complaint, slices_folde
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({}, 1000),
+        ({}, 750),
         ({"updates": 60}, 60),
-        ({"updates": 5000}, 1000),
-        ({"prior_updates": 3}, 1000),
+        ({"updates": 5000}, 750),
+        ({"prior_updates": 3}, 750),
         ({"updates": 60, "detail_updates": 7}, 7),
         ({"updates": 60, "detail_updates": 900}, 900),
     ],
