@@ -881,7 +881,7 @@ def evaluation_figure(
         draw_bars(axes, values, COMPARED.values(), form, panel, better)
         axes.axvline(values["floor"], color="black", linewidth=0.8, linestyle=":", zorder=0)
     middle.supxlabel(
-        "samples: beside held-out slices  ·  decoder alone: reconstructions of training slices, with detail, in their place"
+        "samples: beside held-out slices  ·  decoder alone: reconstructions of training slices, with detail"
         "  ·  prior alone: samples beside such reconstructions of held-out slices  ·  floor: training slices",
         fontsize=8,
     )
