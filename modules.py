@@ -549,16 +549,20 @@ class Detail(nn.Module):
         return F.mse_loss(self(x, time, self.told(codes, vqvae)), difference - noise)
 
     @torch.no_grad()
-    def sample(self, numbers: Sequence[int], codes: Tensor, vqvae: VQVAE, seed: int = 0) -> Tensor:
+    def sample(
+        self, numbers: Sequence[int], codes: Tensor, vqvae: VQVAE, seed: int = 0, strength: float = 1.0
+    ) -> Tensor:
         """Slices (N, 1, H, W) in [-1, 1] of codes (N, h, w), their detail drawn for N sample numbers.
 
         Each has its own random stream, as in `GatedPixelCNN.sample`. The way is gone in STEPS steps of Heun's method
-        (Karras et al. 2022, arXiv:2206.00364, algorithm 1), the last of them Euler's.
+        (Karras et al. 2022, arXiv:2206.00364, algorithm 1), the last of them Euler's. strength, in [0, 1], scales the
+        noise where it begins: below 1 detail is the likelier one and has less grain, at 0 nothing is random.
         """
         told, decoded = self.told(codes, vqvae), vqvae.decode(codes)
         x = torch.empty_like(decoded)
         for noise, number in zip(x, numbers):
             noise.normal_(generator=torch.Generator(x.device).manual_seed(stream_seed(seed + NOT_CODES, number)))
+        x *= strength
         times = torch.linspace(0, 1, self.STEPS + 1, device=x.device)
         for time, after in zip(times, times[1:]):
             velocity = self(x, time.expand(len(x)), told)

@@ -98,6 +98,13 @@ def parse_options(arguments: Sequence[str] | None):
         help="draw from the fewest codes that have probability P together (default: 1.0, all)",
     )
     parser.add_argument(
+        "--detail",
+        type=number(float, 0, 1),
+        default=1.0,
+        metavar="D",
+        help="noise that detail is made from, 0 to 1: less is smoother, and clears samples of short runs (default: 1)",
+    )
+    parser.add_argument(
         "--position",
         type=number(float, 0, 1),
         metavar="P",
@@ -211,7 +218,7 @@ def draw_samples(options, config: dict, networks: Networks, count: int, device: 
             )
             codes = drawn.cpu()
             drawn_at = time.perf_counter()
-            slices = networks.detail.sample(numbers, drawn, networks.vqvae, options.seed).cpu()
+            slices = networks.detail.sample(numbers, drawn, networks.vqvae, options.seed, options.detail).cpu()
             parts.append((slices, codes, positions))
             seconds[0] += drawn_at - start
             seconds[1] += time.perf_counter() - drawn_at
@@ -220,7 +227,8 @@ def draw_samples(options, config: dict, networks: Networks, count: int, device: 
 
 def describe_sampling(options) -> str:
     """The options that samples depend on, for a title."""
-    return f"temperature {options.temperature:g}, top-p {options.top_p:g}, seed {options.seed}"
+    told = f"temperature {options.temperature:g}, top-p {options.top_p:g}, detail {options.detail:g}"
+    return f"{told}, seed {options.seed}"
 
 
 def sample(options, config: dict, networks: Networks, device: torch.device) -> None:
@@ -327,6 +335,7 @@ def evaluate(options, config: dict, networks: Networks, device: torch.device) ->
             "seed": options.seed,
             "temperature": options.temperature,
             "top_p": options.top_p,
+            "detail": options.detail,
         },
         **network_figures(networks, real, decoded, codes, held_out.positions, options.batch_size),
         "training": network_figures(
@@ -415,7 +424,8 @@ def reconstruct_all(networks: Networks, group: Group, options) -> tuple[Tensor, 
     decoded = [vqvae.decode(batch) for batch in codes]
     numbers = torch.arange(MOST, MOST + len(group.slices)).split(size)  # other detail than that of samples
     detailed = [
-        networks.detail.sample(those.tolist(), batch, vqvae, options.seed) for those, batch in zip(numbers, codes)
+        networks.detail.sample(those.tolist(), batch, vqvae, options.seed, options.detail)
+        for those, batch in zip(numbers, codes)
     ]
     return torch.cat(codes), *(Group(quantise(torch.cat(parts)), group.cases) for parts in (decoded, detailed))
 

@@ -662,3 +662,15 @@ def test_detail_of_a_simple_distribution_is_learnt():
     levels = detail.sample(range(128), codes, vqvae).mean((1, 2, 3))
     assert ((levels.abs() - 0.3).abs() < 0.1).float().mean() > 0.9
     assert 0.25 < (levels > 0).float().mean() < 0.75
+
+
+def test_strength_scales_the_noise_that_detail_is_made_from():
+    """An untrained network keeps the noise it is given, up to the spread of its codes."""
+    vqvae, detail = VQVAE(SMALL).eval(), Detail(DetailConfig(codes=20, code_dim=6, channels=8, blocks=1, hidden=8))
+    codes = torch.randint(20, (2, 3, 5))
+    detail.spread.fill_(0.01)
+    decoded = vqvae.decode(codes)
+    whole, half, none = (detail.sample([0, 1], codes, vqvae, strength=strength) - decoded for strength in (1, 0.5, 0))
+    assert torch.equal(none, torch.zeros_like(none))
+    assert whole.std() > 0.005
+    torch.testing.assert_close(half, whole / 2, rtol=0, atol=1e-6)

@@ -153,6 +153,19 @@ def test_the_position_reaches_the_sampler(call):
     assert not (low == high).all()
 
 
+def test_the_strength_of_detail_reaches_the_samples(call, trained):
+    """Without noise detail depends on the codes alone; the codes are the same ones."""
+    rough, smooth = (call(f"detail_{strength}", num=3, detail=strength) for strength in (1, 0))
+    codes = torch.from_numpy(codes_of(smooth)).long()
+    assert (codes_of(rough) == codes_of(smooth)).all()
+    config = read_config(trained.run)
+    device, scale = torch.device("cpu"), config["intensity"]["scale"]
+    networks = predict.load_networks(trained.run, config, predict.load_vqvae(trained.run, config, device), device)
+    expected = networks.detail.sample(range(5, 8), codes, networks.vqvae, seed=9, strength=0)[:, 0].numpy()
+    np.testing.assert_allclose(pixels_of(smooth), (expected + 1) / 2 * scale, atol=1e-4 * scale)
+    assert np.abs(pixels_of(rough) - pixels_of(smooth)).max() > 0.01 * scale
+
+
 def test_positions_are_drawn_as_in_the_training_data():
     described = {"quantiles": np.linspace(0.25, 0.75, 101).tolist(), "unknown": 0.25}
     positions = predict.draw_positions(range(800), 0, described).numpy()
@@ -382,6 +395,7 @@ def test_an_evaluation_has_all_figures(evaluation):
         "seed": 0,
         "temperature": 1.0,
         "top_p": 1.0,
+        "detail": 1.0,
     }
     for part in (results, results["training"]):
         assert part["reconstructions"].keys() == {"ssim", "ms_ssim", "psnr", "mse", "bits_per_pixel"}
@@ -575,6 +589,7 @@ def test_a_split_without_slices_is_refused(evaluated, trained, tmp_path, monkeyp
         ({"temperature": -1}, "argument --temperature: -1 is not above 0"),
         ({"temperature": "nan"}, "argument --temperature: nan is not above 0"),
         ({"top_p": 0}, "argument --top-p: 0 is not above 0 and at most 1"),
+        ({"detail": 1.1}, "argument --detail: 1.1 is not at least 0 and at most 1"),
         ({"top_p": 1.01}, "argument --top-p: 1.01 is not above 0 and at most 1"),
         ({"position": 2}, "argument --position: 2 is not at least 0 and at most 1"),
         ({"temperature": "inf"}, "argument --temperature: inf is not above 0 and at most 100"),
