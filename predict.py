@@ -578,7 +578,8 @@ def load_vqvae(run: Path, config: dict, device: torch.device) -> VQVAE:
 def load_networks(run: Path, config: dict, vqvae: VQVAE, device: torch.device) -> Networks:
     """All of a run's networks. Raises RunError where one cannot be used, or where they are not of one training."""
     prior = load_weights(run / "prior.safetensors", GatedPixelCNN, PriorConfig).to(device)
-    detail = load_weights(run / "detail.safetensors", Detail, DetailConfig).to(device)
+    detail = load_weights(run / "detail.safetensors", Detail, DetailConfig)
+    detail.to(device, memory_format=torch.channels_last)  # twice as fast on a CPU
     own = vqvae.config
     grid = tuple(side // own.downsampling for side in config["slice_size"])
     if (prior.config.grid, prior.config.codes) != (grid, own.codes):
