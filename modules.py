@@ -519,9 +519,9 @@ class Detail(nn.Module):
         """The spread of each pixel (N, 1, H, W) of codes (N, h, w)."""
         return F.pixel_shuffle(F.embedding(codes, self.spread).permute(0, 3, 1, 2), self.config.downsampling)
 
-    def told(self, codes: Tensor, vqvae: VQVAE) -> Tensor:
-        """What the network is told of the codes (N, h, w), whatever the time: (N, C, h, w)."""
-        pictures = vqvae.decode(codes), self.spreads(codes).log() / 2  # both about in [-2, 1]
+    def told(self, codes: Tensor, decoded: Tensor, vqvae: VQVAE) -> Tensor:
+        """What the network is told, whatever the time, of codes (N, h, w), decoded to (N, 1, H, W): (N, C, h, w)."""
+        pictures = decoded, self.spreads(codes).log() / 2  # both about in [-2, 1]
         squares = [F.pixel_unshuffle(picture, self.config.downsampling) for picture in pictures]
         return self.context(torch.cat([*squares, vqvae.embed(codes)], 1))
 
@@ -542,11 +542,12 @@ class Detail(nn.Module):
 
         Times are logit-normal: the middle of the way is the hardest (Esser et al. 2024, arXiv:2403.03206, section 3.1).
         """
-        difference = (slices - vqvae.decode(codes)) / self.spreads(codes)
+        decoded = vqvae.decode(codes)
+        difference = (slices - decoded) / self.spreads(codes)
         noise = torch.randn_like(difference)
         time = torch.randn(len(slices), device=slices.device).sigmoid()
         x = torch.lerp(noise, difference, time[:, None, None, None])
-        return F.mse_loss(self(x, time, self.told(codes, vqvae)), difference - noise)
+        return F.mse_loss(self(x, time, self.told(codes, decoded, vqvae)), difference - noise)
 
     @torch.no_grad()
     def sample(
@@ -558,7 +559,8 @@ class Detail(nn.Module):
         (Karras et al. 2022, arXiv:2206.00364, algorithm 1), the last of them Euler's. strength, in [0, 1], scales the
         noise where it begins: below 1 detail is the likelier one and has less grain, at 0 nothing is random.
         """
-        told, decoded = self.told(codes, vqvae), vqvae.decode(codes)
+        decoded = vqvae.decode(codes)
+        told = self.told(codes, decoded, vqvae)
         x = torch.empty_like(decoded)
         for noise, number in zip(x, numbers):
             noise.normal_(generator=torch.Generator(x.device).manual_seed(stream_seed(seed + NOT_CODES, number)))

@@ -462,14 +462,20 @@ def vary(slices: Tensor, variation: Tensor) -> Tensor:
     return 2 * brightness**gamma - 1
 
 
+def drawn_batches(train: Slices, count: int, options, device: torch.device) -> Iterator[Tensor]:
+    """`count` training slices drawn at random, in batches (n, 1, H, W) of at most the batch size, on the device."""
+    chosen = batch_indices(len(train), count, options.seed, 0)
+    for part in np.array_split(chosen, -(-count // options.batch_size)):
+        yield train.batch(part).to(device, memory_format=torch.channels_last)
+
+
 @torch.no_grad()
 def encoder_vectors(model: VQVAE, train: Slices, options, device: torch.device) -> Tensor:
     """Vectors (65536 at most, D) of training slices drawn at random, for k-means."""
-    chosen = batch_indices(len(train), KMEANS_SLICES, options.seed, 0)
     vectors = []
-    for part in np.array_split(chosen, -(-KMEANS_SLICES // options.batch_size)):
+    for batch in drawn_batches(train, KMEANS_SLICES, options, device):
         with autocast(device):
-            z = model.vectors(train.batch(part).to(device, memory_format=torch.channels_last))
+            z = model.vectors(batch)
         vectors.append(z.flatten(0, 2))
     vectors = torch.cat(vectors)
     return vectors[torch.randperm(len(vectors), device=device)[:65536]]
@@ -651,10 +657,8 @@ def train_detail(
 @torch.no_grad()
 def lossy_slices(vqvae: VQVAE, train: Slices, options, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Training slices drawn at random, what they are decoded to (N, 1, H, W), and their codes (N, h, w)."""
-    chosen = batch_indices(len(train), SPREAD_SLICES, options.seed, 0)
     parts = []
-    for part in np.array_split(chosen, -(-SPREAD_SLICES // options.batch_size)):
-        batch = train.batch(part).to(device, memory_format=torch.channels_last)
+    for batch in drawn_batches(train, SPREAD_SLICES, options, device):
         with autocast(device):
             codes = vqvae.encode(batch)
             parts.append((batch, vqvae.decode(codes), codes))

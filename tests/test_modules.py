@@ -452,7 +452,7 @@ def test_each_code_has_its_spread_at_its_pixels():
 @pytest.mark.parametrize("size", [(16, 8), (8, 24), (4, 4)])
 def test_shapes_and_ranges_of_detail(size):
     detail, (codes, vqvae) = small_detail(spread=0.5), some_codes(3, size)
-    velocities = detail(torch.randn(3, 1, *size), torch.rand(3), detail.told(codes, vqvae))
+    velocities = detail(torch.randn(3, 1, *size), torch.rand(3), detail.told(codes, vqvae.decode(codes), vqvae))
     loss = detail.loss(torch.rand(3, 1, *size), codes, vqvae)
     slices = detail.sample(range(3), codes, vqvae)
     assert velocities.shape == slices.shape == (3, 1, *size)
@@ -468,7 +468,7 @@ def test_the_network_is_told_where_it_is_and_all_that_is_known_of_the_codes():
     x, time = torch.randn(3, 1, 16, 8), torch.tensor([0.1, 0.5, 0.9])
 
     def answer(x, time):
-        return detail(x, time, detail.told(codes, vqvae)) - of_noise(x, time[:, None, None, None])
+        return detail(x, time, detail.told(codes, vqvae.decode(codes), vqvae)) - of_noise(x, time[:, None, None, None])
 
     answers = [answer(x, time), answer(x + 0.05, time), answer(x, time + 0.05)]
     for known in (detail.spread, vqvae.decoder[-2].bias.data, vqvae.codebook.embeddings):
@@ -487,10 +487,10 @@ def test_a_pixel_is_moved_by_what_is_known_there():
         convolution.weight.data.zero_()[:, :, 1:2, 1:2] = centre
     x, time, decoded = torch.randn(1, 1, 16, 8), torch.rand(1), torch.rand(1, 1, 16, 8)
     vqvae.decode = lambda _: decoded
-    before = detail(x, time, detail.told(codes, vqvae))
+    before = detail(x, time, detail.told(codes, vqvae.decode(codes), vqvae))
     for of, place in ((x, (0, 0, 9, 6)), (decoded, (0, 0, 9, 6)), (codes, (0, 2, 1))):
         of[place] += 1 if of[place] < 19 else -1  # in the square of rows 8 to 11, columns 4 to 7
-        after = detail(x, time, detail.told(codes, vqvae))
+        after = detail(x, time, detail.told(codes, vqvae.decode(codes), vqvae))
         changed = (after != before)[0, 0]
         assert changed[8:12, 4:].any()
         assert not changed[:8].any()
