@@ -21,8 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Rows of vectors searched at once: the table of scores (rows x K) then stays in a processor's cache.
-SEARCH_ROWS = 8192
+SEARCH_CELLS = 2**21  # scores (vectors x K) at once when the nearest code is searched: they stay in a CPU's cache
 VARIATIONS = 6  # numbers that say how a slice was augmented
 NOT_CODES = 2**32  # added to a seed, which is smaller: random streams that are not those of the codes
 
@@ -128,7 +127,8 @@ class Codebook(nn.Module):
     def nearest(self, vectors: Tensor) -> Tensor:
         """Codes (M,) of vectors (M, D). argmin |v - e|^2 = argmax (v.e - |e|^2 / 2)."""
         half_norms = -0.5 * self.embeddings.square().sum(1)
-        scores = (torch.addmm(half_norms, part, self.embeddings.T) for part in vectors.split(SEARCH_ROWS))
+        rows = max(1, SEARCH_CELLS // len(self.embeddings))
+        scores = (torch.addmm(half_norms, part, self.embeddings.T) for part in vectors.split(rows))
         return torch.cat([part.argmax(1) for part in scores])
 
     def forward(self, vectors: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ command again to resume a stopped run.
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -79,6 +79,7 @@ KMEANS_SLICES = 128
 CHECKPOINT_SECONDS = 60
 AVERAGE_DECAY = 0.99  # of averaged weights in the end: a memory of some 100 updates
 SPREAD_SLICES = 256  # from which the spread of detail is measured
+PART_CODES = 8192  # of a batch that a network is given at once on a CPU
 LONG_SECONDS = 1  # an update that takes longer is left on a signal: a checkpoint has to be written in five
 COLLAPSED = (0.1, 500)  # share of codes used, and for how many updates
 SMALLEST_SIDE = 8  # pixels; SSIM's window needs 6
@@ -104,7 +105,7 @@ class Preset:
 
 PRESETS = {
     "full": Preset(
-        VQVAEConfig(),
+        VQVAEConfig(codes=2048),
         PriorConfig(),
         DetailConfig(),
         (256, 128),
@@ -285,17 +286,24 @@ class Stage:
                     break
             signals.release()
 
-    def step(self, loss: Tensor) -> None:
-        """One step down the gradient: the rate rises over 50 updates, then falls to 0 along a cosine."""
+    def step(self, losses: Iterable[Tensor]) -> Tensor:
+        """One step down the gradient of the sum of losses, which it gives.
+
+        The rate rises over 50 updates, then falls to 0 along a cosine.
+        """
         rise = min(1.0, self.update / 50)
         fall = 0.5 + 0.5 * math.cos(math.pi * (self.update - 1) / self.total)
         for group in self.optimiser.param_groups:
             group["lr"] = self.learning_rate * rise * fall
         self.optimiser.zero_grad()
-        loss.backward()
+        total = torch.zeros((), device=next(self.networks["model"].parameters()).device)
+        for loss in losses:
+            loss.backward()
+            total += loss.detach()
         self.optimiser.step()
         if "averaged" in self.networks:
             self.networks["averaged"].update_parameters(self.networks["model"])
+        return total
 
     def keep_best(self, loss: float, network: nn.Module) -> None:
         """Write the weights of the lowest validation loss so far."""
@@ -395,7 +403,7 @@ def train_vqvae(run: Run, state: dict, data: Dataset, options, preset: Preset, d
             reconstructions, embedding_loss, _ = model(slices, quantise=update > warm_up)
         reconstruction_loss = F.mse_loss(reconstructions, slices)
         total_loss = reconstruction_loss + embedding_loss
-        stage.step(total_loss)
+        stage.step([total_loss])
         stage.note(reconstruction_loss=reconstruction_loss, embedding_loss=embedding_loss, total_loss=total_loss)
 
         # At even intervals and after the last update: validation; figures not more often than once a minute.
@@ -405,6 +413,19 @@ def train_vqvae(run: Run, state: dict, data: Dataset, options, preset: Preset, d
             stage.keep_best(values["reconstruction_loss"], model)
             if figures_due.due() or update == options.updates:
                 write_vqvae_figures(run, model, data.validate, counts, options.images, device)
+
+
+def in_parts(loss_of: Callable[..., Tensor], codes: Tensor, *others: Tensor) -> Iterator[Tensor]:
+    """What adds up to the loss of a batch: loss_of(codes, *others), a mean over slices, of its parts, each weighted.
+
+    codes (N, h, w), others (N, ...). On a CPU a part has some PART_CODES codes, so that what is kept for its gradient
+    stays in the caches: for K = 2048 an update of the prior then takes less than half the time.
+    """
+    size = len(codes) if codes.is_cuda else max(1, PART_CODES // codes[0].numel())
+    for part in zip(*(of.split(size) for of in (codes, *others))):
+        with autocast(codes.device):
+            loss = loss_of(*part) * (len(part[0]) / len(codes))
+        yield loss
 
 
 class Feed:
@@ -568,17 +589,21 @@ def train_prior(
         slices, positions, variation = feed(update)
         with autocast(device):
             codes = vqvae.encode(slices)  # anew for each update: a mirrored slice has other codes
-            loss = nats_per_code(model(codes, positions, variation), codes)
-        stage.step(loss)
+        loss = stage.step(in_parts(nats_of(model), codes, positions, variation))
         stage.note(**in_bits(loss))
 
         # At even intervals and after the last update: validation of the averaged weights; the best so far are kept.
         if stage.at_share(EVALUATIONS):
-            nats = evaluate_prior(averaged, validation_codes, validation_positions, options.batch_size, device)
+            nats = evaluate_prior(averaged, validation_codes, validation_positions, options.batch_size)
             stage.log("validate", in_bits(nats))
             stage.keep_best(nats, averaged)
             if figures_due.due() or update == options.prior_updates:
                 prior_loss_figure(options.images / "prior_loss.png", run.curves("prior"), config.codes)
+
+
+def nats_of(model: GatedPixelCNN) -> Callable[..., Tensor]:
+    """The loss of a prior: a function of codes and of what else its `forward` takes."""
+    return lambda codes, *others: nats_per_code(model(codes, *others), codes)
 
 
 def average(averaged: list[Tensor], weights: list[Tensor], count: Tensor) -> None:
@@ -600,15 +625,12 @@ def in_bits(nats: Tensor | float) -> dict[str, Tensor | float]:
 
 
 @torch.no_grad()
-def evaluate_prior(
-    model: GatedPixelCNN, codes: Tensor, positions: Tensor, batch_size: int, device: torch.device
-) -> float:
+def evaluate_prior(model: GatedPixelCNN, codes: Tensor, positions: Tensor, batch_size: int) -> float:
     """Mean negative log-likelihood of codes (N, h, w) at positions (N,), in nats a code."""
     model.eval()
     total = 0.0
-    for batch, position in zip(codes.split(batch_size), positions.split(batch_size)):
-        with autocast(device):
-            total += nats_per_code(model(batch, position), batch).item() * batch.numel()
+    for batch in zip(codes.split(batch_size), positions.split(batch_size)):
+        total += sum(in_parts(nats_of(model), *batch)).item() * batch[0].numel()
     model.train()
     return total / codes.numel()
 
@@ -641,8 +663,8 @@ def train_detail(
     for update in stage.updates():
         slices, _, _ = feed(update)
         with autocast(device):
-            loss = model.loss(slices, vqvae.encode(slices), vqvae)
-        stage.step(loss)
+            codes = vqvae.encode(slices)
+        loss = stage.step(in_parts(lambda part, of: model.loss(of, part, vqvae), codes, slices))
         stage.note(flow_loss=loss)
 
         # At even intervals and after the last update: validation of the averaged weights; the best so far are kept.

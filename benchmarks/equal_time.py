@@ -1,8 +1,9 @@
 """What our prior and the paper's 15 gated layers reach in equal time, on the codes of a finished run.
 
-Held-out bits a code. Both learn the same codes, those of the run's training slices as they are; ours is told the
-slices' positions and has its weights averaged, as in train.py. They take turns: whichever has used less time makes the
-next update. Ten times, at even intervals, both are tried on held-out slices, which is not counted; the best counts.
+Held-out bits a code. Both learn the same codes, those of the run's training slices as they are, in batches that go
+through the network in parts; ours is told the slices' positions and has its weights averaged, as in train.py. They take
+turns: whichever has used less time makes the next update. Ten times, at even intervals, both are tried on held-out
+slices, which is not counted; the best counts.
 
     python benchmarks/equal_time.py --run RUN [--minutes 20] [--split test] [--seed 0]
 """
@@ -10,10 +11,12 @@ next update. Ten times, at even intervals, both are tried on held-out slices, wh
 import argparse
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from common import machine, report
+from peers import descend
 from reference import PaperPixelCNN
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
@@ -22,10 +25,10 @@ from tqdm import tqdm
 from dataset import Slices, batch_indices, load_dataset
 from metrics import nats_per_code
 from modules import VQVAE, GatedPixelCNN, PriorConfig, VQVAEConfig
-from train import PRESETS, average, extract_codes
-from utils import autocast, load_weights, pick_device, read_config
+from train import PRESETS, average, extract_codes, in_parts, nats_of
+from utils import load_weights, pick_device, read_config
 
-BATCH = 32
+BATCH, PART = 32, 4  # PART: held-out slices at a time
 LOOKS = 10
 
 
@@ -38,19 +41,18 @@ class Contender:
         self.optimiser = torch.optim.AdamW(network.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
         self.seconds, self.updates, self.looks = 0.0, 0, []
 
-    def logits(self, network: torch.nn.Module, codes: Tensor, positions: Tensor) -> Tensor:
-        return network(codes, positions) if self.told else network(codes)
+    def loss_of(self, network: torch.nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+        """Of codes and positions: nats a code."""
+        if self.told:
+            return nats_of(network)
+        return lambda codes, _: nats_per_code(network(codes), codes)
 
     def learn(self, codes: Tensor, positions: Tensor, share: float) -> None:
         """One update, after `share` of the time; the rate falls along a cosine."""
         start = time.perf_counter()
         for group in self.optimiser.param_groups:
             group["lr"] = self.rate * min(1.0, (self.updates + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * share))
-        with autocast(codes.device):
-            loss = nats_per_code(self.logits(self.network, codes, positions), codes)
-        self.optimiser.zero_grad()
-        loss.backward()
-        self.optimiser.step()
+        descend(self.optimiser, in_parts(self.loss_of(self.network), codes, positions))
         if self.averaged:
             self.averaged.update_parameters(self.network)
         if codes.is_cuda:
@@ -62,8 +64,8 @@ class Contender:
     def look(self, codes: Tensor, positions: Tensor) -> None:
         """Bits a held-out code, float32, without dropout."""
         network = (self.averaged.module if self.averaged else self.network).eval()
-        parts = zip(codes.split(BATCH), positions.split(BATCH))
-        nats = sum(nats_per_code(self.logits(network, *part), part[0]).item() * len(part[0]) for part in parts)
+        parts = zip(codes.split(PART), positions.split(PART))
+        nats = sum(self.loss_of(network)(*part).item() * len(part[0]) for part in parts)
         network.train()
         self.looks.append(nats / len(codes) / math.log(2))
 

@@ -4,7 +4,7 @@ Each is wrapped in a function to be timed. What they sample is timed by single s
 neither keeps anything from one code to the next.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -45,15 +45,16 @@ def monai_update(slices: torch.Tensor) -> Callable[[], object]:
 
     def update():
         reconstructions, quantisation_loss = model(slices)
-        descend(optimiser, torch.nn.functional.mse_loss(reconstructions, slices) + quantisation_loss)
+        descend(optimiser, [torch.nn.functional.mse_loss(reconstructions, slices) + quantisation_loss])
 
     return update
 
 
-def descend(optimiser: torch.optim.Optimizer, loss: torch.Tensor) -> None:
+def descend(optimiser: torch.optim.Optimizer, losses: Iterable[torch.Tensor]) -> None:
     """Backward and step."""
     optimiser.zero_grad()
-    loss.backward()
+    for loss in losses:
+        loss.backward()
     optimiser.step()
 
 

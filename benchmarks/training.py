@@ -19,7 +19,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from dataset import load_dataset
-from metrics import nats_per_code
 from modules import VQVAE, Detail, DetailConfig, GatedPixelCNN, PriorConfig, VQVAEConfig
 from utils import autocast, pick_device
 
@@ -36,7 +35,7 @@ def our_vqvae_update(slices: torch.Tensor):
     def update():
         with autocast(device):
             reconstructions, embedding_loss, _ = model(slices)
-        descend(optimiser, F.mse_loss(reconstructions, slices) + embedding_loss)
+        descend(optimiser, [F.mse_loss(reconstructions, slices) + embedding_loss])
 
     return update
 
@@ -48,7 +47,7 @@ def textbook_vqvae_update(slices: torch.Tensor):
 
     def update():
         reconstructions, embedding_loss, _ = model(slices)
-        descend(optimiser, F.mse_loss(reconstructions, slices) + embedding_loss)
+        descend(optimiser, [F.mse_loss(reconstructions, slices) + embedding_loss])
 
     return update
 
@@ -60,9 +59,7 @@ def our_prior_update(device: torch.device):
     codes, positions = torch.randint(512, (BATCH, *GRID), device=device), torch.rand(BATCH, device=device)
 
     def update():
-        with autocast(device):
-            loss = nats_per_code(model(codes, positions), codes)
-        descend(optimiser, loss)
+        descend(optimiser, train.in_parts(train.nats_of(model), codes, positions))
 
     return update
 
@@ -74,7 +71,7 @@ def paper_prior_update(device: torch.device):
     codes = torch.randint(512, (BATCH, *GRID), device=device)
 
     def update():
-        descend(optimiser, F.cross_entropy(model(codes), codes))
+        descend(optimiser, [F.cross_entropy(model(codes), codes)])
 
     return update
 
@@ -100,8 +97,8 @@ def our_detail_update(slices: torch.Tensor):
 
     def update():
         with autocast(slices.device):
-            loss = model.loss(slices, vqvae.encode(slices), vqvae)
-        descend(optimiser, loss)
+            codes = vqvae.encode(slices)
+        descend(optimiser, train.in_parts(lambda part, of: model.loss(of, part, vqvae), codes, slices))
 
     return update
 

@@ -89,7 +89,7 @@ def test_nearest_is_the_brute_force_search():
 def test_nearest_does_not_depend_on_how_rows_are_split(monkeypatch):
     codebook, vectors = Codebook(17, 5, decay=0.9), torch.randn(100, 5)
     whole = codebook.nearest(vectors)
-    monkeypatch.setattr("modules.SEARCH_ROWS", 7)
+    monkeypatch.setattr("modules.SEARCH_CELLS", 7 * 17)
     assert torch.equal(codebook.nearest(vectors), whole)
 
 

@@ -292,7 +292,7 @@ def test_the_rate_rises_and_falls_to_nothing():
     stage = train.Stage(None, "vqvae", weight, 400, 0.5, 0)
     rates = []
     for stage.update in range(1, 401):
-        stage.step(weight(torch.ones(1)).square().sum())
+        stage.step([weight(torch.ones(1)).square().sum()])
         rates.append(stage.optimiser.param_groups[0]["lr"])
     assert rates[0] == pytest.approx(0.5 / 50)
     assert rates[24] == pytest.approx(0.25, rel=0.02)
@@ -303,20 +303,38 @@ def test_the_rate_rises_and_falls_to_nothing():
     assert (np.diff(rates[49:]) < 0).all()
 
 
+def test_a_batch_in_parts_has_the_loss_and_the_gradient_of_the_whole(monkeypatch):
+    """Five slices of 16 codes in parts of 2, 2 and 1, without autocast, whose rounding would differ."""
+    monkeypatch.setattr(train, "autocast", lambda device: torch.autocast(device.type, enabled=False))
+    prior = GatedPixelCNN(PriorConfig(grid=(4, 4), codes=7, channels=8, dropout=0.0, head=8))
+    codes, positions = torch.randint(7, (5, 4, 4)), torch.rand(5)
+    whole = F.cross_entropy(prior(codes, positions), codes)
+    expected = torch.autograd.grad(whole, list(prior.parameters()), allow_unused=True)
+    for size, count in ((33, 3), (8, 5), (80, 1)):
+        monkeypatch.setattr(train, "PART_CODES", size)
+        prior.zero_grad()
+        losses = list(train.in_parts(train.nats_of(prior), codes, positions))
+        assert len(losses) == count
+        sum(losses).backward()
+        assert sum(losses).item() == pytest.approx(whole.item(), rel=1e-5)
+        for weight, gradient in zip(prior.parameters(), expected):
+            assert gradient is None or torch.allclose(weight.grad, gradient, atol=1e-6)
+
+
 def test_evaluation_does_not_depend_on_the_batch_size(trained):
     vqvae = load_weights(trained.run / "vqvae.safetensors", VQVAE, VQVAEConfig)
     prior = load_weights(trained.run / "prior.safetensors", GatedPixelCNN, PriorConfig)
     slices, cpu = load_dataset(str(trained.data), None, (4, 4), 0).train, torch.device("cpu")
     values, counts = train.evaluate_vqvae(vqvae, slices, 12, cpu)
     codes, positions = train.extract_codes(vqvae, slices, 12, cpu), torch.from_numpy(slices.positions)
-    nats = train.evaluate_prior(prior, codes, positions, 12, cpu)
+    nats = train.evaluate_prior(prior, codes, positions, 12)
     assert counts.sum() == codes.numel() == 12 * 16 * 8
     for batch_size in (1, 5):
         assert torch.equal(train.extract_codes(vqvae, slices, batch_size, cpu), codes)
         other, other_counts = train.evaluate_vqvae(vqvae, slices, batch_size, cpu)
         assert other == pytest.approx(values, rel=1e-3)
         assert torch.equal(other_counts, counts)
-        assert train.evaluate_prior(prior, codes, positions, batch_size, cpu) == pytest.approx(nats, rel=1e-3)
+        assert train.evaluate_prior(prior, codes, positions, batch_size) == pytest.approx(nats, rel=1e-3)
 
 
 def test_detail_is_always_validated_with_the_same_noise(trained):
@@ -435,7 +453,7 @@ def test_a_stage_averages_the_weights_that_it_is_asked_to():
     stage = train.Stage(None, "detail", layer, 400, 0.5, 0, averaged=True)
     expected = AveragedModel(layer, multi_avg_fn=train.average)
     for stage.update in range(1, 6):
-        stage.step(layer(torch.ones(3)).square().sum())
+        stage.step([layer(torch.ones(3)).square().sum()])
         expected.update_parameters(layer)
         averaged = stage.networks["averaged"].module
         assert same_weights(averaged.state_dict(), expected.module.state_dict())
