@@ -10,30 +10,30 @@ from pathlib import Path
 
 import torch
 
-CODES, DIM = 512, 64
+DIM = 64
 
 
-def vqvae_updates(slices: torch.Tensor) -> dict[str, Callable[[], object]]:
-    """One update of each on slices (N, 1, H, W), with Adam, in float32."""
+def vqvae_updates(slices: torch.Tensor, codes: int) -> dict[str, Callable[[], object]]:
+    """One update of each on slices (N, 1, H, W), pythae's with K codes, with Adam, in float32."""
     updates = {}
     if find_spec("pythae"):
-        updates["pythae"] = pythae_update(slices)
+        updates["pythae"] = pythae_update(slices, codes)
     if find_spec("monai"):
         updates["monai"] = monai_update(slices)
     return updates
 
 
-def pythae_update(slices: torch.Tensor) -> Callable[[], object]:
-    """pythae's VQ-VAE with the residual networks of its CIFAR example: a 64x32 grid for 256x128 slices, K = 512."""
+def pythae_update(slices: torch.Tensor, codes: int) -> Callable[[], object]:
+    """pythae's VQ-VAE with the residual networks of its CIFAR example: a 64x32 grid for 256x128 slices."""
     from pythae.models import VQVAE, VQVAEConfig
     from pythae.models.nn.benchmarks.cifar import Decoder_ResNet_VQVAE_CIFAR, Encoder_ResNet_VQVAE_CIFAR
 
     # The example's networks have three channels built in: grey slices are given three times.
-    config = VQVAEConfig(input_dim=(3, *slices.shape[2:]), latent_dim=DIM, num_embeddings=CODES)
+    config = VQVAEConfig(input_dim=(3, *slices.shape[2:]), latent_dim=DIM, num_embeddings=codes)
     model = VQVAE(config, Encoder_ResNet_VQVAE_CIFAR(config), Decoder_ResNet_VQVAE_CIFAR(config)).to(slices.device)
     optimiser = torch.optim.Adam(model.parameters())
     inputs = {"data": slices.expand(-1, 3, -1, -1)}
-    return lambda: descend(optimiser, model(inputs).loss)
+    return lambda: descend(optimiser, [model(inputs).loss])
 
 
 def monai_update(slices: torch.Tensor) -> Callable[[], object]:
@@ -58,24 +58,24 @@ def descend(optimiser: torch.optim.Optimizer, losses: Iterable[torch.Tensor]) ->
     optimiser.step()
 
 
-def sampling_steps(grid: tuple[int, int], device: torch.device) -> dict[str, Callable[[], object]]:
-    """What each computes for one code of one grid; MONAI's transformer for a code in the middle of the grid."""
+def sampling_steps(grid: tuple[int, int], size: int, device: torch.device) -> dict[str, Callable[[], object]]:
+    """What each computes for one code of one grid, K = `size`; MONAI's transformer for a code in the middle."""
     steps = {}
     if find_spec("pythae"):
         from pythae.models.normalizing_flows.pixelcnn import PixelCNN, PixelCNNConfig
 
-        pixelcnn = PixelCNN(PixelCNNConfig(input_dim=(1, *grid), n_embeddings=CODES)).to(device).eval()
-        codes = torch.randint(CODES, (1, 1, *grid), device=device).float()
+        pixelcnn = PixelCNN(PixelCNNConfig(input_dim=(1, *grid), n_embeddings=size)).to(device).eval()
+        codes = torch.randint(size, (1, 1, *grid), device=device).float()
         steps["pythae"] = torch.no_grad()(lambda: pixelcnn({"data": codes}))
     if find_spec("monai"):
         from monai.networks.nets import DecoderOnlyTransformer
 
-        size = grid[0] * grid[1]
+        length = grid[0] * grid[1]
         transformer = DecoderOnlyTransformer(
-            CODES + 1, size, attn_layers_dim=96, attn_layers_depth=8, attn_layers_heads=4
+            size + 1, length, attn_layers_dim=96, attn_layers_depth=8, attn_layers_heads=4
         )
         transformer = transformer.to(device).eval()
-        half = torch.randint(CODES, (1, size // 2), device=device)
+        half = torch.randint(size, (1, length // 2), device=device)
         steps["monai"] = torch.no_grad()(lambda: transformer(half))
     return steps
 

@@ -27,9 +27,9 @@ class Residual(nn.Module):
 
 
 class TextbookVQVAE(nn.Module):
-    """Slices (N, 1, H, W) to codes (N, H/4, W/4) and back: K = 512, D = 64, commitment 0.25, codes by gradient."""
+    """Slices (N, 1, H, W) to codes (N, H/4, W/4) and back: D = 64, commitment 0.25, codes by gradient."""
 
-    def __init__(self):
+    def __init__(self, codes: int = 512):
         super().__init__()
         self.encoder = nn.Sequential(
             nn.Conv2d(1, 64, 4, stride=2, padding=1),
@@ -42,8 +42,8 @@ class TextbookVQVAE(nn.Module):
             nn.ReLU(),
             nn.Conv2d(128, 64, 1),
         )
-        self.codebook = nn.Embedding(512, 64)
-        nn.init.uniform_(self.codebook.weight, -1 / 512, 1 / 512)
+        self.codebook = nn.Embedding(codes, 64)
+        nn.init.uniform_(self.codebook.weight, -1 / codes, 1 / codes)
         self.decoder = nn.Sequential(
             nn.Conv2d(64, 128, 3, padding=1),
             Residual(128),

@@ -3,7 +3,7 @@
 The full forwards are timed at places spread over the grid and multiplied up: all 2048 would take most of an hour.
 pythae and MONAI, where they are installed, in the same way.
 
-    python benchmarks/sampling.py [--device cuda] [--rounds 3] [--profile]
+    python benchmarks/sampling.py [--codes 512] [--device cuda] [--rounds 3] [--profile]
 """
 
 import argparse
@@ -35,18 +35,20 @@ def sample_and_decode(prior: GatedPixelCNN, vqvae: VQVAE, detail: Detail, device
 def main() -> None:
     """Print the JSON lines and the sentence."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--codes", type=int, default=512, help="K (default: 512, the paper's; the full preset: 2048)")
     parser.add_argument("--device", default="auto", help="cpu, cuda ... (default: a GPU where there is one)")
     parser.add_argument("--rounds", type=int, default=3, help="timings of each (default: 3)")
     parser.add_argument("--profile", action="store_true", help="also print where sampling spends its time")
     options = parser.parse_args()
     device = pick_device(options.device)
+    size = options.codes
     torch.manual_seed(0)
-    prior = GatedPixelCNN(PriorConfig(grid=GRID)).to(device, memory_format=torch.channels_last).eval()
-    vqvae = VQVAE(VQVAEConfig()).to(device, memory_format=torch.channels_last).eval()
-    detail = Detail(DetailConfig()).to(device, memory_format=torch.channels_last).eval()
+    prior = GatedPixelCNN(PriorConfig(grid=GRID, codes=size)).to(device, memory_format=torch.channels_last).eval()
+    vqvae = VQVAE(VQVAEConfig(codes=size)).to(device, memory_format=torch.channels_last).eval()
+    detail = Detail(DetailConfig(codes=size)).to(device, memory_format=torch.channels_last).eval()
     positions = torch.rand(BATCH, device=device)
-    codes = torch.randint(512, (BATCH, *GRID), device=device)
-    steps = sampling_steps(GRID, device)
+    codes = torch.randint(size, (BATCH, *GRID), device=device)
+    steps = sampling_steps(GRID, size, device)
     seconds = interleave(
         {
             "batch": lambda: prior.sample(range(BATCH), positions),
@@ -59,7 +61,7 @@ def main() -> None:
         },
         options.rounds,
     )
-    settings = {"batch": BATCH, "grid": list(GRID), "codes": 512, "machine": machine(device)}
+    settings = {"batch": BATCH, "grid": list(GRID), "codes": size, "machine": machine(device)}
     one = settings | {"batch": 1}
     forward = seconds["forwards"] / len(PLACES)
     by_forwards = forward * GRID[0] * GRID[1]

@@ -1,6 +1,6 @@
 """Seconds an update of both networks, ours against the textbook's, at the published recipe's sizes.
 
-    python benchmarks/training.py [--device cuda] [--rounds 5] [--profile]
+    python benchmarks/training.py [--codes 512] [--device cuda] [--rounds 5] [--profile]
 
 Beside them the machine's own rate in a 3x3 convolution of 128 channels on the code grid, and the rate that our VQ-VAE's
 update reaches; pythae and MONAI, where they are installed; on a GPU the whole recipe as train.py runs it.
@@ -25,10 +25,10 @@ from utils import autocast, pick_device
 BATCH, SIZE, GRID = 32, (256, 128), (64, 32)
 
 
-def our_vqvae_update(slices: torch.Tensor):
-    """One update of stage 1 as train.py makes it, codes in use."""
+def our_vqvae_update(slices: torch.Tensor, codes: int):
+    """One update of stage 1 as train.py makes it, with K codes in use."""
     device = slices.device
-    model = VQVAE(VQVAEConfig()).to(device, memory_format=torch.channels_last)
+    model = VQVAE(VQVAEConfig(codes=codes)).to(device, memory_format=torch.channels_last)
     optimiser = torch.optim.AdamW(model.parameters(), fused=True)
     slices = slices.contiguous(memory_format=torch.channels_last)
 
@@ -40,9 +40,9 @@ def our_vqvae_update(slices: torch.Tensor):
     return update
 
 
-def textbook_vqvae_update(slices: torch.Tensor):
+def textbook_vqvae_update(slices: torch.Tensor, codes: int):
     """The same of the textbook's, in float32."""
-    model = TextbookVQVAE().to(slices.device)
+    model = TextbookVQVAE(codes).to(slices.device)
     optimiser = torch.optim.Adam(model.parameters())
 
     def update():
@@ -52,11 +52,11 @@ def textbook_vqvae_update(slices: torch.Tensor):
     return update
 
 
-def our_prior_update(device: torch.device):
-    """One update of stage 2 as train.py makes it, without the encoding."""
-    model = GatedPixelCNN(PriorConfig(grid=GRID)).to(device, memory_format=torch.channels_last)
+def our_prior_update(size: int, device: torch.device):
+    """One update of stage 2 as train.py makes it, without the encoding, for K = `size`."""
+    model = GatedPixelCNN(PriorConfig(grid=GRID, codes=size)).to(device, memory_format=torch.channels_last)
     optimiser = torch.optim.AdamW(model.parameters(), fused=True)
-    codes, positions = torch.randint(512, (BATCH, *GRID), device=device), torch.rand(BATCH, device=device)
+    codes, positions = torch.randint(size, (BATCH, *GRID), device=device), torch.rand(BATCH, device=device)
 
     def update():
         descend(optimiser, train.in_parts(train.nats_of(model), codes, positions))
@@ -64,11 +64,11 @@ def our_prior_update(device: torch.device):
     return update
 
 
-def paper_prior_update(device: torch.device):
+def paper_prior_update(size: int, device: torch.device):
     """The same of the paper's network, in float32."""
-    model = PaperPixelCNN().to(device)
+    model = PaperPixelCNN(size).to(device)
     optimiser = torch.optim.Adam(model.parameters())
-    codes = torch.randint(512, (BATCH, *GRID), device=device)
+    codes = torch.randint(size, (BATCH, *GRID), device=device)
 
     def update():
         descend(optimiser, [F.cross_entropy(model(codes), codes)])
@@ -89,16 +89,16 @@ def convolution(device: torch.device):
     return update
 
 
-def our_detail_update(slices: torch.Tensor):
+def our_detail_update(slices: torch.Tensor, codes: int):
     """One update of the detail, its slices encoded and decoded anew."""
-    vqvae = VQVAE(VQVAEConfig()).to(slices.device, memory_format=torch.channels_last).eval()
-    model = Detail(DetailConfig()).to(slices.device, memory_format=torch.channels_last)
+    vqvae = VQVAE(VQVAEConfig(codes=codes)).to(slices.device, memory_format=torch.channels_last).eval()
+    model = Detail(DetailConfig(codes=codes)).to(slices.device, memory_format=torch.channels_last)
     optimiser = torch.optim.AdamW(model.parameters(), fused=True)
 
     def update():
         with autocast(slices.device):
-            codes = vqvae.encode(slices)
-        descend(optimiser, train.in_parts(lambda part, of: model.loss(of, part, vqvae), codes, slices))
+            grids = vqvae.encode(slices)
+        descend(optimiser, train.in_parts(lambda part, of: model.loss(of, part, vqvae), grids, slices))
 
     return update
 
@@ -123,19 +123,21 @@ def recipe(device: torch.device) -> float:
 def main() -> None:
     """Print the JSON lines and the sentence."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--codes", type=int, default=512, help="K (default: 512, the paper's; the full preset: 2048)")
     parser.add_argument("--device", default="auto", help="cpu, cuda ... (default: a GPU where there is one)")
     parser.add_argument("--rounds", type=int, default=5, help="timed updates of each (default: 5)")
     parser.add_argument("--profile", action="store_true", help="also print where an update of ours spends its time")
     options = parser.parse_args()
     device = pick_device(options.device)
-    settings = {"batch": BATCH, "grid": list(GRID), "codes": 512, "machine": machine(device)}
-    slices = torch.rand(BATCH, 1, *SIZE, device=device) * 2 - 1
+    settings = {"batch": BATCH, "grid": list(GRID), "codes": options.codes, "machine": machine(device)}
+    size, slices = options.codes, torch.rand(BATCH, 1, *SIZE, device=device) * 2 - 1
+    peers = vqvae_updates(slices, size)
     limit = convolution(device)
     found = []
     for name, ours, others in (
-        ("vqvae", our_vqvae_update(slices), {"reference": textbook_vqvae_update(slices), **vqvae_updates(slices)}),
-        ("prior", our_prior_update(device), {"reference": paper_prior_update(device)}),
-        ("detail", our_detail_update(slices), {}),
+        ("vqvae", our_vqvae_update(slices, size), {"reference": textbook_vqvae_update(slices, size), **peers}),
+        ("prior", our_prior_update(size, device), {"reference": paper_prior_update(size, device)}),
+        ("detail", our_detail_update(slices, size), {}),
     ):
         seconds = interleave({"ours": ours, "convolution": limit, **others}, options.rounds)
         share = flops(ours) / seconds["ours"] / (flops(limit) / seconds["convolution"])

@@ -11,6 +11,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import equal_time
 import noise_floor
+import sampling
+import training
 from reference import PaperPixelCNN, TextbookVQVAE, sample_by_full_forwards
 
 
@@ -70,6 +72,34 @@ def lines(monkeypatch, capsys):
         return {line["name"]: line for line in map(json.loads, printed)}, sentence
 
     return run
+
+
+def test_updates_of_every_network_are_timed(lines, monkeypatch):
+    for name, value in {"BATCH": 2, "SIZE": (32, 16), "GRID": (8, 4)}.items():
+        monkeypatch.setattr(training, name, value)
+    printed, sentence = lines(training, "--rounds", 1, "--codes", 16, "--device", "cpu")
+    for network in ("vqvae", "prior", "detail"):
+        line = printed[f"{network}_update_seconds"]
+        assert 0 < line["value"] < 60
+        assert line["codes"] == 16
+        assert f"an update of the {network} takes {line['value']:.3g} s" in sentence
+    for network in ("vqvae", "prior"):
+        ours, theirs = (printed[f"{network}_update_seconds{whose}"]["value"] for whose in ("", "_reference"))
+        assert printed[f"{network}_update_speedup"]["value"] == pytest.approx(theirs / ours, rel=1e-2)
+
+
+def test_sampling_is_timed_beside_a_forward_a_code(lines, monkeypatch):
+    """Grids of 32 codes, of which one full forward is timed."""
+    for name, value in {"BATCH": 2, "GRID": (8, 4), "PLACES": [(2, 2)], "SLICES": {"cpu": (2, 2)}}.items():
+        monkeypatch.setattr(sampling, name, value)
+    printed, sentence = lines(sampling, "--rounds", 1, "--codes", 16, "--device", "cpu")
+    values = {name: line["value"] for name, line in printed.items()}
+    assert min(values.values()) > 0
+    forwards = values["sampling_by_full_forwards_seconds"]
+    assert values["sampling_speedup"] == pytest.approx(forwards / values["sampling_seconds"], rel=1e-2)
+    assert values["sampling_over_one_forward"] == pytest.approx(values["sampling_seconds"] / (forwards / 32), rel=1e-2)
+    assert values["decoding_seconds"] < values["detail_seconds"]
+    assert "2 whole slices" in sentence
 
 
 def test_without_noise_a_slice_is_more_like_an_exposure_than_another_is(lines):
