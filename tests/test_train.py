@@ -270,7 +270,8 @@ def test_losses_fall(options, monkeypatch):
     faster = replace(train.PRESETS["tiny"], **faster)
     monkeypatch.setitem(train.PRESETS, "tiny", faster)
     monkeypatch.setattr(train, "LOG_LINES", 250)
-    train.main(arguments(**options | {"updates": 150, "prior_updates": 150, "detail_updates": 100}))
+    lengths = {"updates": 150, "prior_updates": 150, "detail_updates": 100, "batch_size": 20}
+    train.main(arguments(**options | lengths))
     lines = lines_of(options["run"])
     data = load_dataset(str(options["data"]), None, (4, 4), 0)
     slices = data.train.batch(range(len(data.train)))
@@ -404,11 +405,14 @@ def test_the_figure_of_detail_shows_what_its_strips_are_called(trained, tmp_path
 
 
 def test_detail_is_learnt_of_slices_as_they_are(options, monkeypatch):
-    """Mirrored, but not varied: what was turned or stretched has been smoothed. The prior's are varied."""
-    strengths, real = [], train.Feed
-    monkeypatch.setattr(train, "Feed", lambda *given: (strengths.append(given[2]), real(*given))[1])
+    """Mirrored, but not varied: what was turned or stretched has been smoothed. The prior's are varied.
+
+    Of the batch's five slices each update of the detail sees two, a quarter rounded up.
+    """
+    told, real = [], train.Feed
+    monkeypatch.setattr(train, "Feed", lambda *given: (told.append((given[1], given[3])), real(*given))[1])
     train.main(arguments(**options))
-    assert strengths == [0.0, 1.0, 0.0]
+    assert told == [(5, 0.0), (5, 1.0), (2, 0.0)]
 
 
 def test_describe_positions():
@@ -503,7 +507,7 @@ def test_strength_scales_what_is_done_to_slices():
 def test_slices_in_the_memory_of_a_gpu_are_the_same(options, slices_folder):
     """The path of a GPU, on the CPU."""
     given = train.parse_options(arguments(**options))
-    feed = train.Feed(load_dataset(str(slices_folder)), given, 1.0, torch.device("cpu"))
+    feed = train.Feed(load_dataset(str(slices_folder)), given.batch_size, given.seed, 1.0, torch.device("cpu"))
     for update in (1, 2, 9):
         torch.manual_seed(update)
         slices, *told = feed(update)
@@ -1160,15 +1164,15 @@ def test_a_run_that_cannot_be_read_is_one_line(tmp_path, complaint, slices_folde
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({}, 750),
-        ({"updates": 60}, 60),
-        ({"updates": 5000}, 750),
-        ({"prior_updates": 3}, 750),
+        ({}, 3000),
+        ({"updates": 60}, 240),
+        ({"updates": 5000}, 3000),
+        ({"prior_updates": 3}, 3000),
         ({"updates": 60, "detail_updates": 7}, 7),
         ({"updates": 60, "detail_updates": 900}, 900),
     ],
 )
-def test_detail_has_no_more_updates_than_the_vqvae_where_none_are_given(given, expected):
+def test_detail_sees_no_more_slices_than_the_vqvae_where_its_updates_are_not_given(given, expected):
     assert train.parse_options(arguments(preset="demo", **given)).detail_updates == expected
 
 
