@@ -79,7 +79,7 @@ KMEANS_SLICES = 128
 CHECKPOINT_SECONDS = 60
 AVERAGE_DECAY = 0.99  # of averaged weights in the end: a memory of some 100 updates
 SPREAD_SLICES = 256  # from which the spread of detail is measured
-DETAIL_SHARE = 4  # the detail learns from a quarter of a batch: small updates teach it more in the same time
+SHARE = 4  # prior and detail learn from a quarter of a batch: small updates teach them more in the same time
 PART_CODES = 8192  # of a batch that a network is given at once on a CPU
 LONG_SECONDS = 1  # an update that takes longer is left on a signal: a checkpoint has to be written in five
 COLLAPSED = (0.1, 500)  # share of codes used, and for how many updates
@@ -100,7 +100,7 @@ class Preset:
     detail_updates: int
     augmentation: float
     learning_rate: float = 1e-3
-    prior_learning_rate: float = 3e-3
+    prior_learning_rate: float = 2e-3
     detail_learning_rate: float = 2e-3
 
 
@@ -111,7 +111,7 @@ PRESETS = {
         DetailConfig(),
         (256, 128),
         updates=5000,
-        prior_updates=5000,
+        prior_updates=20000,
         detail_updates=20000,
         augmentation=1.0,
     ),
@@ -121,7 +121,7 @@ PRESETS = {
         DetailConfig(),
         (128, 64),
         updates=1000,
-        prior_updates=400,
+        prior_updates=1600,
         detail_updates=3000,
         augmentation=0.0,
     ),
@@ -150,7 +150,7 @@ def parse_options(arguments: Sequence[str] | None):
         "--prior-updates",
         type=limited["prior_updates"],
         metavar="N",
-        help="updates of the prior (default: the preset's)",
+        help="updates of the prior, of a quarter of a batch (default: the preset's)",
     )
     parser.add_argument(
         "--detail-updates",
@@ -191,7 +191,7 @@ def parse_options(arguments: Sequence[str] | None):
     preset = PRESETS[options.preset]
     options.updates = options.updates or preset.updates
     options.prior_updates = options.prior_updates or preset.prior_updates
-    options.detail_updates = options.detail_updates or min(DETAIL_SHARE * options.updates, preset.detail_updates)
+    options.detail_updates = options.detail_updates or min(SHARE * options.updates, preset.detail_updates)
     options.augmentation = preset.augmentation if options.augmentation is None else options.augmentation
     return options
 
@@ -586,7 +586,7 @@ def train_prior(
     averaged = stage.networks["averaged"].module
     stage.resume(state)
     stage.checkpoint()  # from here on stage 1 need not be looked at again
-    feed = Feed(data, options.batch_size, options.seed, options.augmentation, device)
+    feed = Feed(data, -(-options.batch_size // SHARE), options.seed, options.augmentation, device)
     figures_due = Clock(CHECKPOINT_SECONDS)
 
     for update in stage.updates():
@@ -661,7 +661,7 @@ def train_detail(
     averaged = stage.networks["averaged"].module
     stage.resume(state)
     stage.checkpoint()  # from here on stage 2 need not be looked at again
-    feed = Feed(data, -(-options.batch_size // DETAIL_SHARE), options.seed, 0.0, device)  # varied slices lack detail
+    feed = Feed(data, -(-options.batch_size // SHARE), options.seed, 0.0, device)  # varied slices lack detail
     figures_due = Clock(CHECKPOINT_SECONDS)
 
     for update in stage.updates():

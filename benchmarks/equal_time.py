@@ -28,7 +28,7 @@ from modules import VQVAE, GatedPixelCNN, PriorConfig, VQVAEConfig
 from train import PRESETS, average, extract_codes, in_parts, nats_of
 from utils import load_weights, pick_device, read_config
 
-BATCH, PART = 32, 4  # PART: held-out slices at a time
+BATCH, PART = 8, 4  # training slices an update, as train.py has for the prior; held-out slices at a time
 LOOKS = 10
 
 

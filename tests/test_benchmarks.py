@@ -129,7 +129,7 @@ def test_equal_time_is_given_to_the_slow_and_the_fast():
             self.cost, self.seconds, self.updates, self.looks, self.shares = cost, 0.0, 0, [], []
 
         def learn(self, codes, share):
-            assert len(codes) == 32
+            assert len(codes) == 8
             self.shares.append(share)
             self.seconds, self.updates = self.seconds + self.cost, self.updates + 1
 

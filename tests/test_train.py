@@ -407,12 +407,12 @@ def test_the_figure_of_detail_shows_what_its_strips_are_called(trained, tmp_path
 def test_detail_is_learnt_of_slices_as_they_are(options, monkeypatch):
     """Mirrored, but not varied: what was turned or stretched has been smoothed. The prior's are varied.
 
-    Of the batch's five slices each update of the detail sees two, a quarter rounded up.
+    Of the batch's five slices each update of prior and detail sees two, a quarter rounded up.
     """
     told, real = [], train.Feed
     monkeypatch.setattr(train, "Feed", lambda *given: (told.append((given[1], given[3])), real(*given))[1])
     train.main(arguments(**options))
-    assert told == [(5, 0.0), (5, 1.0), (2, 0.0)]
+    assert told == [(5, 0.0), (2, 1.0), (2, 0.0)]
 
 
 def test_describe_positions():
