@@ -140,7 +140,7 @@ def parse_options(arguments: Sequence[str] | None):
         "--preset",
         choices=PRESETS,
         default="full",
-        help="full: the published recipe (default); demo: half the prior, fewer updates, a smaller phantom: minutes",
+        help="full: the published recipe (default); demo: smaller networks and phantom, fewer updates: minutes",
     )
     limited = {name: number(int, *limits) for name, limits in LIMITS.items()}
     parser.add_argument(
@@ -159,7 +159,11 @@ def parse_options(arguments: Sequence[str] | None):
         help="updates of the detail, of a quarter of a batch (default: the preset's, at most 4 times --updates)",
     )
     parser.add_argument(
-        "--batch-size", type=limited["batch_size"], default=32, metavar="N", help="slices an update (default: 32)"
+        "--batch-size",
+        type=limited["batch_size"],
+        default=32,
+        metavar="N",
+        help="slices an update of the VQ-VAE; prior and detail have a quarter (default: 32)",
     )
     parser.add_argument(
         "--slice-size",
@@ -297,10 +301,10 @@ class Stage:
         for group in self.optimiser.param_groups:
             group["lr"] = self.learning_rate * rise * fall
         self.optimiser.zero_grad()
-        total = torch.zeros((), device=next(self.networks["model"].parameters()).device)
+        total = 0.0
         for loss in losses:
             loss.backward()
-            total += loss.detach()
+            total = total + loss.detach()
         self.optimiser.step()
         if "averaged" in self.networks:
             self.networks["averaged"].update_parameters(self.networks["model"])
@@ -391,9 +395,8 @@ def train_vqvae(run: Run, state: dict, data: Dataset, options, preset: Preset, d
     model = VQVAE(preset.vqvae).to(device, memory_format=torch.channels_last)
     stage = Stage(run, "vqvae", model, options.updates, preset.learning_rate, options.seed, options.checkpoint_every)
     stage.resume(state)
-    feed = Feed(
-        data, options.batch_size, options.seed, 0.0, device
-    )  # varied slices, which interpolation smooths, made SSIM lower
+    # Varied slices, which interpolation smooths, made SSIM lower.
+    feed = Feed(data, options.batch_size, options.seed, 0.0, device)
     # The encoder first learns without codes; they then start where its vectors are, and nearly all stay in use.
     warm_up = min(100, options.updates // 6)
     figures_due = Clock(CHECKPOINT_SECONDS)

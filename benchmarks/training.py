@@ -53,7 +53,7 @@ def textbook_vqvae_update(slices: torch.Tensor, codes: int):
 
 
 def our_prior_update(size: int, device: torch.device):
-    """One update of stage 2 as train.py makes it, without the encoding, for K = `size`."""
+    """One update of stage 2 as train.py makes it, but of 32 slices and without the encoding, for K = `size`."""
     model = GatedPixelCNN(PriorConfig(grid=GRID, codes=size)).to(device, memory_format=torch.channels_last)
     optimiser = torch.optim.AdamW(model.parameters(), fused=True)
     codes, positions = torch.randint(size, (BATCH, *GRID), device=device), torch.rand(BATCH, device=device)
@@ -90,7 +90,7 @@ def convolution(device: torch.device):
 
 
 def our_detail_update(slices: torch.Tensor, codes: int):
-    """One update of the detail, its slices encoded and decoded anew."""
+    """One update of the detail as train.py makes it, but of 32 slices, which are encoded and decoded anew."""
     vqvae = VQVAE(VQVAEConfig(codes=codes)).to(slices.device, memory_format=torch.channels_last).eval()
     model = Detail(DetailConfig(codes=codes)).to(slices.device, memory_format=torch.channels_last)
     optimiser = torch.optim.AdamW(model.parameters(), fused=True)
