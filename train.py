@@ -100,7 +100,7 @@ class Preset:
     detail_updates: int
     augmentation: float
     learning_rate: float = 1e-3
-    prior_learning_rate: float = 2e-3
+    prior_learning_rate: float = 8e-3
     detail_learning_rate: float = 2e-3
 
 
@@ -210,11 +210,10 @@ class Stage:
         model: nn.Module,
         updates: int,
         learning_rate: float,
-        seed: int,
-        checkpoint_every: int | None = None,
+        options,
         averaged: bool = False,
     ):
-        self.run, self.name, self.total, self.seed = run, name, updates, seed
+        self.run, self.name, self.total, self.seed = run, name, updates, options.seed
         self.networks = {"model": model}  # what a checkpoint holds the weights of
         if averaged:
             self.networks["averaged"] = AveragedModel(model, multi_avg_fn=average)
@@ -223,7 +222,7 @@ class Stage:
             step = torch.zeros((), device=weight.device)
             moments = {moment: torch.zeros_like(weight) for moment in ("exp_avg", "exp_avg_sq")}
             self.optimiser.state[weight] = {"step": step, **moments}
-        self.learning_rate, self.checkpoint_every = learning_rate, checkpoint_every
+        self.learning_rate, self.checkpoint_every = learning_rate, options.checkpoint_every
         self.update, self.best = 0, float("inf")
         self.losses: dict[str, list[Tensor | float]] = {}  # since the last log line
         self.clock, self.writer = Clock(CHECKPOINT_SECONDS), None
@@ -393,7 +392,7 @@ def train_vqvae(run: Run, state: dict, data: Dataset, options, preset: Preset, d
     """Stage 1: the VQ-VAE, its best weights to vqvae.safetensors."""
     seed_update(options.seed, "vqvae", 0)
     model = VQVAE(preset.vqvae).to(device, memory_format=torch.channels_last)
-    stage = Stage(run, "vqvae", model, options.updates, preset.learning_rate, options.seed, options.checkpoint_every)
+    stage = Stage(run, "vqvae", model, options.updates, preset.learning_rate, options)
     stage.resume(state)
     # Varied slices, which interpolation smooths, made SSIM lower.
     feed = Feed(data, options.batch_size, options.seed, 0.0, device)
@@ -576,16 +575,7 @@ def train_prior(
     config = replace(preset.prior, grid=tuple(validation_codes.shape[1:]), codes=vqvae.config.codes)
     model = GatedPixelCNN(config).to(device, memory_format=torch.channels_last)
     model.know_codes(vqvae.codebook.embeddings)
-    stage = Stage(
-        run,
-        "prior",
-        model,
-        options.prior_updates,
-        preset.prior_learning_rate,
-        options.seed,
-        options.checkpoint_every,
-        averaged=True,
-    )
+    stage = Stage(run, "prior", model, options.prior_updates, preset.prior_learning_rate, options, averaged=True)
     averaged = stage.networks["averaged"].module
     stage.resume(state)
     stage.checkpoint()  # from here on stage 1 need not be looked at again
@@ -651,16 +641,7 @@ def train_detail(
     config = replace(preset.detail, downsampling=given.downsampling, codes=given.codes, code_dim=given.code_dim)
     model = Detail(config).to(device, memory_format=torch.channels_last)
     model.measure(*lossy_slices(vqvae, data.train, options, device))
-    stage = Stage(
-        run,
-        "detail",
-        model,
-        options.detail_updates,
-        preset.detail_learning_rate,
-        options.seed,
-        options.checkpoint_every,
-        averaged=True,
-    )
+    stage = Stage(run, "detail", model, options.detail_updates, preset.detail_learning_rate, options, averaged=True)
     averaged = stage.networks["averaged"].module
     stage.resume(state)
     stage.checkpoint()  # from here on stage 2 need not be looked at again

@@ -290,7 +290,7 @@ def test_losses_fall(options, monkeypatch):
 
 def test_the_rate_rises_and_falls_to_nothing():
     weight = torch.nn.Linear(1, 1)
-    stage = train.Stage(None, "vqvae", weight, 400, 0.5, 0)
+    stage = train.Stage(None, "vqvae", weight, 400, 0.5, train.parse_options([]))
     rates = []
     for stage.update in range(1, 401):
         stage.step([weight(torch.ones(1)).square().sum()])
@@ -454,7 +454,7 @@ def test_averaged_weights_forget_the_first_ones_soon():
 
 def test_a_stage_averages_the_weights_that_it_is_asked_to():
     layer = torch.nn.Linear(3, 1)
-    stage = train.Stage(None, "detail", layer, 400, 0.5, 0, averaged=True)
+    stage = train.Stage(None, "detail", layer, 400, 0.5, train.parse_options([]), averaged=True)
     expected = AveragedModel(layer, multi_avg_fn=train.average)
     for stage.update in range(1, 6):
         stage.step([layer(torch.ones(3)).square().sum()])
@@ -463,7 +463,7 @@ def test_a_stage_averages_the_weights_that_it_is_asked_to():
         assert same_weights(averaged.state_dict(), expected.module.state_dict())
     assert not same_weights(averaged.state_dict(), layer.state_dict())
     assert stage.tensors().keys() == {"model", "averaged", "optimiser"}
-    assert train.Stage(None, "vqvae", layer, 400, 0.5, 0).tensors().keys() == {"model", "optimiser"}
+    assert train.Stage(None, "vqvae", layer, 400, 0.5, train.parse_options([])).tensors().keys() == {"model", "optimiser"}
 
 
 def test_varied_slices_are_slices_each_changed_a_little(slices_folder):
@@ -690,7 +690,7 @@ def test_checkpoints_are_made_every_so_many_updates(options, monkeypatch):
 
 def test_without_the_option_a_checkpoint_is_made_in_at_most_two_minutes():
     assert train.CHECKPOINT_SECONDS <= 120
-    stage = train.Stage(None, "vqvae", torch.nn.Linear(1, 1), 1000, 0.5, 0)
+    stage = train.Stage(None, "vqvae", torch.nn.Linear(1, 1), 1000, 0.5, train.parse_options([]))
     stage.update = 7
     assert not stage.checkpoint_due()
     stage.clock.last -= train.CHECKPOINT_SECONDS
@@ -861,7 +861,7 @@ def test_a_validation_that_is_not_finite_ends_the_run(options, monkeypatch, stag
 def test_what_is_not_finite_is_never_saved(tmp_path, value, place):
     linear = torch.nn.Linear(2, 2)
     with utils.Run(tmp_path / "run", {"options": {}}, {}) as run:
-        stage = train.Stage(run, "vqvae", linear, 400, 0.5, 0)
+        stage = train.Stage(run, "vqvae", linear, 400, 0.5, train.parse_options([]))
         stage.update = 7
         with torch.no_grad():
             weight = linear.weight
@@ -885,7 +885,7 @@ def test_a_collapsing_codebook_is_told_of_once(tmp_path, used, warned):
     """Validated every 100 updates."""
     said = []
     with utils.Run(tmp_path / "run", {"options": {}}, {}) as run:
-        stage = train.Stage(run, "vqvae", torch.nn.Linear(1, 1), 5000, 0.5, 0)
+        stage = train.Stage(run, "vqvae", torch.nn.Linear(1, 1), 5000, 0.5, train.parse_options([]))
         stage.bar, stage.started, stage.start = SimpleNamespace(write=said.append), 0, 0
         for number, share in enumerate(used, 1):
             stage.update = 100 * number
