@@ -454,7 +454,8 @@ def test_averaged_weights_forget_the_first_ones_soon():
 
 def test_a_stage_averages_the_weights_that_it_is_asked_to():
     layer = torch.nn.Linear(3, 1)
-    stage = train.Stage(None, "detail", layer, 400, 0.5, train.parse_options([]), averaged=True)
+    options = train.parse_options([])
+    stage = train.Stage(None, "detail", layer, 400, 0.5, options, averaged=True)
     expected = AveragedModel(layer, multi_avg_fn=train.average)
     for stage.update in range(1, 6):
         stage.step([layer(torch.ones(3)).square().sum()])
@@ -463,7 +464,7 @@ def test_a_stage_averages_the_weights_that_it_is_asked_to():
         assert same_weights(averaged.state_dict(), expected.module.state_dict())
     assert not same_weights(averaged.state_dict(), layer.state_dict())
     assert stage.tensors().keys() == {"model", "averaged", "optimiser"}
-    assert train.Stage(None, "vqvae", layer, 400, 0.5, train.parse_options([])).tensors().keys() == {"model", "optimiser"}
+    assert train.Stage(None, "vqvae", layer, 400, 0.5, options).tensors().keys() == {"model", "optimiser"}
 
 
 def test_varied_slices_are_slices_each_changed_a_little(slices_folder):
