@@ -25,7 +25,7 @@ from train import PRESETS
 from utils import autocast, pick_device
 
 BATCH = 32
-PRIOR_RATE = 3e-3  # for batches of 32; train.py's are smaller, and so is its rate
+PRIOR_RATE = 3e-3  # for batches of 32 and few patients; train.py's batches and its rate are others
 
 
 def halved(slices: Slices, device: torch.device) -> Tensor:
