@@ -145,7 +145,7 @@ def main() -> None:
         for other in others:
             report(f"{name}_update_seconds_{other}", seconds[other], "s", **settings)
         report(f"{name}_update_share_of_limit", share, "of the convolution's rate", **settings)
-        says = f"an update of the {name} takes {seconds['ours']:.3g} s at {share:.0%} of the machine's convolution rate"
+        says = f"an update of the {name} takes {seconds['ours']:.4g} s at {share:.0%} of the machine's convolution rate"
         if others:
             speedup = seconds["reference"] / seconds["ours"]
             report(f"{name}_update_speedup", speedup, "times", **settings)

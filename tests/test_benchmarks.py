@@ -82,7 +82,7 @@ def test_updates_of_every_network_are_timed(lines, monkeypatch):
         line = printed[f"{network}_update_seconds"]
         assert 0 < line["value"] < 60
         assert line["codes"] == 16
-        assert f"an update of the {network} takes {line['value']:.3g} s" in sentence
+        assert f"an update of the {network} takes {line['value']:.4g} s" in sentence
     for network in ("vqvae", "prior"):
         ours, theirs = (printed[f"{network}_update_seconds{whose}"]["value"] for whose in ("", "_reference"))
         assert printed[f"{network}_update_speedup"]["value"] == pytest.approx(theirs / ours, rel=1e-2)
