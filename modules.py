@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SEARCH_CELLS = 2**21  # scores (vectors x K) at once when the nearest code is searched: they stay in a CPU's cache
+CELLS = 2**21  # scores (vectors x K) at once, of the nearest code or the next one: they stay in a CPU's caches
 VARIATIONS = 6  # numbers that say how a slice was augmented
 NOT_CODES = 2**32  # added to a seed, which is smaller: random streams that are not those of the codes
 
@@ -61,8 +61,9 @@ class DetailConfig:
     codes: int = 512
     code_dim: int = 64
     channels: int = 128
-    blocks: int = 6
+    blocks: int = 4
     hidden: int = 64
+    fine: int = 32
     time_waves: int = 8
 
 
@@ -127,7 +128,7 @@ class Codebook(nn.Module):
     def nearest(self, vectors: Tensor) -> Tensor:
         """Codes (M,) of vectors (M, D). argmin |v - e|^2 = argmax (v.e - |e|^2 / 2)."""
         half_norms = -0.5 * self.embeddings.square().sum(1)
-        rows = max(1, SEARCH_CELLS // len(self.embeddings))
+        rows = max(1, CELLS // len(self.embeddings))
         scores = (torch.addmm(half_norms, part, self.embeddings.T) for part in vectors.split(rows))
         return torch.cat([part.argmax(1) for part in scores])
 
@@ -260,6 +261,39 @@ class GatedLayer(nn.Module):
         return v, h + self.output(self.dropout(gated(gates)))
 
 
+class LinearCrossEntropy(torch.autograd.Function):
+    """A linear layer and the sum of its cross-entropy, which finds the gradient along with the value.
+
+    Logits, CELLS at a time, turn into their gradient where they lie, so that none are kept and none computed twice.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, codes: Tensor, learning: bool) -> Tensor:
+        """Nats () of x (M, C), weight (K, C), bias (K,), codes (M,); without a gradient where not `learning`."""
+        w = weight.to(x.dtype)
+        gradients = [torch.zeros_like(of) for of in (x, weight, bias)]
+        rows = max(1, CELLS // len(bias))
+        nats = bias.new_zeros(())
+        for part, chosen, of_part in zip(x.split(rows), codes[:, None].split(rows), gradients[0].split(rows)):
+            logits = torch.mm(part, w.T).to(bias.dtype).add_(bias)
+            whole = logits.logsumexp(1, keepdim=True)
+            nats += (whole - logits.gather(1, chosen)).sum()
+            if not learning:
+                continue
+            slope = logits.sub_(whole).exp_().scatter_add_(1, chosen, -torch.ones_like(whole))  # softmax less one-hot
+            gradients[2].add_(slope.sum(0))
+            slope = slope.to(x.dtype)
+            gradients[1].add_(torch.mm(slope.T, part))
+            of_part.copy_(torch.mm(slope, w))
+        ctx.save_for_backward(*gradients)
+        return nats
+
+    @staticmethod
+    def backward(ctx, scale: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of x, weight and bias."""
+        return *(gradient * scale.to(gradient.dtype) for gradient in ctx.saved_tensors), None, None
+
+
 class GatedPixelCNN(nn.Module):
     """p(codes) = product over the grid, row by row, of p(code | codes before it) (arXiv:1606.05328).
 
@@ -316,6 +350,17 @@ class GatedPixelCNN(nn.Module):
 
         variation: (N, VARIATIONS), how the slices were augmented, of mean 0; None where they were not.
         """
+        return self.head[-1](self.hidden(codes, position, variation))
+
+    def nats(self, codes: Tensor, position: Tensor, variation: Tensor | None = None) -> Tensor:
+        """Mean negative log-likelihood () in nats a code, of what `forward` takes: the loss in training."""
+        rows = self.hidden(codes, position, variation).permute(0, 2, 3, 1).flatten(0, 2)
+        output = self.head[-1]
+        given = rows, output.weight[:, :, 0, 0], output.bias, codes.flatten(), torch.is_grad_enabled()
+        return LinearCrossEntropy.apply(*given) / codes.numel()
+
+    def hidden(self, codes: Tensor, position: Tensor, variation: Tensor | None) -> Tensor:
+        """What the last layer makes logits of (N, head, h, w)."""
         x = self.embedding(codes).permute(0, 3, 1, 2)  # (N, C, h, w)
         told = self.position_features(position)  # (N, C)
         if variation is not None:
@@ -327,7 +372,7 @@ class GatedPixelCNN(nn.Module):
         h = F.pad(x, (1, 0, 0, 0))[..., :-1] + place  # column c holds column c-1
         for layer in self.layers:
             v, h = layer(v, h)
-        return self.head(h)
+        return self.head[:-1](h)
 
     @torch.inference_mode()
     def sample(
@@ -486,7 +531,8 @@ class Detail(nn.Module):
     The spread is that of each pixel of a code's square in the training slices. So x_1 has variance 1 everywhere, in air
     as in muscle, and what is left to be learnt is its shape: were it normal noise, v would be c(t) x with
     c = (2t - 1) / (t^2 + (1 - t)^2), to which the network adds. Squares of pixels are moved into channels, as in the
-    encoder: all convolutions run on the code grid.
+    encoder, and most convolutions run on the code grid; the last ones, of `fine` channels, run on pixels, since grain
+    is the same wherever in a square it lies.
     """
 
     STEPS = 8
@@ -501,9 +547,17 @@ class Detail(nn.Module):
         self.context = nn.Conv2d(2 * square + config.code_dim, c, 3, padding=1, bias=False)
         self.time = nn.Linear(1 + 2 * config.time_waves, 2 * config.blocks * c)
         self.blocks = nn.ModuleList(ResidualBlock(c, config.hidden) for _ in range(config.blocks))
-        self.output = nn.Conv2d(c, square, 3, padding=1)
-        nn.init.zeros_(self.output.weight)
-        nn.init.zeros_(self.output.bias)
+        fine = config.fine
+        self.widen = nn.Conv2d(c, square * (fine // 2 - 2), 3, padding=1)  # to pixels, beside x and what is decoded
+        self.pixels = nn.Sequential(
+            nn.Conv2d(fine // 2, fine, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(fine, fine, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(fine, 1, 3, padding=1),
+        )
+        nn.init.zeros_(self.pixels[-1].weight)
+        nn.init.zeros_(self.pixels[-1].bias)
 
     @torch.no_grad()
     def measure(self, slices: Tensor, decoded: Tensor, codes: Tensor) -> None:
@@ -519,23 +573,27 @@ class Detail(nn.Module):
         """The spread of each pixel (N, 1, H, W) of codes (N, h, w)."""
         return F.pixel_shuffle(F.embedding(codes, self.spread).permute(0, 3, 1, 2), self.config.downsampling)
 
-    def told(self, codes: Tensor, decoded: Tensor, vqvae: VQVAE) -> Tensor:
-        """What the network is told, whatever the time, of codes (N, h, w), decoded to (N, 1, H, W): (N, C, h, w)."""
+    def told(self, codes: Tensor, decoded: Tensor, vqvae: VQVAE) -> tuple[Tensor, Tensor]:
+        """What the network is told, whatever the time, of codes (N, h, w): of their squares (N, C, h, w), and what
+        they are decoded to (N, 1, H, W)."""
         pictures = decoded, self.spreads(codes).log() / 2  # both about in [-2, 1]
         squares = [F.pixel_unshuffle(picture, self.config.downsampling) for picture in pictures]
-        return self.context(torch.cat([*squares, vqvae.embed(codes)], 1))
+        return self.context(torch.cat([*squares, vqvae.embed(codes)], 1)), decoded
 
-    def forward(self, x: Tensor, time: Tensor, told: Tensor) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, told: tuple[Tensor, Tensor]) -> Tensor:
         """Velocities (N, 1, H, W) at x (N, 1, H, W) and times (N,) in [0, 1]; `told` as above."""
-        side = self.config.downsampling
+        side, (of_squares, decoded) = self.config.downsampling, told
         waves = time[:, None] * torch.arange(1, self.config.time_waves + 1, device=time.device) * torch.pi
         of_time = self.time(torch.cat([time[:, None], waves.sin(), waves.cos()], 1))[:, :, None, None]
-        h = self.stem(F.pixel_unshuffle(x, side)) + told
+        h = self.stem(F.pixel_unshuffle(x, side)) + of_squares
         for block, change in zip(self.blocks, of_time.to(h.dtype).chunk(self.config.blocks, 1)):
             scale, shift = change.chunk(2, 1)
             h = block(h + h * scale + shift)
+        features = F.pixel_shuffle(F.relu(self.widen(F.relu(h))), side)
+        pixels = torch.cat([features, x.to(features.dtype), decoded.to(features.dtype)], 1)
+        pixels = pixels.contiguous(memory_format=torch.channels_last)  # shuffling loses it, without it all is slow
         t = time[:, None, None, None]
-        return F.pixel_shuffle(self.output(F.relu(h)), side).float() + x * (2 * t - 1) / (t**2 + (1 - t) ** 2)
+        return self.pixels(pixels).float() + x * (2 * t - 1) / (t**2 + (1 - t) ** 2)
 
     def loss(self, slices: Tensor, codes: Tensor, vqvae: VQVAE) -> Tensor:
         """Mean squared error of the velocity at random places of the way (); 1.74 where only the spread is known.

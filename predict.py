@@ -35,7 +35,6 @@ from metrics import (
     halves,
     jpeg2000_bits,
     ms_ssim_diversity,
-    nats_per_code,
     nearest,
     quantise,
     reconstruction_metrics,
@@ -448,7 +447,7 @@ def network_figures(
     used, perplexity = codebook_use(code_counts(codes, size))
     places = torch.from_numpy(positions).to(codes.device)
     total = sum(
-        nats_per_code(networks.prior(batch, place), batch).item() * batch.numel()
+        networks.prior.nats(batch, place).item() * batch.numel()
         for batch, place in zip(codes.split(batch_size), places.split(batch_size))
     )
     nats = total / codes.numel()

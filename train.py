@@ -34,7 +34,7 @@ from dataset import (
     intensities,
     load_dataset,
 )
-from metrics import code_counts, codebook_use, nats_per_code, reconstruction_metrics
+from metrics import code_counts, codebook_use, reconstruction_metrics
 from modules import VARIATIONS, VQVAE, Detail, DetailConfig, GatedPixelCNN, PriorConfig, VQVAEConfig
 from utils import (
     FORMAT,
@@ -101,7 +101,7 @@ class Preset:
     augmentation: float
     learning_rate: float = 1e-3
     prior_learning_rate: float = 8e-3
-    detail_learning_rate: float = 2e-3
+    detail_learning_rate: float = 4e-3
 
 
 PRESETS = {
@@ -586,7 +586,7 @@ def train_prior(
         slices, positions, variation = feed(update)
         with autocast(device):
             codes = vqvae.encode(slices)  # anew for each update: a mirrored slice has other codes
-        loss = stage.step(in_parts(nats_of(model), codes, positions, variation))
+        loss = stage.step(in_parts(model.nats, codes, positions, variation))
         stage.note(**in_bits(loss))
 
         # At even intervals and after the last update: validation of the averaged weights; the best so far are kept.
@@ -596,11 +596,6 @@ def train_prior(
             stage.keep_best(nats, averaged)
             if figures_due.due() or update == options.prior_updates:
                 prior_loss_figure(options.images / "prior_loss.png", run.curves("prior"), config.codes)
-
-
-def nats_of(model: GatedPixelCNN) -> Callable[..., Tensor]:
-    """The loss of a prior: a function of codes and of what else its `forward` takes."""
-    return lambda codes, *others: nats_per_code(model(codes, *others), codes)
 
 
 def average(averaged: list[Tensor], weights: list[Tensor], count: Tensor) -> None:
@@ -627,7 +622,7 @@ def evaluate_prior(model: GatedPixelCNN, codes: Tensor, positions: Tensor, batch
     model.eval()
     total = 0.0
     for batch in zip(codes.split(batch_size), positions.split(batch_size)):
-        total += sum(in_parts(nats_of(model), *batch)).item() * batch[0].numel()
+        total += sum(in_parts(model.nats, *batch)).item() * batch[0].numel()
     model.train()
     return total / codes.numel()
 

@@ -18,15 +18,14 @@ from pathlib import Path
 import torch
 from common import machine, report
 from peers import descend
-from reference import PaperPixelCNN
+from reference import PaperPixelCNN, nats_per_code
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from dataset import Slices, batch_indices, load_dataset
-from metrics import nats_per_code
 from modules import VQVAE, GatedPixelCNN, PriorConfig, VQVAEConfig
-from train import PRESETS, average, extract_codes, in_parts, nats_of
+from train import PRESETS, average, extract_codes, in_parts
 from utils import load_weights, pick_device, read_config
 
 BATCH, PART = 8, 4  # training slices an update, as train.py has for the prior; held-out slices at a time
@@ -45,7 +44,7 @@ class Contender:
     def loss_of(self, network: torch.nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
         """Of codes and positions: nats a code."""
         if self.told:
-            return nats_of(network)
+            return network.nats
         return lambda codes, _: nats_per_code(network(codes), codes)
 
     def learn(self, codes: Tensor, positions: Tensor, share: float) -> None:

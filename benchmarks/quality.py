@@ -14,12 +14,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from common import machine, report
-from reference import PaperPixelCNN, TextbookVQVAE
+from reference import PaperPixelCNN, TextbookVQVAE, nats_per_code
 from torch import Tensor
 from tqdm import tqdm
 
 from dataset import Slices, batch_indices, load_dataset
-from metrics import nats_per_code, reconstruction_metrics
+from metrics import reconstruction_metrics
 from modules import VQVAE, GatedPixelCNN, PriorConfig, VQVAEConfig
 from train import PRESETS
 from utils import autocast, pick_device

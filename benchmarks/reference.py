@@ -137,3 +137,11 @@ class NibabelSlices(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> Tensor:
         return torch.from_numpy(nib.load(self.paths[index]).get_fdata(dtype=np.float32))[None]
+
+
+def nats_per_code(logits: Tensor, codes: Tensor) -> Tensor:
+    """Mean cross-entropy () of logits (N, K, h, w) and codes (N, h, w), 0 or more: ln K where all are held as likely.
+
+    A row a code, as the last convolution left them in memory: a softmax across the channels of a grid is slow.
+    """
+    return F.cross_entropy(logits.permute(0, 2, 3, 1).flatten(0, 2), codes.flatten())

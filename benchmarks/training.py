@@ -59,7 +59,7 @@ def our_prior_update(size: int, device: torch.device):
     codes, positions = torch.randint(size, (BATCH, *GRID), device=device), torch.rand(BATCH, device=device)
 
     def update():
-        descend(optimiser, train.in_parts(train.nats_of(model), codes, positions))
+        descend(optimiser, train.in_parts(model.nats, codes, positions))
 
     return update
 

@@ -40,7 +40,7 @@ def small_prior(grid, **fields):
 def small_detail(velocity=None, spread=1.0):
     """A detail network with random weights, or in its place a known velocity(x, t), with t of shape (N, 1, 1, 1)."""
     detail = Detail(SMALL_DETAIL).eval()
-    detail.output.reset_parameters()  # which are 0 before training
+    detail.pixels[-1].reset_parameters()  # which are 0 before training
     detail.spread.copy_(torch.as_tensor(spread))
     if velocity:
         detail.forward = lambda x, time, told: velocity(x, time[:, None, None, None])
@@ -89,7 +89,7 @@ def test_nearest_is_the_brute_force_search():
 def test_nearest_does_not_depend_on_how_rows_are_split(monkeypatch):
     codebook, vectors = Codebook(17, 5, decay=0.9), torch.randn(100, 5)
     whole = codebook.nearest(vectors)
-    monkeypatch.setattr("modules.SEARCH_CELLS", 7 * 17)
+    monkeypatch.setattr("modules.CELLS", 7 * 17)
     assert torch.equal(codebook.nearest(vectors), whole)
 
 
@@ -326,6 +326,37 @@ def test_dropout_is_off_while_sampling():
     assert prior.training
 
 
+@pytest.mark.parametrize("cells", [1, 11 * 20, 10**6])
+def test_nats_are_the_mean_of_what_the_logits_say_and_have_its_gradient(monkeypatch, cells):
+    """Against NumPy, a code at a time, and against PyTorch's gradient of the same; however many rows are at once."""
+    monkeypatch.setattr(modules, "CELLS", cells)
+    prior, codes, position = small_prior((5, 3)), torch.randint(11, (3, 5, 3)), torch.rand(3)
+    logits = prior(codes, position)
+    likely = logits.detach().exp().numpy()
+    chances = [likely[n, codes[n, i, j], i, j] / likely[n, :, i, j].sum() for n, i, j in np.ndindex(3, 5, 3)]
+    nats = prior.nats(codes, position)
+    assert nats.item() == pytest.approx(-np.log(chances).mean(), rel=1e-12)
+    with torch.no_grad():
+        assert prior.nats(codes, position) == nats
+    weights = [*prior.layers.parameters(), *prior.head.parameters()]
+    expected = torch.autograd.grad(3 * F.cross_entropy(logits, codes), weights, allow_unused=True)
+    for gradient, wanted in zip(torch.autograd.grad(3 * nats, weights, allow_unused=True), expected):
+        assert (gradient is None) == (wanted is None)
+        assert gradient is None or torch.allclose(gradient, wanted, rtol=0, atol=1e-12)
+
+
+def test_nats_in_bfloat16_are_those_of_single_precision():
+    prior, codes, position = small_prior((8, 4)).float(), torch.randint(11, (6, 8, 4)), torch.rand(6)
+    plain = prior.nats(codes, position)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = prior.nats(codes, position)
+    assert rounded.dtype == torch.float32
+    assert rounded.item() == pytest.approx(plain.item(), rel=0.01)
+    ours, expected = (torch.autograd.grad(of, list(prior.head.parameters())) for of in (rounded, plain))
+    for gradient, wanted in zip(ours, expected):
+        assert F.cosine_similarity(gradient.flatten(), wanted.flatten(), 0) > 0.99
+
+
 def test_the_position_reaches_every_logit():
     prior = small_prior((4, 3))
     codes = torch.randint(11, (1, 4, 3))
@@ -497,6 +528,19 @@ def test_a_pixel_is_moved_by_what_is_known_there():
         assert not changed[12:].any()
         assert not changed[:, :4].any()
         before = after
+
+
+def test_the_last_layers_know_no_squares():
+    """Without what the code grid tells them, moving noise and decoded slices by a pixel moves what they answer."""
+    detail, time = small_detail(), torch.rand(2)
+    detail.widen.weight.data.zero_()
+    detail.widen.bias.data.fill_(0.1)
+    x, decoded, of_squares = torch.randn(2, 1, 24, 16), torch.rand(2, 1, 24, 16), torch.zeros(2, 16, 6, 4)
+    answer = detail(x, time, (of_squares, decoded))
+    for rows, columns in ((1, 0), (0, 3), (2, 1)):
+        moved = detail(x.roll((rows, columns), (2, 3)), time, (of_squares, decoded.roll((rows, columns), (2, 3))))
+        expected = answer.roll((rows, columns), (2, 3))
+        torch.testing.assert_close(moved[..., 6:-6, 6:-6], expected[..., 6:-6, 6:-6], rtol=0, atol=1e-5)
 
 
 def test_the_loss_of_an_untrained_network_is_that_of_normal_noise():

@@ -314,7 +314,7 @@ def test_a_batch_in_parts_has_the_loss_and_the_gradient_of_the_whole(monkeypatch
     for size, count in ((33, 3), (8, 5), (80, 1)):
         monkeypatch.setattr(train, "PART_CODES", size)
         prior.zero_grad()
-        losses = list(train.in_parts(train.nats_of(prior), codes, positions))
+        losses = list(train.in_parts(prior.nats, codes, positions))
         assert len(losses) == count
         sum(losses).backward()
         assert sum(losses).item() == pytest.approx(whole.item(), rel=1e-5)
@@ -826,7 +826,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(options, st
 
 @pytest.mark.parametrize(
     ("stage", "place", "name", "loss"),
-    [("prior", train, "nats_per_code", "nats_per_code"), ("detail", Detail, "loss", "flow_loss")],
+    [("prior", GatedPixelCNN, "nats", "nats_per_code"), ("detail", Detail, "loss", "flow_loss")],
 )
 def test_a_loss_that_is_not_finite_ends_the_run_and_the_checkpoint_stays(
     options, monkeypatch, stage, place, name, loss
