@@ -395,7 +395,7 @@ def train_vqvae(run: Run, state: dict, data: Dataset, options, preset: Preset, d
     stage = Stage(run, "vqvae", model, options.updates, preset.learning_rate, options)
     stage.resume(state)
     # Varied slices, which interpolation smooths, made SSIM lower.
-    feed = Feed(data, options.batch_size, options.seed, 0.0, device)
+    feed = Feed(data, options, 0.0, device)
     # The encoder first learns without codes; they then start where its vectors are, and nearly all stay in use.
     warm_up = min(100, options.updates // 6)
     figures_due = Clock(CHECKPOINT_SECONDS)
@@ -434,14 +434,14 @@ def in_parts(loss_of: Callable[..., Tensor], codes: Tensor, *others: Tensor) -> 
 
 
 class Feed:
-    """The training slices of each update, mirrored and varied at random, and their positions.
+    """The training slices of each update, a share of a batch, mirrored and varied at random, and their positions.
 
     On a GPU their pixels lie in its memory, where they leave half of it free: a batch is then one gather there,
     and the host never waits.
     """
 
-    def __init__(self, data: Dataset, batch_size: int, seed: int, augmentation: float, device: torch.device):
-        self.train, self.batch_size, self.seed = data.train, batch_size, seed
+    def __init__(self, data: Dataset, options, augmentation: float, device: torch.device, share: int = 1):
+        self.train, self.batch_size, self.seed = data.train, -(-options.batch_size // share), options.seed
         self.augmentation, self.device = augmentation, device
         self.left_right = left_right_axis(data.affine)
         self.positions = torch.from_numpy(data.train.positions).to(device)
@@ -579,7 +579,7 @@ def train_prior(
     averaged = stage.networks["averaged"].module
     stage.resume(state)
     stage.checkpoint()  # from here on stage 1 need not be looked at again
-    feed = Feed(data, -(-options.batch_size // SHARE), options.seed, options.augmentation, device)
+    feed = Feed(data, options, options.augmentation, device, SHARE)
     figures_due = Clock(CHECKPOINT_SECONDS)
 
     for update in stage.updates():
@@ -640,7 +640,7 @@ def train_detail(
     averaged = stage.networks["averaged"].module
     stage.resume(state)
     stage.checkpoint()  # from here on stage 2 need not be looked at again
-    feed = Feed(data, -(-options.batch_size // SHARE), options.seed, 0.0, device)  # varied slices lack detail
+    feed = Feed(data, options, 0.0, device, SHARE)  # varied slices lack detail
     figures_due = Clock(CHECKPOINT_SECONDS)
 
     for update in stage.updates():

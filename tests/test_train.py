@@ -508,7 +508,7 @@ def test_strength_scales_what_is_done_to_slices():
 def test_slices_in_the_memory_of_a_gpu_are_the_same(options, slices_folder):
     """The path of a GPU, on the CPU."""
     given = train.parse_options(arguments(**options))
-    feed = train.Feed(load_dataset(str(slices_folder)), given.batch_size, given.seed, 1.0, torch.device("cpu"))
+    feed = train.Feed(load_dataset(str(slices_folder)), given, 1.0, torch.device("cpu"))
     for update in (1, 2, 9):
         torch.manual_seed(update)
         slices, *told = feed(update)
