@@ -548,7 +548,7 @@ class Detail(nn.Module):
         self.time = nn.Linear(1 + 2 * config.time_waves, 2 * config.blocks * c)
         self.blocks = nn.ModuleList(ResidualBlock(c, config.hidden) for _ in range(config.blocks))
         fine = config.fine
-        self.widen = nn.Conv2d(c, square * (fine // 2 - 2), 3, padding=1)  # to pixels, beside x and what is decoded
+        self.widen = nn.Conv2d(c, square * (fine // 2 - 2), 1)  # to pixels, beside x and what is decoded
         self.pixels = nn.Sequential(
             nn.Conv2d(fine // 2, fine, 3, padding=1),
             nn.ReLU(),
