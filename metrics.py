@@ -35,7 +35,7 @@ BATCH = 64  # slices computed at a time
 PATCH, PATCHES = 7, 16384  # pixels a side, patches a level
 PAIRS = 500  # of slices compared for diversity
 CLASSIFIER_UPDATES = 300
-STARTS = 3  # of the classifier: from one to another its accuracy changes by up to 0.1
+STARTS = 3  # of the classifier: from one to another its accuracy changes by up to 0.17
 SHIFT = 4  # pixels a copy may be moved by: a code of the default VQ-VAE
 CANDIDATES = 8  # training slices compared at full resolution
 
@@ -308,7 +308,8 @@ def two_sample_test(
     Classifier two-sample test, Lopez-Paz and Oquab 2017, arXiv:1610.06545, section 3. Each set is halved by case
     (`halves`), so that no patient can be recognised. A small network learns to tell one half of both sets apart and is
     tested on the other half, as many slices of each set; then the halves change places. What is told right is the
-    mean of STARTS networks, which differ in their first weights and the order of slices.
+    mean of STARTS networks, which differ in their first weights and the order of slices; how far they are apart is not
+    in the interval of `wilson_interval`.
     """
     own, other = (torch.from_numpy(halves(of)).to(slices.device) for of in (cases, reference_cases))
     right = trials = 0

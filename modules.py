@@ -20,8 +20,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-CELLS = 2**21  # scores (vectors x K) at once, of the nearest code or the next one: they stay in a CPU's caches
+CELLS, GPU_CELLS = 2**21, 2**26  # scores (rows x K) computed at once: in a CPU's caches; in 256 MB of a GPU
 VARIATIONS = 6  # numbers that say how a slice was augmented
 NOT_CODES = 2**32  # added to a seed, which is smaller: random streams that are not those of the codes
 
@@ -55,7 +56,10 @@ class PriorConfig:
 
 @dataclass(frozen=True)
 class DetailConfig:
-    """Shape of a detail network; `downsampling`, `codes` and `code_dim` are those of the VQ-VAE."""
+    """Shape of a detail network; `downsampling`, `codes` and `code_dim` are those of the VQ-VAE.
+
+    Of the layers on pixels the first takes `features` channels, x and what is decoded, and gives `fine` channels.
+    """
 
     downsampling: int = 4
     codes: int = 512
@@ -63,6 +67,7 @@ class DetailConfig:
     channels: int = 128
     blocks: int = 4
     hidden: int = 64
+    features: int = 14
     fine: int = 32
     time_waves: int = 8
 
@@ -107,6 +112,11 @@ def decoder(config: VQVAEConfig) -> nn.Sequential:
     )
 
 
+def rows_at_once(rows: Tensor, size: int) -> int:
+    """How many rows have their scores for `size` codes computed at once."""
+    return max(1, (GPU_CELLS if rows.is_cuda else CELLS) // size)
+
+
 class Codebook(nn.Module):
     """K vectors of D numbers; a vector is replaced by the nearest of them (arXiv:1711.00937, eq. 1 and 2).
 
@@ -128,8 +138,8 @@ class Codebook(nn.Module):
     def nearest(self, vectors: Tensor) -> Tensor:
         """Codes (M,) of vectors (M, D). argmin |v - e|^2 = argmax (v.e - |e|^2 / 2)."""
         half_norms = -0.5 * self.embeddings.square().sum(1)
-        rows = max(1, CELLS // len(self.embeddings))
-        scores = (torch.addmm(half_norms, part, self.embeddings.T) for part in vectors.split(rows))
+        parts = vectors.split(rows_at_once(vectors, len(self.embeddings)))
+        scores = (torch.addmm(half_norms, part, self.embeddings.T) for part in parts)
         return torch.cat([part.argmax(1) for part in scores])
 
     def forward(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
@@ -264,34 +274,35 @@ class GatedLayer(nn.Module):
 class LinearCrossEntropy(torch.autograd.Function):
     """A linear layer and the sum of its cross-entropy, which finds the gradient along with the value.
 
-    Logits, CELLS at a time, turn into their gradient where they lie, so that none are kept and none computed twice.
+    Some rows' logits at a time turn into their gradient where they lie: none are kept, and none computed twice.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, codes: Tensor, learning: bool) -> Tensor:
         """Nats () of x (M, C), weight (K, C), bias (K,), codes (M,); without a gradient where not `learning`."""
-        w = weight.to(x.dtype)
-        gradients = [torch.zeros_like(of) for of in (x, weight, bias)]
-        rows = max(1, CELLS // len(bias))
-        nats = bias.new_zeros(())
-        for part, chosen, of_part in zip(x.split(rows), codes[:, None].split(rows), gradients[0].split(rows)):
+        w, nats = weight.to(x.dtype), bias.new_zeros(())
+        of_x, of_weight, of_bias = [], torch.zeros_like(weight), torch.zeros_like(bias)
+        rows = rows_at_once(x, len(bias))
+        for part, chosen in zip(x.split(rows), codes[:, None].split(rows)):
             logits = torch.mm(part, w.T).to(bias.dtype).add_(bias)
             whole = logits.logsumexp(1, keepdim=True)
             nats += (whole - logits.gather(1, chosen)).sum()
             if not learning:
                 continue
             slope = logits.sub_(whole).exp_().scatter_add_(1, chosen, -torch.ones_like(whole))  # softmax less one-hot
-            gradients[2].add_(slope.sum(0))
+            of_bias += slope.sum(0)
             slope = slope.to(x.dtype)
-            gradients[1].add_(torch.mm(slope.T, part))
-            of_part.copy_(torch.mm(slope, w))
-        ctx.save_for_backward(*gradients)
+            of_weight += torch.mm(slope.T, part)
+            of_x.append(torch.mm(slope, w))
+        if learning:
+            ctx.save_for_backward(torch.cat(of_x), of_weight, of_bias)
         return nats
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, scale: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of x, weight and bias."""
-        return *(gradient * scale.to(gradient.dtype) for gradient in ctx.saved_tensors), None, None
+        return *(gradient * scale for gradient in ctx.saved_tensors), None, None
 
 
 class GatedPixelCNN(nn.Module):
@@ -547,14 +558,13 @@ class Detail(nn.Module):
         self.context = nn.Conv2d(2 * square + config.code_dim, c, 3, padding=1, bias=False)
         self.time = nn.Linear(1 + 2 * config.time_waves, 2 * config.blocks * c)
         self.blocks = nn.ModuleList(ResidualBlock(c, config.hidden) for _ in range(config.blocks))
-        fine = config.fine
-        self.widen = nn.Conv2d(c, square * (fine // 2 - 2), 1)  # to pixels, beside x and what is decoded
+        self.to_pixels = nn.Conv2d(c, square * config.features, 1)
         self.pixels = nn.Sequential(
-            nn.Conv2d(fine // 2, fine, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(fine, fine, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(fine, 1, 3, padding=1),
+            nn.Conv2d(config.features + 2, config.fine, 3, padding=1),
+            nn.ReLU(inplace=True),  # on pixels memory counts
+            nn.Conv2d(config.fine, config.fine, 3, padding=1),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(config.fine, 1, 3, padding=1),
         )
         nn.init.zeros_(self.pixels[-1].weight)
         nn.init.zeros_(self.pixels[-1].bias)
@@ -589,8 +599,8 @@ class Detail(nn.Module):
         for block, change in zip(self.blocks, of_time.to(h.dtype).chunk(self.config.blocks, 1)):
             scale, shift = change.chunk(2, 1)
             h = block(h + h * scale + shift)
-        features = F.pixel_shuffle(F.relu(self.widen(F.relu(h))), side)
-        pixels = torch.cat([features, x.to(features.dtype), decoded.to(features.dtype)], 1)
+        pixels = F.pixel_shuffle(F.relu(self.to_pixels(F.relu(h))), side)
+        pixels = torch.cat([pixels, x.to(pixels.dtype), decoded.to(pixels.dtype)], 1)
         pixels = pixels.contiguous(memory_format=torch.channels_last)  # shuffling loses it, without it all is slow
         t = time[:, None, None, None]
         return self.pixels(pixels).float() + x * (2 * t - 1) / (t**2 + (1 - t) ** 2)

@@ -424,7 +424,7 @@ def in_parts(loss_of: Callable[..., Tensor], codes: Tensor, *others: Tensor) -> 
     """What adds up to the loss of a batch: loss_of(codes, *others), a mean over slices, of its parts, each weighted.
 
     codes (N, h, w), others (N, ...). On a CPU a part has some PART_CODES codes, so that what is kept for its gradient
-    stays in the caches: for K = 2048 an update of the prior then takes less than half the time.
+    stays in the caches.
     """
     size = len(codes) if codes.is_cuda else max(1, PART_CODES // codes[0].numel())
     for part in zip(*(of.split(size) for of in (codes, *others))):

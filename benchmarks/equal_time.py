@@ -3,9 +3,9 @@
 Held-out bits a code. All learn the same codes, those of the run's training slices as they are. Ours is trained as
 train.py trains it: batches of 8 slices, told their positions, its weights averaged. The paper's network is trained
 twice: in the same batches at the same rate (it too learns faster so than at 1e-3 or 3e-3), which compares networks,
-and as public code trains it, batches of 32 at 3e-4, which compares what a reader would get. In all, batches go through
-the network in parts and the rate falls to 0. They take turns: whichever has used less time makes the next update. Ten
-times, at even intervals, each is tried on held-out slices, which is not counted; the best counts.
+and at the batch and rate of public code, which compares recipes. Optimiser, bfloat16, parts of batches and a rate that
+falls to 0 are ours for all. They take turns: whichever has used less time makes the next update. Ten times, at even
+intervals, each is tried on held-out slices, which is not counted; the best counts.
 
     python benchmarks/equal_time.py --run RUN [--minutes 20] [--split test] [--seed 0]
 """
@@ -30,23 +30,24 @@ from train import PRESETS, average, extract_codes, in_parts
 from utils import load_weights, pick_device, read_config
 
 OURS = 8, PRESETS["full"].prior_learning_rate  # slices an update, as train.py has for the prior, and peak rate
-PUBLIC = 32, 3e-4
+PUBLIC = 32, 3e-4  # of pixelcnn_baseline.py in github.com/ritheshkumar95/pytorch-vqvae
 PART = 4  # held-out slices at a time
 LOOKS = 10
 
 
 class Contender:
-    """A prior in training, and what it has reached."""
+    """A prior in training, ours or the paper's, and what it has reached."""
 
-    def __init__(self, network: torch.nn.Module, batch: int, rate: float, told: bool = False):
-        self.network, self.batch, self.rate, self.told = network, batch, rate, told
-        self.averaged = AveragedModel(network, multi_avg_fn=average) if told else None
+    def __init__(self, network: torch.nn.Module, batch: int, rate: float):
+        self.network, self.batch, self.rate = network, batch, rate
+        self.ours = isinstance(network, GatedPixelCNN)
+        self.averaged = AveragedModel(network, multi_avg_fn=average) if self.ours else None
         self.optimiser = torch.optim.AdamW(network.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
         self.seconds, self.updates, self.looks = 0.0, 0, []
 
     def loss_of(self, network: torch.nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
         """Of codes and positions: nats a code."""
-        if self.told:
+        if self.ours:
             return network.nats
         return lambda codes, _: nats_per_code(network(codes), codes)
 
@@ -109,25 +110,24 @@ def main() -> None:
     config = PriorConfig(grid=tuple(training[0].shape[1:]), codes=vqvae.config.codes)
     prior = GatedPixelCNN(config).to(device, memory_format=torch.channels_last)
     prior.know_codes(vqvae.codebook.embeddings)
-    paper, public = (PaperPixelCNN(vqvae.config.codes).to(device) for _ in range(2))
     contenders = {
-        "ours": Contender(prior, *OURS, told=True),
-        "reference": Contender(paper, *OURS),
-        "public": Contender(public, *PUBLIC),
+        "ours": Contender(prior, *OURS),
+        "reference": Contender(PaperPixelCNN(vqvae.config.codes).to(device), *OURS),
+        "public": Contender(PaperPixelCNN(vqvae.config.codes).to(device), *PUBLIC),
     }
     contend(list(contenders.values()), training, held_out, 60 * options.minutes, options.seed)
 
     bits = {name: min(one.looks) for name, one in contenders.items()}
+    updates = {name: one.updates for name, one in contenders.items()}
+    lower = {name: 1 - bits["ours"] / bits[name] for name in bits}
     settings = {"run": str(options.run), "split": options.split, "minutes": options.minutes, "seed": options.seed}
     settings["machine"] = machine(device)
     for name, one in contenders.items():
         report(f"equal_time_bits_{name}", bits[name], "bits/code", updates=one.updates, batch=one.batch, **settings)
-    ours, paper, public = (one.updates for one in contenders.values())
-    lower = {name: 1 - bits["ours"] / bits[name] for name in bits}
     print(
-        f"In {options.minutes:g} minutes each: ours {bits['ours']:.2f} bits a held-out code after {ours} "
-        f"updates. The paper's network in our batches {bits['reference']:.2f} after {paper} (ours is "
-        f"{lower['reference']:.0%} lower), as public code trains it {bits['public']:.2f} after {public} "
+        f"In {options.minutes:g} minutes each: ours {bits['ours']:.2f} bits a held-out code after {updates['ours']} "
+        f"updates. The paper's network {bits['reference']:.2f} after {updates['reference']} with our batches and rate "
+        f"(ours is {lower['reference']:.0%} lower), {bits['public']:.2f} after {updates['public']} with public code's "
         f"({lower['public']:.0%} lower)."
     )
 

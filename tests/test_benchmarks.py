@@ -13,7 +13,9 @@ import equal_time
 import noise_floor
 import sampling
 import training
-from reference import PaperPixelCNN, TextbookVQVAE, sample_by_full_forwards
+from reference import PaperPixelCNN, TextbookVQVAE, nats_per_code, sample_by_full_forwards
+
+from modules import GatedPixelCNN, PriorConfig
 
 
 def parameters(model):
@@ -121,6 +123,12 @@ def test_priors_learn_the_codes_of_a_run_in_equal_time(lines, trained):
         assert line["updates"] >= 1
         assert line["split"] == "test"
         assert f"after {line['updates']}" in sentence
+
+
+def test_both_priors_have_the_same_measure():
+    prior = GatedPixelCNN(PriorConfig(grid=(4, 3), codes=7, channels=8, head=8)).eval()
+    codes, positions = torch.randint(7, (5, 4, 3)), torch.rand(5)
+    assert nats_per_code(prior(codes, positions), codes).item() == pytest.approx(prior.nats(codes, positions).item())
 
 
 def test_equal_time_is_given_to_the_slow_and_the_fast():

@@ -433,6 +433,14 @@ def test_two_sample_test_of_other_slices_is_right(short_classifier):
     assert right >= 57
 
 
+def test_classifiers_of_two_seeds_differ(monkeypatch):
+    monkeypatch.setattr(metrics, "CLASSIFIER_UPDATES", 1)
+    slices = smooth_slices(40, 32, 16)
+    first, again, second = (metrics.train_classifier(slices[:20], slices[20:], seed)(slices) for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.isclose(first, second).any()
+
+
 def test_two_sample_test_tests_no_slice_or_case_it_was_trained_on(monkeypatch):
     """Slices are filled with the number of their case; each is tested once by each network of the other half."""
     cases = [case for case in range(6) for _ in range(4)]

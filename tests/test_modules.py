@@ -330,14 +330,15 @@ def test_dropout_is_off_while_sampling():
 def test_nats_are_the_mean_of_what_the_logits_say_and_have_its_gradient(monkeypatch, cells):
     """Against NumPy, a code at a time, and against PyTorch's gradient of the same; however many rows are at once."""
     monkeypatch.setattr(modules, "CELLS", cells)
-    prior, codes, position = small_prior((5, 3)), torch.randint(11, (3, 5, 3)), torch.rand(3)
-    logits = prior(codes, position)
+    prior, codes = small_prior((5, 3)), torch.randint(11, (3, 5, 3))
+    given = codes, torch.rand(3), torch.randn(3, 6, dtype=torch.float64)
+    logits = prior(*given)
     likely = logits.detach().exp().numpy()
     chances = [likely[n, codes[n, i, j], i, j] / likely[n, :, i, j].sum() for n, i, j in np.ndindex(3, 5, 3)]
-    nats = prior.nats(codes, position)
+    nats = prior.nats(*given)
     assert nats.item() == pytest.approx(-np.log(chances).mean(), rel=1e-12)
     with torch.no_grad():
-        assert prior.nats(codes, position) == nats
+        assert prior.nats(*given) == nats
     weights = [*prior.layers.parameters(), *prior.head.parameters()]
     expected = torch.autograd.grad(3 * F.cross_entropy(logits, codes), weights, allow_unused=True)
     for gradient, wanted in zip(torch.autograd.grad(3 * nats, weights, allow_unused=True), expected):
@@ -533,14 +534,18 @@ def test_a_pixel_is_moved_by_what_is_known_there():
 def test_the_last_layers_know_no_squares():
     """Without what the code grid tells them, moving noise and decoded slices by a pixel moves what they answer."""
     detail, time = small_detail(), torch.rand(2)
-    detail.widen.weight.data.zero_()
-    detail.widen.bias.data.fill_(0.1)
+    detail.to_pixels.weight.data.zero_()
+    detail.to_pixels.bias.data.fill_(0.1)
     x, decoded, of_squares = torch.randn(2, 1, 24, 16), torch.rand(2, 1, 24, 16), torch.zeros(2, 16, 6, 4)
     answer = detail(x, time, (of_squares, decoded))
     for rows, columns in ((1, 0), (0, 3), (2, 1)):
         moved = detail(x.roll((rows, columns), (2, 3)), time, (of_squares, decoded.roll((rows, columns), (2, 3))))
         expected = answer.roll((rows, columns), (2, 3))
         torch.testing.assert_close(moved[..., 6:-6, 6:-6], expected[..., 6:-6, 6:-6], rtol=0, atol=1e-5)
+    change = torch.zeros_like(x)
+    change[:, :, 12, 8] = 0.1
+    for other in (detail(x + change, time, (of_squares, decoded)), detail(x, time, (of_squares, decoded + change))):
+        assert ((other - answer)[:, 0, 11, 7].abs() > 1e-5).all()  # beside it, where noise alone changes nothing
 
 
 def test_the_loss_of_an_untrained_network_is_that_of_normal_noise():

@@ -410,7 +410,13 @@ def test_detail_is_learnt_of_slices_as_they_are(options, monkeypatch):
     Of the batch's five slices each update of prior and detail sees two, a quarter rounded up.
     """
     told, real = [], train.Feed
-    monkeypatch.setattr(train, "Feed", lambda *given: (told.append((given[1], given[3])), real(*given))[1])
+
+    def feed(*given):
+        made = real(*given)
+        told.append((made.batch_size, made.augmentation))
+        return made
+
+    monkeypatch.setattr(train, "Feed", feed)
     train.main(arguments(**options))
     assert told == [(5, 0.0), (2, 1.0), (2, 0.0)]
 
