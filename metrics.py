@@ -313,18 +313,19 @@ def two_sample_test(
     """
     own, other = (torch.from_numpy(halves(of)).to(slices.device) for of in (cases, reference_cases))
     right = trials = 0
-    for half, start in product((False, True), range(STARTS)):
-        network = train_classifier(slices[own == half], reference[other == half], start)
+    for half in (False, True):
         random = torch.Generator().manual_seed(2)
         tested = [slices[own != half], reference[other != half]]
         count = min(map(len, tested))
-        for number, those in enumerate(tested):
-            drawn = those[torch.randperm(len(those), generator=random)[:count].to(slices.device)]
-            with torch.no_grad():
-                taken = torch.cat([network(batch) for batch in drawn.split(BATCH)]) > 0
-            right += (taken == (number == 1)).sum().item()
+        drawn = [those[torch.randperm(len(those), generator=random)[:count].to(slices.device)] for those in tested]
+        for start in range(STARTS):
+            network = train_classifier(slices[own == half], reference[other == half], start)
+            for number, those in enumerate(drawn):
+                with torch.no_grad():
+                    taken = torch.cat([network(batch) for batch in those.split(BATCH)]) > 0
+                right += (taken == (number == 1)).sum().item()
         trials += 2 * count
-    return right / STARTS, trials // STARTS
+    return right / STARTS, trials
 
 
 def halves(groups: Sequence[Hashable]) -> np.ndarray:

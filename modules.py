@@ -250,7 +250,7 @@ class GatedLayer(nn.Module):
               . . . . .           |   |
         r     x . o . x        c-dh   c
 
-    The inputs of both stacks are shifted by one (GatedPixelCNN.stacks), so that the taps at r and c are
+    The inputs of both stacks are shifted by one (GatedPixelCNN.hidden), so that the taps at r and c are
     already in the past. Gates are a * sigmoid(b) (Dauphin et al. 2017, arXiv:1612.08083, eq. 1) where the
     paper has tanh(a) * sigmoid(b): a cheaper one, whose gradient does not vanish where a is large.
     """
