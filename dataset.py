@@ -456,8 +456,9 @@ def _new_entry(entry: Path) -> Iterator[Path]:
             yield new
             try:
                 new.rename(entry)
-            except OSError:
-                if not entry.is_dir():
+            except OSError as problem:
+                # Not by a look at the entry: a third process may have moved it away by now, to put its own there.
+                if problem.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
     except OSError as problem:
         reason = problem.strerror or problem

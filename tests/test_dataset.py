@@ -1,5 +1,6 @@
 """dataset.py: splits, checks, scaling, cache and batches, on small real NIfTI files."""
 
+import errno
 import gzip
 import json
 import os
@@ -663,6 +664,33 @@ def test_processes_that_race_agree(data, cache):
     for one in loaded[1:]:
         np.testing.assert_array_equal(one.train.pixels, loaded[0].train.pixels)
     assert len(entries(cache)) == 1
+
+
+def test_an_entry_of_another_process_stays(cache):
+    with dataset._new_entry(cache / "entry") as new:
+        (new / "ours").touch()
+        (cache / "entry").mkdir()
+        (cache / "entry" / "theirs").touch()
+    assert [path.name for path in (cache / "entry").iterdir()] == ["theirs"]
+
+
+def test_an_entry_that_was_there_during_the_rename_alone_is_no_error(cache, monkeypatch):
+    """A second process puts its entry there before the rename, a third one moves it away after it."""
+
+    def rename(new, entry):
+        raise OSError(errno.ENOTEMPTY, "Directory not empty", str(new), None, str(entry))
+
+    monkeypatch.setattr(dataset.Path, "rename", rename)
+    with dataset._new_entry(cache / "entry") as new:
+        (new / "ours").touch()
+    assert entries(cache) == []
+
+
+def test_a_file_in_the_place_of_an_entry_is_an_error(cache):
+    cache.mkdir(exist_ok=True)
+    (cache / "entry").touch()
+    with pytest.raises(DataError, match="cannot be written"), dataset._new_entry(cache / "entry") as new:
+        (new / "ours").touch()
 
 
 def test_cache_folder_follows_xdg(monkeypatch, tmp_path):
