@@ -150,7 +150,7 @@ class _Index(NamedTuple):
 
 def load_dataset(
     data: str,
-    slice_size: tuple[int, int] | None = None,
+    slice_size: Sequence[int] | None = None,
     multiple: tuple[int, int] = (1, 1),
     seed: int = 0,
     workers: int | None = None,
@@ -162,6 +162,7 @@ def load_dataset(
     files' most common size is rounded to one. `seed` decides the splits where folders do not.
     Raises DataError for a folder, file or slice size that cannot be used, and for a cache that cannot be written."""
     if slice_size:
+        slice_size = tuple(slice_size)
         _check_slice_size(slice_size, multiple)
     if data != "phantom":
         return _load_folder(Path(data), slice_size, multiple, seed, workers)
@@ -172,7 +173,7 @@ def load_dataset(
     if not folder.is_dir():
         try:
             with _new_entry(folder) as new:
-                phantom.write_phantom(new, size=tuple(size), workers=workers)
+                phantom.write_phantom(new, size=size, workers=workers)
         except ValueError as problem:
             raise DataError(f"no phantom of {size[0]}x{size[1]}: {problem}") from None
     try:
@@ -257,13 +258,15 @@ def _load_folder(
     files = [file for split in SPLITS for file in splits[split]]
     owners = [split for split in SPLITS for _ in splits[split]]
     described = [(owner, *file[1:4]) for owner, file in zip(owners, files)]
-    choices = (CACHE_FORMAT, PERCENTILE, os.path.realpath(folder), slice_size, multiple)
-    key = hashlib.sha256(ascii((choices, described)).encode()).hexdigest()[:32]
-    cached = _cache_folder() / key
-    opened = _open_cache(cached, len(files))
+    choices = (CACHE_FORMAT, PERCENTILE, os.path.realpath(folder), multiple)
+    # The slice size asked for may be the most common one, which an earlier first pass brought the slices to.
+    keys = [ascii((*choices, size, described)).encode() for size in (None, slice_size)]
+    entries = [_cache_folder() / hashlib.sha256(key).hexdigest()[:32] for key in keys]
+    found = (_open_cache(entry, len(files)) for entry in entries)
+    opened = next((one for one in found if one and slice_size in (None, one[1].slice_size)), None)
     if opened is None:
-        size = tuple(slice_size or _common_size(splits["train"], multiple, workers))
-        opened = _fill_cache(cached, files, owners, size, workers)
+        size = slice_size or _common_size(splits["train"], multiple, workers)
+        opened = _fill_cache(entries[1], files, owners, size, workers)
     pixels, index = opened
     positions, scales = _positions(files), np.array(index.scales, np.float32)
     checksums = {file.name: checksum for file, checksum in zip(files, index.checksums)}

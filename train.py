@@ -77,6 +77,7 @@ EVALUATIONS = 20  # a stage
 LOG_LINES = 250  # of the training losses, a stage
 KMEANS_SLICES = 128
 CHECKPOINT_SECONDS = 60
+MAX_NORM = 1.0  # of a gradient: at the prior's rate a few long ones would undo what was learned, for good
 AVERAGE_DECAY = 0.99  # of averaged weights in the end: a memory of some 100 updates
 SPREAD_SLICES = 256  # from which the spread of detail is measured
 SHARE = 4  # prior and detail learn from a quarter of a batch: small updates teach them more in the same time
@@ -291,7 +292,7 @@ class Stage:
             signals.release()
 
     def step(self, losses: Iterable[Tensor]) -> Tensor:
-        """One step down the gradient of the sum of losses, which it gives.
+        """One step down the gradient of the sum of losses, which it gives; a longer gradient is cut to MAX_NORM.
 
         The rate rises over 50 updates, then falls to 0 along a cosine.
         """
@@ -304,6 +305,7 @@ class Stage:
         for loss in losses:
             loss.backward()
             total = total + loss.detach()
+        nn.utils.clip_grad_norm_(self.networks["model"].parameters(), MAX_NORM)
         self.optimiser.step()
         if "averaged" in self.networks:
             self.networks["averaged"].update_parameters(self.networks["model"])
@@ -474,7 +476,8 @@ def vary(slices: Tensor, variation: Tensor) -> Tensor:
     """Slices (N, 1, H, W), each turned, stretched, shifted and changed in contrast a little, as patients differ.
 
     variation: (N, 6), of which 1 stands for 3.4 degrees, 5 % along either axis, 1.5 % of either side, and 15 % of the
-    exponent (gamma) of brightness in [0, 1]. What comes in from outside is black.
+    exponent (gamma) of brightness in [0, 1]. What comes in from outside is the mirror image of what lies at the edge:
+    tissue where the slice ends within the body, so that samples do not take over black borders.
     """
     height, width = slices.shape[2:]
     angle = 0.06 * variation[:, 0]
@@ -484,7 +487,7 @@ def vary(slices: Tensor, variation: Tensor) -> Tensor:
     across = torch.stack([cos * stretch[:, 0], -sin * stretch[:, 0] * height / width, shift[:, 0]], 1)
     along = torch.stack([sin * stretch[:, 1] * width / height, cos * stretch[:, 1], shift[:, 1]], 1)
     places = F.affine_grid(torch.stack([across, along], 1), list(slices.shape), align_corners=False)
-    brightness = F.grid_sample((slices + 1) / 2, places, align_corners=False).clamp(0, 1)
+    brightness = F.grid_sample((slices + 1) / 2, places, padding_mode="reflection", align_corners=False).clamp(0, 1)
     gamma = (0.15 * variation[:, 5]).exp()[:, None, None, None]
     return 2 * brightness**gamma - 1
 
@@ -635,7 +638,8 @@ def train_detail(
     given = vqvae.config
     config = replace(preset.detail, downsampling=given.downsampling, codes=given.codes, code_dim=given.code_dim)
     model = Detail(config).to(device, memory_format=torch.channels_last)
-    model.measure(*lossy_slices(vqvae, data.train, options, device))
+    if state.get("stage") != "detail":
+        model.measure(*lossy_slices(vqvae, data.train, options, device))
     stage = Stage(run, "detail", model, options.detail_updates, preset.detail_learning_rate, options, averaged=True)
     averaged = stage.networks["averaged"].module
     stage.resume(state)

@@ -418,12 +418,26 @@ def test_second_load_decodes_nothing(data, cache, monkeypatch):
     np.testing.assert_array_equal(first.affine, second.affine)
     assert isinstance(second.train.pixels.base.base, np.memmap) or isinstance(second.train.pixels.base, np.memmap)
     assert len(entries(cache)) == 1
+    for size in ([8, 6], (8, 6)):  # the most common one
+        assert load_dataset(str(data), slice_size=size).fingerprint == first.fingerprint
     with pytest.raises(AssertionError, match="decoded again"):
         load_dataset(str(data), slice_size=(16, 16))
     path = data / "keras_slices_train" / "case_004_week_0_slice_0.nii"
     os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
     with pytest.raises(AssertionError, match="decoded again"):
         load_dataset(str(data))
+
+
+def test_another_slice_size_is_decoded_once_beside_the_most_common_one(data, cache, monkeypatch):
+    write_splits(data)
+    common, small = load_dataset(str(data)), load_dataset(str(data), slice_size=[16, 16])
+    assert len(entries(cache)) == 2
+    forbid_decoding(monkeypatch)
+    assert load_dataset(str(data)).fingerprint == common.fingerprint
+    again = load_dataset(str(data), slice_size=(16, 16))
+    assert again.fingerprint == small.fingerprint
+    np.testing.assert_array_equal(again.train.pixels, small.train.pixels)
+    assert again.train.pixels.shape[1:] == (16, 16)
 
 
 def test_fingerprint_and_files_follow_the_content_alone(data, tmp_path):

@@ -458,6 +458,18 @@ def test_averaged_weights_forget_the_first_ones_soon():
             assert expected > 0.9999
 
 
+@pytest.mark.parametrize("length, kept", [(0.5, 0.5), (1.0, 1.0), (1e4, 1.0)])
+def test_a_step_cuts_long_gradients_of_all_weights_together(length, kept):
+    """The gradient's length is that of both weights; Adam's first moment is a tenth of it after the first step."""
+    layer = torch.nn.Linear(2, 2)
+    stage = train.Stage(None, "prior", layer, 400, 8e-3, train.parse_options([]), averaged=True)
+    stage.update = 1
+    up, down = (length / 2 / 6**0.5 * sum(weight.sum() for weight in layer.parameters()) for _ in range(2))
+    stage.step([up, down])
+    moments = [stage.optimiser.state[weight]["exp_avg"].flatten() for weight in layer.parameters()]
+    torch.testing.assert_close(torch.cat(moments), torch.full((6,), 0.1 * kept / 6**0.5))
+
+
 def test_a_stage_averages_the_weights_that_it_is_asked_to():
     layer = torch.nn.Linear(3, 1)
     options = train.parse_options([])
@@ -486,6 +498,18 @@ def test_varied_slices_are_slices_each_changed_a_little(slices_folder):
     assert change.mean() < other.mean()
     assert len(change.unique()) == 12
     torch.testing.assert_close(train.vary(slices, torch.zeros(12, 6)), slices)
+
+
+def test_what_comes_in_from_outside_is_what_lies_at_the_edge():
+    """Slices that end within the body have no black border afterwards."""
+    torch.manual_seed(0)
+    variation = 2 * torch.randn(50, 6)
+    variation[:, 5] = 0  # contrast stays
+    slices = torch.full((50, 1, 32, 16), -0.5)
+    torch.testing.assert_close(train.vary(slices, variation), slices)
+    slices[:, :, :, 8:] = 0.5  # the side at the right edge
+    moved = train.vary(slices, torch.tensor([[0.0, 0, 0, 10, 0, 0]]).expand(50, 6))  # by 0.15 of the width
+    assert (moved[:, :, :, -2:] > 0.4).all()
 
 
 def test_strength_scales_what_is_done_to_slices():
