@@ -3,9 +3,9 @@
 Held-out bits a code. All learn the same codes, those of the run's training slices as they are. Ours is trained as
 train.py trains it: batches of 8 slices, told their positions, its weights averaged. The paper's network is trained
 twice: in the same batches at the same rate (it too learns faster so than at 1e-3 or 3e-3), which compares networks,
-and at the batch and rate of public code, which compares recipes. Optimiser, bfloat16, parts of batches and a rate that
-falls to 0 are ours for all. They take turns: whichever has used less time makes the next update. Ten times, at even
-intervals, each is tried on held-out slices, which is not counted; the best counts.
+and at the batch and rate of public code, which compares recipes. Optimiser, bfloat16, parts of batches, the cut of long
+gradients and a rate that falls to 0 are ours for all. They take turns: whichever has used less time makes the next
+update. Ten times, at even intervals, each is tried on held-out slices, which is not counted; the best counts.
 
     python benchmarks/equal_time.py --run RUN [--minutes 20] [--split test] [--seed 0]
 """
@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from dataset import Slices, batch_indices, load_dataset
 from modules import VQVAE, GatedPixelCNN, PriorConfig, VQVAEConfig
-from train import PRESETS, average, extract_codes, in_parts
+from train import MAX_NORM, PRESETS, average, extract_codes, in_parts
 from utils import load_weights, pick_device, read_config
 
 OURS = 8, PRESETS["full"].prior_learning_rate  # slices an update, as train.py has for the prior, and peak rate
@@ -56,7 +56,7 @@ class Contender:
         start = time.perf_counter()
         for group in self.optimiser.param_groups:
             group["lr"] = self.rate * min(1.0, (self.updates + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * share))
-        descend(self.optimiser, in_parts(self.loss_of(self.network), codes, positions))
+        descend(self.optimiser, in_parts(self.loss_of(self.network), codes, positions), MAX_NORM)
         if self.averaged:
             self.averaged.update_parameters(self.network)
         if codes.is_cuda:

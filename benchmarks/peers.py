@@ -50,11 +50,14 @@ def monai_update(slices: torch.Tensor) -> Callable[[], object]:
     return update
 
 
-def descend(optimiser: torch.optim.Optimizer, losses: Iterable[torch.Tensor]) -> None:
-    """Backward and step."""
+def descend(optimiser: torch.optim.Optimizer, losses: Iterable[torch.Tensor], max_norm: float | None = None) -> None:
+    """Backward and step; with max_norm a longer gradient is cut to it, as train.py does."""
     optimiser.zero_grad()
     for loss in losses:
         loss.backward()
+    if max_norm:
+        weights = (weight for group in optimiser.param_groups for weight in group["params"])
+        torch.nn.utils.clip_grad_norm_(weights, max_norm)
     optimiser.step()
 
 

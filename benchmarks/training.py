@@ -35,7 +35,7 @@ def our_vqvae_update(slices: torch.Tensor, codes: int):
     def update():
         with autocast(device):
             reconstructions, embedding_loss, _ = model(slices)
-        descend(optimiser, [F.mse_loss(reconstructions, slices) + embedding_loss])
+        descend(optimiser, [F.mse_loss(reconstructions, slices) + embedding_loss], train.MAX_NORM)
 
     return update
 
@@ -59,7 +59,7 @@ def our_prior_update(size: int, device: torch.device):
     codes, positions = torch.randint(size, (BATCH, *GRID), device=device), torch.rand(BATCH, device=device)
 
     def update():
-        descend(optimiser, train.in_parts(model.nats, codes, positions))
+        descend(optimiser, train.in_parts(model.nats, codes, positions), train.MAX_NORM)
 
     return update
 
@@ -98,7 +98,8 @@ def our_detail_update(slices: torch.Tensor, codes: int):
     def update():
         with autocast(slices.device):
             grids = vqvae.encode(slices)
-        descend(optimiser, train.in_parts(lambda part, of: model.loss(of, part, vqvae), grids, slices))
+        parts = train.in_parts(lambda part, of: model.loss(of, part, vqvae), grids, slices)
+        descend(optimiser, parts, train.MAX_NORM)
 
     return update
 
