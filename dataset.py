@@ -26,7 +26,7 @@ from typing import BinaryIO, NamedTuple
 
 try:
     import fcntl
-except ImportError:  # Windows: what killed first passes leave in the cache stays there
+except ImportError:  # not on Windows: there what killed first passes leave in the cache stays
     fcntl = None
 
 import nibabel
@@ -37,8 +37,9 @@ from tqdm import tqdm
 
 import phantom
 
-CACHE_FORMAT = 2  # raise it when the same files would give other pixels or another index
+CACHE_FORMAT = 3  # raise it when the same files would give other pixels or another index
 PERCENTILE = 99.5  # of a volume's pixels: the value that maps to +1; the few brighter ones are vessels
+BELOW = -0.1  # of that value: interpolation does not reach as far below 0, normalised slices do
 
 # What a file may claim. Anyone may have written it: a limit keeps memory, time or later arithmetic in bounds.
 MAX_SIDE = 2048  # pixels; in-plane MR matrices end near 1024, so a longer side is a broken header
@@ -134,6 +135,7 @@ class _Decoded(NamedTuple):
     affine: np.ndarray
     shape: tuple[int, int]  # in the file, before crop or pad
     constant: bool
+    negative: bool  # below 0 by more than interpolation makes of an edge
     checksum: str  # of the file's content
 
 
@@ -182,10 +184,11 @@ def load_dataset(
         raise DataError(f"{problem} (the phantom is kept in {folder}: delete it to have it drawn anew)") from problem
 
 
-def read_slices(paths: Sequence[Path], slice_size: tuple[int, int]) -> tuple[Slices, list[np.ndarray]]:
+def read_slices(paths: Sequence[Path], slice_size: tuple[int, int]) -> tuple[Slices, list[np.ndarray], list[str]]:
     """Reads files, and the files below folders, into memory, scaled a volume at a time like training data.
 
-    Gives the slices, in the order of `paths`, and each slice's (4, 4) affine after crop or pad to `slice_size`.
+    Gives the slices, in the order of `paths`, each slice's (4, 4) affine after crop or pad to `slice_size`, and what
+    is to be said about them.
     Raises DataError for a path or file that cannot be used, or when there is none."""
     files: list[_File] = []
     for path in map(Path, paths):
@@ -201,7 +204,7 @@ def read_slices(paths: Sequence[Path], slice_size: tuple[int, int]) -> tuple[Sli
     decoded = _decode(files, slice_size, pixels.__setitem__, None)
     scales = np.array([one.scale for one in decoded], np.float32)
     slices = Slices(pixels, [file.name for file in files], _positions(files), scales)
-    return slices, [one.affine for one in decoded]
+    return slices, [one.affine for one in decoded], _notices(decoded, slice_size)
 
 
 def batch_indices(count: int, batch_size: int, seed: int, update: int) -> np.ndarray:
@@ -256,17 +259,18 @@ def _load_folder(
         raise DataError(f"no .nii or .nii.gz slices in {folder} (label maps, seg_*, are not read)")
     splits, notices = _find_splits(found, folder, seed)
     files = [file for split in SPLITS for file in splits[split]]
+    notices += _name_notices(files)
     owners = [split for split in SPLITS for _ in splits[split]]
     described = [(owner, *file[1:4]) for owner, file in zip(owners, files)]
     choices = (CACHE_FORMAT, PERCENTILE, os.path.realpath(folder), multiple)
     # The slice size asked for may be the most common one, which an earlier first pass brought the slices to.
-    keys = [ascii((*choices, size, described)).encode() for size in (None, slice_size)]
+    keys = [ascii((*choices, size, described)).encode() for size in dict.fromkeys((None, slice_size))]
     entries = [_cache_folder() / hashlib.sha256(key).hexdigest()[:32] for key in keys]
-    found = (_open_cache(entry, len(files)) for entry in entries)
-    opened = next((one for one in found if one and slice_size in (None, one[1].slice_size)), None)
+    kept = (_open_cache(entry, len(files)) for entry in entries)
+    opened = next((one for one in kept if one and slice_size in (None, one[1].slice_size)), None)
     if opened is None:
         size = slice_size or _common_size(splits["train"], multiple, workers)
-        opened = _fill_cache(entries[1], files, owners, size, workers)
+        opened = _fill_cache(entries[-1], files, owners, size, workers)
     pixels, index = opened
     positions, scales = _positions(files), np.array(index.scales, np.float32)
     checksums = {file.name: checksum for file, checksum in zip(files, index.checksums)}
@@ -305,6 +309,20 @@ def _find_splits(files: list[_File], folder: Path, seed: int) -> tuple[dict[str,
         if shared:
             notices.append(f"warning: {_list_first(sorted(shared), 10)} in both {one} and {other}: a patient leaks")
     return splits, notices
+
+
+def _name_notices(files: list[_File]) -> list[str]:
+    """Says what is not known of slices because their names do not give it."""
+    unnamed = sum(file.case is None for file in files)
+    unnumbered = sum(file.case is not None and file.number is None for file in files)
+    like = "(as in case_004_week_0_slice_12.nii.gz)"
+    notices = []
+    if unnamed:
+        of_them = "each of these slices is scaled alone, and neither its patient nor its height is known"
+        notices.append(f"{unnamed} names give no case {like}: {of_them}")
+    if unnumbered:
+        notices.append(f"{unnumbered} names give no slice number {like}: the height of these slices is not known")
+    return notices
 
 
 def _split_by_case(files: list[_File], parts: Sequence[str], seed: int) -> tuple[dict[str, list[_File]], list[str]]:
@@ -547,15 +565,11 @@ def _make_index(files: list[_File], owners: list[str], decoded: list[_Decoded], 
     volumes = {file.volume: one.scale for file, one in zip(files, train)}
     grids = [one.affine[:3, :3].round(4).tobytes() for one in train]
     common = grids.index(Counter(grids).most_common(1)[0][0])
-    notices = []
-    other = Counter(one.shape for one in decoded if one.shape != size)
-    if other:
-        sizes = _list_first([f"{height}x{width}" for height, width in sorted(other)], 10)
-        fitted = f"{size[0]}x{size[1]} by centre crop or zero pad"
-        notices.append(f"{sum(other.values())} slices of {sizes} brought to {fitted}")
-    constant = sum(one.constant for one in decoded)
-    if constant:
-        notices.append(f"{constant} slices hold one value only (kept)")
+    notices = _notices(decoded, size)
+    orientations = {nibabel.aff2axcodes(one.affine)[:2] for one in dict(zip(grids, train)).values()}
+    if len(orientations) > 1:
+        listed = ", ".join(sorted("".join(map(str, codes)) for codes in orientations))
+        notices.append(f"warning: training slices lie differently in the body ({listed}): all are taken to lie as most")
     return _Index(
         slice_size=size,
         scales=[one.scale for one in decoded],
@@ -566,6 +580,23 @@ def _make_index(files: list[_File], owners: list[str], decoded: list[_Decoded], 
     )
 
 
+def _notices(decoded: list[_Decoded], size: tuple[int, int]) -> list[str]:
+    """Says what became of slices that were brought to `size`."""
+    notices = []
+    other = Counter(one.shape for one in decoded if one.shape != tuple(size))
+    if other:
+        sizes = _list_first([f"{height}x{width}" for height, width in sorted(other)], 10)
+        fitted = f"{size[0]}x{size[1]} by centre crop or zero pad"
+        notices.append(f"{sum(other.values())} slices of {sizes} brought to {fitted}")
+    constant = sum(one.constant for one in decoded)
+    if constant:
+        notices.append(f"{constant} slices hold one value only (kept)")
+    negative = sum(one.negative for one in decoded)
+    if negative:
+        notices.append(f"warning: {negative} slices have values far below 0, which become black: 0 has to be air's")
+    return notices
+
+
 # Slice size
 
 
@@ -574,7 +605,7 @@ def _check_slice_size(size: tuple[int, int], multiple: tuple[int, int]) -> None:
         raise DataError(f"slice size {size[0]}x{size[1]}: each side has to be 1 to {MAX_SIDE} pixels")
     below = tuple(max(side // step, 1) * step for side, step in zip(size, multiple))
     above = tuple(-(-side // step) * step for side, step in zip(size, multiple))
-    if below != tuple(size):
+    if below != size:
         nearest = " and ".join(dict.fromkeys(f"{height}x{width}" for height, width in (below, above)))
         raise DataError(f"slice size {size[0]}x{size[1]} does not fit the network: the nearest that do are {nearest}")
 
@@ -656,8 +687,9 @@ def _decode_volume(
         keep(row, pixels)
         moved = affine.copy()
         moved[:3, 3] += affine[:3, :2] @ starts
-        constant = bool(image.min() == image.max())
-        decoded[row] = _Decoded(float(scale), moved, image.shape, constant, checksum)
+        lowest = image.min()
+        constant, negative = bool(lowest == image.max()), bool(lowest < BELOW * scale)
+        decoded[row] = _Decoded(float(scale), moved, image.shape, constant, negative, checksum)
     return decoded
 
 

@@ -51,6 +51,7 @@ from utils import (
     check_folder,
     evaluation_figure,
     fail,
+    is_complete,
     left_right_axis,
     load_weights,
     make_folder,
@@ -250,7 +251,9 @@ def sample(options, config: dict, networks: Networks, device: torch.device) -> N
 
 def reconstruct(options, config: dict, vqvae: VQVAE, device: torch.device) -> None:
     """Encode and decode given slices; write both, a table of SSIM and PSNR, and a figure."""
-    slices, affines = read_slices(options.reconstruct, tuple(config["slice_size"]))
+    slices, affines, notices = read_slices(options.reconstruct, tuple(config["slice_size"]))
+    for notice in notices:
+        print(notice)
     if any(Path(name).resolve().parent == options.out.resolve() for name in slices.names):
         raise RunError(f"--out {options.out} holds the slices to reconstruct: choose another folder")
     prepare_folder(
@@ -307,8 +310,10 @@ def evaluate(options, config: dict, networks: Networks, device: torch.device) ->
     prior_alone    Samples beside reconstructions of the held-out slices: both are decoded and given detail. Copying is
                    to be judged here, because a slice smoother than real ones is nearer to every other slice, and a
                    rougher one farther.
-    floor          Training slices, as many as samples, in their place: how much real slices of other patients differ.
-                   For copying half of the held-out cases beside the other half.
+    floor          Training slices in their place: how much real slices of other patients differ. For copying half of
+                   the held-out cases beside the other half.
+
+    Samples and training slices are as many, since most figures depend on that; all samples are searched for copies.
     """
     started = time.perf_counter()
     data = training_data(options, config, networks.vqvae)
@@ -331,6 +336,7 @@ def evaluate(options, config: dict, networks: Networks, device: torch.device) ->
             "heldout_cases": len(set(real.cases)),
             "training_slices": len(data.train),
             "samples": count,
+            "samples_compared": len(chosen),
             "seed": options.seed,
             "temperature": options.temperature,
             "top_p": options.top_p,
@@ -345,10 +351,11 @@ def evaluate(options, config: dict, networks: Networks, device: torch.device) ->
 
     print("measuring samples")
     features = RandomFeatures(training.slices)
+    as_many = Group(*(part[: len(chosen)] for part in samples))
     compared = {
-        "samples": (samples, real),
+        "samples": (as_many, real),
         "decoder_alone": (training_reconstructions, real),
-        "prior_alone": (samples, reconstructions),
+        "prior_alone": (as_many, reconstructions),
         "floor": (training, real),
     }
     of_samples = {name: sample_figures(features, *pair) for name, pair in compared.items()}
@@ -404,7 +411,7 @@ def training_data(options, config: dict, vqvae: VQVAE) -> Dataset:
     if folder != "phantom" and not Path(folder).exists():
         raise RunError(f"the data of {options.run} are not in {folder}: say where they are with --data")
     side = vqvae.config.downsampling
-    data = load_dataset(folder, tuple(config["slice_size"]), (side, side), config["options"]["seed"])
+    data = load_dataset(folder, config["slice_size"], (side, side), config["options"]["seed"])
     for notice in data.notices:
         print(notice)
     if data.fingerprint != config["fingerprint"]:
@@ -531,7 +538,9 @@ def print_table(results: dict) -> None:
     settings = results["settings"]
     print(f"\n{settings['heldout_slices']} {settings['split']} slices (cases: {settings['heldout_cases']})")
     print_lines(NETWORK_LINES, {settings["split"]: results, "training": results["training"]})
-    print(f"\n{settings['samples']} samples")
+    fewer = settings["samples_compared"] < settings["samples"]
+    first = f", of which all but the lines on copying take the first {settings['samples_compared']}" if fewer else ""
+    print(f"\n{settings['samples']} samples{first}")
     columns = {name.replace("_", " "): results[name] for name in ("decoder_alone", "prior_alone", "floor")}
     print_lines(SAMPLE_LINES, {"samples": results} | columns)
     print(COLUMNS)
@@ -588,6 +597,17 @@ def load_networks(run: Path, config: dict, vqvae: VQVAE, device: torch.device) -
     return Networks(vqvae, prior, detail)
 
 
+def refuse_unknown_position(options, config: dict) -> None:
+    """Raise RunError where --position is one that no training slice had: the prior makes nothing of it."""
+    heights = config["positions"]["quantiles"]
+    if options.position is None or heights and heights[0] <= options.position <= heights[-1]:
+        return
+    known = f"from {heights[0]:g} to {heights[-1]:g}" if heights else "not known: no names with slice numbers"
+    raise RunError(
+        f"no --position {options.position:g} in {options.run}: the heights of its training slices are {known}"
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line `python predict.py`."""
     options = parse_options(arguments)
@@ -602,6 +622,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         reconstruct(options, config, vqvae, device)
         return
     networks = load_networks(options.run, config, vqvae, device)
+    refuse_unknown_position(options, config)
+    if not is_complete(options.run):
+        print(f"warning: {options.run} is not complete: train.py has not come to its end")
     (evaluate if options.evaluate else sample)(options, config, networks, device)
 
 

@@ -84,6 +84,7 @@ SHARE = 4  # prior and detail learn from a quarter of a batch: small updates tea
 PART_CODES = 8192  # of a batch that a network is given at once on a CPU
 LONG_SECONDS = 1  # an update that takes longer is left on a signal: a checkpoint has to be written in five
 COLLAPSED = (0.1, 500)  # share of codes used, and for how many updates
+LEARNED = 0.95  # of the nats that cost the codes by their frequencies alone: a prior has to need less
 SMALLEST_SIDE = 8  # pixels; SSIM's window needs 6
 
 
@@ -472,6 +473,14 @@ def mirror(slices: Tensor, axis: int | None) -> Tensor:
     return torch.where(heads, slices.flip(axis), slices)
 
 
+def describe_mirroring(affine: np.ndarray) -> str:
+    """Along which axis slices are mirrored, for a user who knows whether it is the right one."""
+    axis = left_right_axis(affine)
+    if axis is None:
+        return "no slice is mirrored: by their headers neither axis runs left-right"
+    return f"half of the training slices are mirrored, along their {('first', 'second')[axis - 2]} axis: left-right"
+
+
 def vary(slices: Tensor, variation: Tensor) -> Tensor:
     """Slices (N, 1, H, W), each turned, stretched, shifted and changed in contrast a little, as patients differ.
 
@@ -599,6 +608,17 @@ def train_prior(
             stage.keep_best(nats, averaged)
             if figures_due.due() or update == options.prior_updates:
                 prior_loss_figure(options.images / "prior_loss.png", run.curves("prior"), config.codes)
+    warn_of_ignorance(stage.best, validation_codes, config.codes)
+
+
+def warn_of_ignorance(nats: float, codes: Tensor, size: int) -> None:
+    """Say so where a prior has learned no more of codes (N, h, w) of K = `size` than how often each is used."""
+    _, perplexity = codebook_use(code_counts(codes, size))
+    if codes.numel() > 4 * size and nats > LEARNED * math.log(perplexity):
+        print(
+            f"warning: the prior has learned hardly more than how often each code is used ({nats:.2f} nats a code): "
+            "samples will be noise; try more --prior-updates, or a lower rate in train.py's PRESETS"
+        )
 
 
 def average(averaged: list[Tensor], weights: list[Tensor], count: Tensor) -> None:
@@ -748,6 +768,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             state = run.load()
             sizes = f"{len(data.train)} training, {len(data.validate)} validation and {len(data.test)} test slices"
             print(f"{sizes} of {data.slice_size[0]}x{data.slice_size[1]} on {device}; run directory {options.run}")
+            print(describe_mirroring(data.affine))
             train_stages(run, state, data, options, preset, device)
 
 

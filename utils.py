@@ -24,7 +24,7 @@ from typing import get_type_hints
 
 try:
     import fcntl
-except ImportError:  # Windows: run directories are not locked
+except ImportError:  # not on Windows: there run directories are not locked
     fcntl = None
 
 import nibabel as nib
@@ -546,6 +546,14 @@ def refuse_differences(path: Path, old: dict, new: dict) -> None:
 # ---------------------------------------------------------------- checkpoints
 
 PICKLED = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch FloatStorage", "torch LongStorage"}
+
+
+def is_complete(run: Path) -> bool:
+    """Whether train.py came to its end in a run directory; so it seems, too, where no checkpoint is left that reads."""
+    try:
+        return read_checkpoint(run / "training.pt")["stage"] == "done"
+    except Exception:  # see Run.load; weights alone are enough to sample with
+        return True
 
 
 def read_checkpoint(path: Path) -> dict:

@@ -34,7 +34,7 @@ def halved(slices: Slices, device: torch.device) -> Tensor:
 
 
 def train(model, loss_of, data: Tensor, updates: int, rate: float, seed: int) -> None:
-    """Adam with the rate that train.py uses, the same for both."""
+    """Adam with the rate that train.py uses, the same for both; long gradients are not cut."""
     optimiser = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     for update in tqdm(range(updates), desc=type(model).__name__, disable=None, file=sys.stderr):
         for group in optimiser.param_groups:

@@ -251,7 +251,7 @@ def load_case(path: Path) -> bool:
             assert len(slices) == 2 and set(slices.names) < set(data.files)
             assert np.isfinite(data.scale) and data.scale > 0
         else:
-            slices, affines = read_slices([path], SIZE)
+            slices, affines, _ = read_slices([path], SIZE)
             size = SIZE
     except DataError as refusal:
         assert str(refusal).isprintable() and len(str(refusal)) < 1000, "the message is not one line"

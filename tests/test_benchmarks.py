@@ -11,6 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import equal_time
 import noise_floor
+import peers
 import sampling
 import training
 from reference import PaperPixelCNN, TextbookVQVAE, nats_per_code, sample_by_full_forwards
@@ -151,3 +152,10 @@ def test_equal_time_is_given_to_the_slow_and_the_fast():
     for one in contenders:
         assert one.looks == pytest.approx([0.5 * (n + 1) for n in range(equal_time.LOOKS)])
         assert one.shares == pytest.approx([n / one.updates for n in range(one.updates)])
+
+
+@pytest.mark.parametrize("max_norm, moved", [(None, [3.0, 4.0]), (10.0, [3.0, 4.0]), (1.0, [0.6, 0.8])])
+def test_descending_cuts_long_gradients_where_asked_to(max_norm, moved):
+    weights = [torch.nn.Parameter(torch.zeros(())) for _ in range(2)]
+    peers.descend(torch.optim.SGD(weights, lr=1.0), [-3 * weights[0], -4 * weights[1]], max_norm)
+    assert [weight.item() for weight in weights] == pytest.approx(moved)

@@ -231,7 +231,7 @@ def test_crop_and_pad_are_central_and_the_affine_follows(data):
     oblique = np.array([[0.7, 0.2, 0, 1], [-0.2, 0.9, 0.1, 2], [0, 0.1, 3, 3], [0, 0, 0, 1]])
     image = picture(1, (12, 5))
     path = write(data / "case_001_week_0_slice_0.nii", image, oblique)
-    slices, (affine,) = read_slices([path], (8, 10))
+    slices, (affine,), _ = read_slices([path], (8, 10))
     grey = slices.pixels[0]
     shown = np.rint(np.clip(image / np.percentile(image, 99.5), 0, 1) * 255)
     np.testing.assert_array_equal(grey[:, 3:8], shown[2:10])
@@ -269,6 +269,43 @@ def test_affine_is_the_most_common_grid_of_training(data):
     np.testing.assert_allclose(load_dataset(str(data)).affine, AFFINE, rtol=1e-6)
 
 
+def test_what_names_do_not_say_is_said(data):
+    for split, names in (("train", ("a", "b", "case_001")), ("val", ("case_002_week_1", "case_003_slice_1"))):
+        for name in names:
+            write(data / split / f"{name}.nii")
+    write(data / "notes" / "c.nii")  # outside the splits
+    loaded = load_dataset(str(data))
+    assert has_notice(loaded, "2 names give no case", "scaled alone", "nor its height")
+    assert has_notice(loaded, "2 names give no slice number", "height of these slices")
+    assert len(loaded.notices) == 3
+
+
+def test_slices_far_below_0_are_reported(data):
+    """Normalised to mean 0, or all below 0; not where interpolation goes a little below 0."""
+    image = picture(1)
+    for number, lowest in enumerate((0, -5, -50, -1000)):
+        write(data / f"case_{number:03}_slice_0.nii", image + lowest * (number == 3 or image == image.min()))
+    notice = "warning: 2 slices have values far below 0, which become black"
+    assert has_notice(load_dataset(str(data)), notice)
+    assert has_notice(load_dataset(str(data)), notice)  # from the cache
+    *_, notices = read_slices([data], (8, 6))
+    assert len(notices) == 1 and notice in notices[0]
+
+
+def test_slices_that_lie_differently_are_reported(data):
+    write_splits(data)
+    assert load_dataset(str(data)).notices == []
+    write(data / "train" / "case_007_week_0_slice_0.nii", affine=AFFINE[:, [1, 0, 2, 3]])
+    assert has_notice(load_dataset(str(data)), "warning: training slices lie differently in the body")
+
+
+def test_read_slices_says_what_was_cropped(data):
+    *_, notices = read_slices([write(data / "a.nii", picture(1, (12, 5)))], (8, 6))
+    assert notices == ["1 slices of 12x5 brought to 8x6 by centre crop or zero pad"]
+    *_, notices = read_slices([data], (12, 5))
+    assert notices == []
+
+
 def test_constant_and_empty_slices_are_kept(data):
     write_cases(data / "train", (1,), image=np.full((8, 6), 5, np.float32))
     write_cases(data / "train", (2,), image=np.zeros((8, 6), np.float32))
@@ -282,7 +319,7 @@ def test_constant_and_empty_slices_are_kept(data):
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (7, 1), (7, 1, 1)])
 def test_slices_one_pixel_wide(data, shape):
-    slices, _ = read_slices([write(data / "a.nii", np.full(shape, 3, np.int16))], shape[:2])
+    slices, *_ = read_slices([write(data / "a.nii", np.full(shape, 3, np.int16))], shape[:2])
     assert slices.scales.tolist() == [3]
     np.testing.assert_array_equal(slices.pixels, np.full((1, *shape[:2]), 255))
 
@@ -290,7 +327,7 @@ def test_slices_one_pixel_wide(data, shape):
 def test_a_few_bright_pixels_are_not_lost(data):
     image = np.zeros((40, 40), np.float32)
     image[3, 4] = 7
-    slices, _ = read_slices([write(data / "a.nii", image)], (40, 40))
+    slices, *_ = read_slices([write(data / "a.nii", image)], (40, 40))
     assert slices.scales.tolist() == [7]
     assert slices.pixels[0, 3, 4] == 255
 
@@ -339,7 +376,7 @@ def with_qform(image, affine):
 def test_agrees_with_nibabel(data, name, dtype, kind):
     path = write(data / name, picture(3).astype(dtype), kind=kind)
     theirs = nibabel.load(path)
-    slices, (affine,) = read_slices([path], (8, 6))
+    slices, (affine,), _ = read_slices([path], (8, 6))
     values = theirs.get_fdata()
     scale = np.percentile(values, 99.5)
     np.testing.assert_allclose(slices.scales, scale, rtol=1e-6)
@@ -354,7 +391,7 @@ def test_header_extensions_and_zip_members_are_read(data):
     nibabel.save(image, plain)
     raw = plain.read_bytes()
     (data / "members.nii.gz").write_bytes(gzip.compress(raw[:1000]) + gzip.compress(raw[1000:]) + b"\0" * 100)
-    slices, _ = read_slices([plain, data / "members.nii.gz"], (8, 6))
+    slices, *_ = read_slices([plain, data / "members.nii.gz"], (8, 6))
     scale = np.percentile(picture(3), 99.5)
     np.testing.assert_allclose(values_of(slices)[0], np.clip(picture(3), 0, scale), atol=scale / 509)
     np.testing.assert_array_equal(slices.pixels[0], slices.pixels[1])
@@ -363,7 +400,7 @@ def test_header_extensions_and_zip_members_are_read(data):
 def test_read_slices_takes_files_and_folders(data):
     write_cases(data / "b", (1,), slices=2)
     path = write(data / "a.nii")
-    slices, affines = read_slices([data / "b", path], (8, 6))
+    slices, affines, _ = read_slices([data / "b", path], (8, 6))
     assert [name.rpartition("/")[2] for name in slices.names] == [
         "case_001_week_0_slice_0.nii",
         "case_001_week_0_slice_1.nii",

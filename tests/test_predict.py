@@ -11,6 +11,7 @@ import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -164,6 +165,45 @@ def test_the_strength_of_detail_reaches_the_samples(call, trained):
     expected = networks.detail.sample(range(5, 8), codes, networks.vqvae, seed=9, strength=0)[:, 0].numpy()
     np.testing.assert_allclose(pixels_of(smooth), (expected + 1) / 2 * scale, atol=1e-4 * scale)
     assert np.abs(pixels_of(rough) - pixels_of(smooth)).max() > 0.01 * scale
+
+
+@pytest.mark.parametrize(
+    "quantiles, position, refused",
+    [
+        ([0.2, 0.5, 0.8], 0.2, None),
+        ([0.2, 0.5, 0.8], 0.8, None),
+        ([0.2, 0.5, 0.8], None, None),
+        ([], None, None),
+        ([0.2, 0.5, 0.8], 0.1, "from 0.2 to 0.8"),
+        ([0.5] * 101, 0.8, "from 0.5 to 0.5"),
+        ([], 0.5, "not known: no names with slice numbers"),
+    ],
+)
+def test_a_height_that_no_training_slice_had_is_refused(quantiles, position, refused):
+    given = SimpleNamespace(position=position, run=Path("runs/a"))
+    described = {"positions": {"quantiles": quantiles}}
+    if refused:
+        with pytest.raises(RunError, match=refused):
+            predict.refuse_unknown_position(given, described)
+    else:
+        predict.refuse_unknown_position(given, described)
+
+
+def test_an_incomplete_run_is_sampled_with_a_warning(call, trained, tmp_path, capsys):
+    assert "warning" not in said(call, capsys, run=trained.run)
+    copy = tmp_path / "copy"
+    shutil.copytree(trained.run, copy)
+    (copy / "training.pt").write_bytes(b"damaged")
+    assert "warning" not in said(call, capsys, run=copy)
+    (copy / "training.pt").unlink()
+    assert "warning" not in said(call, capsys, run=copy)
+    torch.save({"stage": "detail", "log_bytes": 0}, copy / "training.pt")
+    assert f"warning: {copy} is not complete" in said(call, capsys, run=copy)
+
+
+def said(call, capsys, **options):
+    call(num=1, **options)
+    return capsys.readouterr().out
 
 
 def test_positions_are_drawn_as_in_the_training_data():
@@ -392,6 +432,7 @@ def test_an_evaluation_has_all_figures(evaluation):
         "heldout_cases": 1,
         "training_slices": 12,
         "samples": 6,
+        "samples_compared": 6,
         "seed": 0,
         "temperature": 1.0,
         "top_p": 1.0,
@@ -513,7 +554,9 @@ def test_each_column_compares_what_it_says(evaluated, trained, monkeypatch):
 
     for replaced in (two_sample_test, nearest, copying_statistic):
         monkeypatch.setattr(predict, replaced.__name__, replaced)
-    _, results, _ = evaluated(num=12, batch_size=5)  # as many as training slices
+    _, results, table = evaluated(num=14, batch_size=5)  # two more than training slices
+    assert (results["settings"]["samples"], results["settings"]["samples_compared"]) == (14, 12)
+    assert "14 samples, of which all but the lines on copying take the first 12" in table
     data = predict.load_dataset(str(trained.data), (64, 32), (4, 4), 0)
     vqvae, detail = load_decoders(trained.run)
     real, training = data.test.batch(range(4)), data.train.batch(range(12))
@@ -521,13 +564,14 @@ def test_each_column_compares_what_it_says(evaluated, trained, monkeypatch):
         metrics.quantise(detail.sample(range(10**6, 10**6 + len(codes)), codes, vqvae))
         for codes in map(vqvae.encode, (real, training))
     )
-    samples = compared[0][0]
-    assert len(samples) == 12
+    samples, every = compared[0][0], copying[0][0]
+    assert (len(samples), len(every)) == (12, 14)
+    assert every[:12] == samples
     expected = [(samples, means(real)), (means(decoded_training), means(real))]
     expected += [(samples, means(decoded)), (means(training), means(real))]
     np.testing.assert_allclose(sum(sum(compared, ()), []), sum(sum(expected, ()), []), atol=1e-5)
     halves = (means(real[[0, 2]]), means(real[[1, 3]]))
-    expected = [(samples, means(real)), (means(decoded), means(real)), (samples, means(decoded)), halves]
+    expected = [(every, means(real)), (means(decoded), means(real)), (every, means(decoded)), halves]
     np.testing.assert_allclose(sum(sum(copying, ()), []), sum(sum(expected, ()), []), atol=1e-5)
     for part, slices in ((results, real), (results["training"], training)):  # of the network without detail
         plain = metrics.quantise(vqvae.decode(vqvae.encode(slices)))

@@ -461,13 +461,12 @@ def test_averaged_weights_forget_the_first_ones_soon():
 @pytest.mark.parametrize("length, kept", [(0.5, 0.5), (1.0, 1.0), (1e4, 1.0)])
 def test_a_step_cuts_long_gradients_of_all_weights_together(length, kept):
     """The gradient's length is that of both weights; Adam's first moment is a tenth of it after the first step."""
-    layer = torch.nn.Linear(2, 2)
-    stage = train.Stage(None, "prior", layer, 400, 8e-3, train.parse_options([]), averaged=True)
+    layer = torch.nn.Linear(1, 1)
+    stage = train.Stage(None, "prior", layer, 400, 8e-3, train.parse_options([]))
     stage.update = 1
-    up, down = (length / 2 / 6**0.5 * sum(weight.sum() for weight in layer.parameters()) for _ in range(2))
-    stage.step([up, down])
-    moments = [stage.optimiser.state[weight]["exp_avg"].flatten() for weight in layer.parameters()]
-    torch.testing.assert_close(torch.cat(moments), torch.full((6,), 0.1 * kept / 6**0.5))
+    stage.step([0.6 * length * layer.weight.sum(), 0.8 * length * layer.bias.sum()])  # of two parts of a batch
+    moments = [stage.optimiser.state[weight]["exp_avg"].item() for weight in layer.parameters()]
+    assert moments == pytest.approx([0.06 * kept, 0.08 * kept])
 
 
 def test_a_stage_averages_the_weights_that_it_is_asked_to():
@@ -507,9 +506,27 @@ def test_what_comes_in_from_outside_is_what_lies_at_the_edge():
     variation[:, 5] = 0  # contrast stays
     slices = torch.full((50, 1, 32, 16), -0.5)
     torch.testing.assert_close(train.vary(slices, variation), slices)
-    slices[:, :, :, 8:] = 0.5  # the side at the right edge
-    moved = train.vary(slices, torch.tensor([[0.0, 0, 0, 10, 0, 0]]).expand(50, 6))  # by 0.15 of the width
-    assert (moved[:, :, :, -2:] > 0.4).all()
+    columns = torch.linspace(-1, 1, 20).expand(1, 1, 8, 20)
+    moved = train.vary(columns, torch.tensor([[0.0, 0, 0, 10, 0, 0]]))  # by 0.15 of the width, 3 columns
+    expected = torch.cat([columns[..., 3:], columns[..., 17:].flip(3)], 3)  # a mirror image
+    torch.testing.assert_close(moved, expected, rtol=0, atol=1e-4)
+
+
+def test_the_axis_that_slices_are_mirrored_along_is_said():
+    lying = np.diag([-1.0, 1, 1, 1])
+    assert "along their first axis" in train.describe_mirroring(lying)
+    assert "along their second axis" in train.describe_mirroring(lying[:, [1, 0, 2, 3]])
+    assert "no slice is mirrored" in train.describe_mirroring(lying[:, [1, 2, 0, 3]])
+
+
+@pytest.mark.parametrize("share, warned", [(1.0, True), (0.96, True), (0.94, False), (0.5, False)])
+def test_a_prior_that_has_learned_nothing_is_warned_of(capsys, share, warned):
+    """Codes that are used equally often cost log K nats by their frequencies alone."""
+    codes = torch.arange(16).repeat(8).view(2, 8, 8)
+    train.warn_of_ignorance(share * math.log(16), codes, 16)
+    assert ("warning: the prior has learned hardly more" in capsys.readouterr().out) == warned
+    train.warn_of_ignorance(share * math.log(16), codes[:1], 16)  # too few to tell
+    assert capsys.readouterr().out == ""
 
 
 def test_strength_scales_what_is_done_to_slices():
@@ -612,6 +629,15 @@ def test_a_stopped_and_resumed_run_equals_one_without_a_stop(options, trained, m
         assert (state["stage"], state["update"]) == (stage, update - 1)
         assert f"stopped after {stage} update {update - 1};" in capsys.readouterr().out
     assert not hooks
+    train.main(arguments(**options))
+    assert_same_run(options["run"], trained.run)
+
+
+def test_resuming_does_not_measure_the_spread_of_detail_again(options, trained, monkeypatch):
+    at_updates(monkeypatch, {("detail", 2): send(signal.SIGTERM)})
+    with pytest.raises(SystemExit):
+        train.main(arguments(**options))
+    monkeypatch.setattr(train, "lossy_slices", lambda *_: 1 / 0)
     train.main(arguments(**options))
     assert_same_run(options["run"], trained.run)
 
