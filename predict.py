@@ -93,9 +93,10 @@ def parse_options(arguments: Sequence[str] | None):
     parser.add_argument(
         "--top-p",
         type=number(float, 0, 1, above=True),
-        default=1.0,
+        default=0.995,
         metavar="P",
-        help="draw from the fewest codes that have probability P together (default: 1.0, all)",
+        help="draw from the fewest codes that have probability P together; 1: from all, and from time to time one that "
+        "breaks an outline (default: 0.995)",
     )
     parser.add_argument(
         "--detail",
