@@ -523,13 +523,13 @@ def step_weights(layer: GatedLayer) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def keep_top(logits: Tensor, top_p: float) -> Tensor:
-    """Logits (N, K) with minus infinity outside the fewest codes whose probability is at least top_p."""
+    """Logits (N, K) with minus infinity outside the fewest codes whose probability is at least top_p, ties kept."""
     if top_p == 1:
         return logits
-    ordered, order = logits.sort(1, descending=True)
+    ordered = logits.sort(1, descending=True).values
     probabilities = ordered.softmax(1)
-    outside = probabilities.cumsum(1) - probabilities >= top_p  # what stands before it is enough
-    return logits.masked_fill(outside.gather(1, order.argsort(1)), -torch.inf)
+    kept = (probabilities.cumsum(1) - probabilities < top_p).sum(1, keepdim=True)  # what stands before is not enough
+    return logits.masked_fill(logits < ordered.gather(1, kept - 1), -torch.inf)
 
 
 class Detail(nn.Module):
