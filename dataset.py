@@ -583,7 +583,7 @@ def _make_index(files: list[_File], owners: list[str], decoded: list[_Decoded], 
 def _notices(decoded: list[_Decoded], size: tuple[int, int]) -> list[str]:
     """Says what became of slices that were brought to `size`."""
     notices = []
-    other = Counter(one.shape for one in decoded if one.shape != tuple(size))
+    other = Counter(one.shape for one in decoded if one.shape != size)
     if other:
         sizes = _list_first([f"{height}x{width}" for height, width in sorted(other)], 10)
         fitted = f"{size[0]}x{size[1]} by centre crop or zero pad"

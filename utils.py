@@ -548,14 +548,6 @@ def refuse_differences(path: Path, old: dict, new: dict) -> None:
 PICKLED = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch FloatStorage", "torch LongStorage"}
 
 
-def is_complete(run: Path) -> bool:
-    """Whether train.py came to its end in a run directory; so it seems, too, where no checkpoint is left that reads."""
-    try:
-        return read_checkpoint(run / "training.pt")["stage"] == "done"
-    except Exception:  # see Run.load; weights alone are enough to sample with
-        return True
-
-
 def read_checkpoint(path: Path) -> dict:
     """What `Run.save` wrote. Raises what it comes to where a byte of it changed, or it could do more than hold values.
 
@@ -579,6 +571,14 @@ def read_checkpoint(path: Path) -> dict:
     if not isinstance(state, dict) or state.get("stage") not in STAGES or not whole(0, MAX_LOG)(state.get("log_bytes")):
         raise ValueError("it is no checkpoint of a run")
     return state
+
+
+def is_complete(run: Path) -> bool:
+    """Whether train.py came to its end in a run directory; so it seems, too, where no checkpoint is left that reads."""
+    try:
+        return read_checkpoint(run / "training.pt")["stage"] == "done"
+    except Exception:  # see Run.load; weights alone are enough to sample with
+        return True
 
 
 def check_pickle(pickle: bytes) -> None:
