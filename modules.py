@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 CELLS, GPU_CELLS = 2**21, 2**26  # scores (rows x K) computed at once: in a CPU's caches; in 256 MB of a GPU
+COLDEST = 1e-6  # temperature: logits divided by less are no numbers in the end
 VARIATIONS = 6  # numbers that say how a slice was augmented
 NOT_CODES = 2**32  # added to a seed, which is smaller: random streams that are not those of the codes
 
@@ -402,11 +403,11 @@ class GatedPixelCNN(nn.Module):
         logits tie to rounding error: a sum over a cumulative distribution would not be as steadfast when
         another batch size sums in another order. `progress(row)` is called as each row begins.
 
-        temperature: above 0; divides the logits. top_p: in (0, 1]; keeps the fewest codes that together
+        temperature: COLDEST at least; divides the logits. top_p: in (0, 1]; keeps the fewest codes that together
         have at least this probability (Holtzman et al. 2020, arXiv:1904.09751, section 3.1).
         """
-        if temperature <= 0 or not 0 < top_p <= 1:
-            raise ValueError(f"temperature {temperature} must be above 0, and top_p {top_p} in (0, 1]")
+        if temperature < COLDEST or not 0 < top_p <= 1:
+            raise ValueError(f"temperature {temperature} must be at least {COLDEST}, and top_p {top_p} in (0, 1]")
         _, columns = self.config.grid
         device = position.device
         streams = [torch.Generator(device).manual_seed(stream_seed(seed, number)) for number in numbers]
@@ -416,6 +417,7 @@ class GatedPixelCNN(nn.Module):
             progress(row)
             for noise, stream in zip(gumbel, streams):
                 noise.uniform_(generator=stream)
+            gumbel.clamp_(min=torch.finfo(gumbel.dtype).tiny)  # 0 is drawn too, and its score would be no number
             gumbel.log_().neg_().log_()  # less its sign
 
         def draw(logits: Tensor, column: int) -> Tensor:
@@ -634,9 +636,9 @@ class Detail(nn.Module):
             noise.normal_(generator=torch.Generator(x.device).manual_seed(stream_seed(seed + NOT_CODES, number)))
         x *= strength
         times = torch.linspace(0, 1, self.STEPS + 1, device=x.device)
-        for time, after in zip(times, times[1:]):
+        for step, (time, after) in enumerate(zip(times, times[1:]), 1):
             velocity = self(x, time.expand(len(x)), told)
-            if after < 1:
+            if step < self.STEPS:
                 there = self(x + (after - time) * velocity, after.expand(len(x)), told)
                 velocity = (velocity + there) / 2
             x = x + (after - time) * velocity

@@ -811,7 +811,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     add = parser.add_argument
     splits, axes = ("TRAIN", "VALIDATE", "TEST"), ("ROWS", "COLUMNS")
-    add("out", type=Path, metavar="OUT", help="folder to write to; must be new or empty")
+    add("out", metavar="OUT", help="folder to write to; must be new or empty")
     add("--cases", type=int, nargs=3, default=(120, 10, 10), metavar=splits, help="patients per split")
     add("--weeks", type=int, default=1, metavar="N", help="volumes per patient, a week apart")
     add("--slices", type=int, default=20, metavar="N", help="slices per volume, 3 mm apart")
@@ -820,9 +820,11 @@ def main(arguments: list[str] | None = None) -> int:
     add("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes to draw with")
     options = parser.parse_args(arguments)
     try:
-        if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
-            raise ValueError(f"{options.out} exists and is not an empty folder; give a new one")
-        folder = options.out
+        if not options.out.strip():  # as a path it would be the current folder
+            raise ValueError("OUT is empty; is a variable not set?")
+        folder = Path(options.out)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(f"{folder} exists and is not an empty folder; give a new one")
         rest = {name: value for name, value in vars(options).items() if name != "out"}
         write_phantom(folder, **rest)
     except (ValueError, OSError) as error:

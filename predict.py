@@ -6,10 +6,11 @@ python predict.py --run runs/default --evaluate                  # a table, eval
 """
 
 import csv
-import json
 import math
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,24 +44,30 @@ from metrics import (
     two_sample_test,
     wilson_interval,
 )
-from modules import VQVAE, Detail, DetailConfig, GatedPixelCNN, PriorConfig, VQVAEConfig
+from modules import COLDEST, VQVAE, Detail, DetailConfig, GatedPixelCNN, PriorConfig, VQVAEConfig
 from utils import (
     LIMITS,
     Parser,
     RunError,
+    caption,
     check_folder,
     evaluation_figure,
     fail,
+    filled,
+    in_short,
     is_complete,
     left_right_axis,
     load_weights,
     make_folder,
     number,
     pick_device,
+    printable,
     read_config,
     reconstructions_figure,
     samples_figure,
+    say,
     spread,
+    strict_json,
     write_file,
 )
 
@@ -68,27 +75,35 @@ DEFAULT_NUM = 64  # samples
 FEWEST = 4  # slices or samples that can be evaluated
 SHOWN = 64  # samples in the figure
 DIGITS = "[0-9]" * 6  # in the names of files
+LONGEST = 200  # bytes of a slice's own name in that of a file, which may have 255
+DETAIL_AT_ONCE = 64  # slices whose detail is drawn at a time: 0.9 GB of 256x128
 MOST = 10**6  # samples, so that their numbers have six digits
 
 
 def parse_options(arguments: Sequence[str] | None):
     """The command line."""
     parser = Parser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--run", type=Path, default=Path("runs/default"), help="run directory (default: %(default)s)")
+    parser.add_argument(
+        "--run", type=filled(Path), default=Path("runs/default"), help="run directory (default: %(default)s)"
+    )
     parser.add_argument(
         "--num",
         type=number(int, 1, MOST),
         metavar="N",
         help="slices to sample (default: 64; with --evaluate as many as held-out slices if they are more)",
     )
-    parser.add_argument("--out", type=Path, default=Path("samples"), help="folder of slices (default: %(default)s)")
-    parser.add_argument("--images", type=Path, default=Path("images"), help="folder of figures (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=filled(Path), default=Path("samples"), help="folder of slices (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--images", type=filled(Path), default=Path("images"), help="folder of figures (default: %(default)s)"
+    )
     parser.add_argument(
         "--temperature",
-        type=number(float, 0, 100, above=True),
+        type=number(float, COLDEST, 100),
         default=1.0,
         metavar="T",
-        help="above 0, at most 100; below 1 the likelier codes are drawn more often (default: 1.0)",
+        help="1e-6 to 100; below 1 the likelier codes are drawn more often (default: 1.0)",
     )
     parser.add_argument(
         "--top-p",
@@ -115,7 +130,7 @@ def parse_options(arguments: Sequence[str] | None):
         "--batch-size",
         type=number(int, *LIMITS["batch_size"]),
         metavar="N",
-        help="slices at a time (default: 32, on a GPU 512): more take more memory",
+        help="slices at a time (default: 32, on a GPU 512; half as many where its memory runs short)",
     )
     parser.add_argument(
         "--seed",
@@ -127,7 +142,7 @@ def parse_options(arguments: Sequence[str] | None):
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument(
         "--reconstruct",
-        type=Path,
+        type=filled(Path),
         nargs="+",
         metavar="PATH",
         help="instead of sampling: encode and decode these files, or a folder's",
@@ -141,7 +156,10 @@ def parse_options(arguments: Sequence[str] | None):
         "--split", choices=("validate", "test"), default="test", help="held-out slices of --evaluate (default: test)"
     )
     parser.add_argument(
-        "--data", metavar="DIR", help="where the training data of --evaluate lie now (default: where they lay then)"
+        "--data",
+        type=filled(str),
+        metavar="DIR",
+        help="where the training data of --evaluate lie now (default: where they lay then)",
     )
     options = parser.parse_args(arguments)
     if options.evaluate and options.position is not None:
@@ -157,11 +175,18 @@ def prepare_folder(out: Path, patterns: Sequence[str]) -> None:
         out.mkdir(parents=True, exist_ok=True)
         old = [path for pattern in patterns for path in out.glob(pattern)]
         if old:
-            print(f"{out} held {len(old)} files of an earlier call: replaced")
+            say(f"{out} held {len(old)} files of an earlier call: replaced")
         for path in old:
             path.unlink()
     except OSError as error:
         raise RunError(f"--out {out} cannot be written: {error.strerror}") from None
+
+
+def shortened(name: str) -> str:
+    """The beginning of a name, of at most LONGEST bytes."""
+    while len(os.fsencode(name)) > LONGEST:
+        name = name[:-1]
+    return name
 
 
 def write_slice(path: Path, pixels: np.ndarray, affine: np.ndarray) -> None:
@@ -201,29 +226,59 @@ class Samples(NamedTuple):
 
 def draw_samples(options, config: dict, networks: Networks, count: int, device: torch.device) -> Samples:
     """Samples 0 to count - 1, the same ones at every batch size."""
-    parts, seconds = [], [0.0, 0.0]
-    batches = [range(i, min(i + options.batch_size, count)) for i in range(0, count, options.batch_size)]
-    with tqdm(total=len(batches) * networks.prior.config.grid[0], desc="sampling", unit="row", disable=None) as bar:
-        for numbers in batches:
-            start = time.perf_counter()
-            positions = draw_positions(numbers, options.seed, config["positions"])
-            if options.position is not None:
-                positions = torch.full((len(numbers),), options.position)
-            drawn = networks.prior.sample(
-                numbers,
-                positions.to(device),
-                options.seed,
-                options.temperature,
-                options.top_p,
-                progress=lambda row: bar.update(),
-            )
-            codes = drawn.cpu()
-            drawn_at = time.perf_counter()
-            slices = networks.detail.sample(numbers, drawn, networks.vqvae, options.seed, options.detail).cpu()
-            parts.append((slices, codes, positions))
-            seconds[0] += drawn_at - start
-            seconds[1] += time.perf_counter() - drawn_at
-    return Samples(*map(torch.cat, zip(*parts)), tuple(seconds))
+    positions = draw_positions(range(count), options.seed, config["positions"])
+    if options.position is not None:
+        positions = torch.full((count,), options.position)
+    start = time.perf_counter()
+    codes = draw_codes(options, networks.prior, positions, device)
+    drawn = time.perf_counter()
+    slices = draw_detail(options, networks, range(count), codes, device)
+    return Samples(slices, codes, positions, (drawn - start, time.perf_counter() - drawn))
+
+
+def draw_codes(options, prior: GatedPixelCNN, positions: Tensor, device: torch.device) -> Tensor:
+    """Code grids (N, h, w) of samples 0 to N - 1 at positions (N,), on the CPU."""
+    settings = options.seed, options.temperature, options.top_p
+    with tqdm(total=len(positions) * prior.config.grid[0], desc="codes", unit="row", disable=None) as bar:
+
+        def draw(part: range) -> Tensor:
+            places = positions[part.start : part.stop].to(device)
+            return prior.sample(part, places, *settings, progress=lambda row: bar.update(len(part))).cpu()
+
+        return torch.cat(list(in_memory(draw, len(positions), options.batch_size)))
+
+
+def draw_detail(options, networks: Networks, numbers: Sequence[int], codes: Tensor, device: torch.device) -> Tensor:
+    """Slices (N, 1, H, W) of codes (N, h, w), their detail drawn for N sample numbers, on the CPU."""
+    with tqdm(total=len(codes), desc="detail", unit="slice", disable=None) as bar:
+
+        def draw(part: range) -> Tensor:
+            given = numbers[part.start : part.stop], codes[part.start : part.stop].to(device)
+            slices = networks.detail.sample(*given, networks.vqvae, options.seed, options.detail).cpu()
+            bar.update(len(part))
+            return slices
+
+        return torch.cat(list(in_memory(draw, len(codes), DETAIL_AT_ONCE)))
+
+
+def in_memory(compute: Callable[[range], Tensor], count: int, size: int) -> Iterator[Tensor]:
+    """compute(part) of parts of [0, count), `size` at a time; of half as many from where a GPU's memory runs short.
+
+    Raises RunError where it does not suffice for one.
+    """
+    start = 0
+    while start < count:
+        part, result = range(start, min(start + size, count)), None
+        with suppress(torch.OutOfMemoryError):
+            result = compute(part)
+        if result is not None:
+            yield result
+            start = part.stop
+        elif len(part) == 1:
+            raise RunError("the GPU's memory does not suffice for a single slice: free some of it, or try --device cpu")
+        else:
+            torch.cuda.empty_cache()
+            size = len(part) // 2
 
 
 def describe_sampling(options) -> str:
@@ -244,7 +299,7 @@ def sample(options, config: dict, networks: Networks, device: torch.device) -> N
     shown = min(len(slices), SHOWN)
     samples_figure(options.images / "samples.png", slices[:shown], f"{shown} samples, {describe_sampling(options)}")
     seconds = samples.seconds
-    print(
+    say(
         f"{len(slices)} slices in {sum(seconds):.1f} s ({len(slices) / sum(seconds):.1f} slices/s; codes "
         f"{seconds[0]:.1f} s, decoding {seconds[1]:.1f} s): {options.out}, {options.images / 'samples.png'}"
     )
@@ -254,7 +309,7 @@ def reconstruct(options, config: dict, vqvae: VQVAE, device: torch.device) -> No
     """Encode and decode given slices; write both, a table of SSIM and PSNR, and a figure."""
     slices, affines, notices = read_slices(options.reconstruct, tuple(config["slice_size"]))
     for notice in notices:
-        print(notice)
+        say(notice)
     if any(Path(name).resolve().parent == options.out.resolve() for name in slices.names):
         raise RunError(f"--out {options.out} holds the slices to reconstruct: choose another folder")
     prepare_folder(
@@ -269,23 +324,23 @@ def reconstruct(options, config: dict, vqvae: VQVAE, device: torch.device) -> No
         overall.update(decoded, batch)
         for pair in zip(decoded.split(1), batch.split(1)):
             figures = {name: value.item() for name, value in single(*pair).items()}
-            rows.append({"slice": slices.names[len(rows)]} | figures)
+            rows.append({"slice": printable(slices.names[len(rows)])} | figures)
         reconstructions.append(decoded[:, 0].cpu().numpy())
     reconstructions = np.concatenate(reconstructions)
     originals = slices.batch(np.arange(len(slices)))[:, 0].numpy()
     for i, affine in enumerate(affines):
-        name = f"{i:06d}_{Path(slices.names[i]).name.removesuffix('.gz').removesuffix('.nii')}"
+        name = f"{i:06d}_{shortened(Path(slices.names[i]).name.removesuffix('.gz').removesuffix('.nii'))}"
         for kind, pixels in (("original", originals[i]), ("reconstruction", reconstructions[i])):
             write_slice(options.out / f"{name}_{kind}.nii.gz", unscale(pixels, slices.scales[i]), affine)
-    with open(options.out / "reconstructions.csv", "w", newline="") as file:
+    with open(options.out / "reconstructions.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ("slice", "ssim", "psnr"))
         writer.writeheader()
         writer.writerows(rows)
     chosen = spread(len(slices))
-    titles = [f"{Path(slices.names[i]).name.split('.')[0]}\nSSIM {rows[i]['ssim']:.3f}" for i in chosen]
+    titles = [f"{caption(slices.names[i])}\nSSIM {rows[i]['ssim']:.3f}" for i in chosen]
     reconstructions_figure(options.images / "reconstructions.png", originals[chosen], reconstructions[chosen], titles)
     figures = {name: value.item() for name, value in overall.compute().items()}
-    print(f"{len(slices)} slices: SSIM {figures['ssim']:.3f}, PSNR {figures['psnr']:.2f} dB: {options.out}")
+    say(f"{len(slices)} slices: SSIM {figures['ssim']:.3f}, PSNR {figures['psnr']:.2f} dB: {options.out}")
 
 
 # ---------------------------------------------------------------- evaluation
@@ -322,7 +377,7 @@ def evaluate(options, config: dict, networks: Networks, device: torch.device) ->
     held_out = getattr(data, options.split)
     count = options.num or max(DEFAULT_NUM, len(held_out))
     drawn = draw_samples(options, config, networks, count, device)
-    samples = Group(quantise(drawn.slices).to(device), range(count))
+    samples = Group(quantise(drawn.slices.to(device)), range(count))
     real = take(held_out, np.arange(len(held_out)), device)
     chosen = np.sort(np.random.default_rng(0).permutation(len(data.train))[:count])
     training = take(data.train, chosen, device)
@@ -379,7 +434,7 @@ def evaluate(options, config: dict, networks: Networks, device: torch.device) ->
     results |= parts.pop("samples") | parts
 
     print_table(results)
-    write_file(options.run / "evaluation.json", lambda part: part.write_text(json.dumps(results, indent=1)))
+    write_file(options.run / "evaluation.json", lambda part: part.write_text(strict_json(results)))
     by_height = np.argsort(held_out.positions)[spread(len(held_out))]
     strips = {
         f"{options.split} slices": real.slices[by_height],
@@ -397,7 +452,7 @@ def evaluate(options, config: dict, networks: Networks, device: torch.device) ->
     )
     found = {"sample": (samples, near), f"{options.split} slice": (real, near_real)}
     write_copying_figure(options.images / "copying.png", data.train, found, axis)
-    print(f"{time.perf_counter() - started:.0f} s: {options.run / 'evaluation.json'}, figures in {options.images}")
+    say(f"{time.perf_counter() - started:.0f} s: {options.run / 'evaluation.json'}, figures in {options.images}")
 
 
 def take(slices: Slices, chosen: Sequence[int], device: torch.device) -> Group:
@@ -414,7 +469,7 @@ def training_data(options, config: dict, vqvae: VQVAE) -> Dataset:
     side = vqvae.config.downsampling
     data = load_dataset(folder, config["slice_size"], (side, side), config["options"]["seed"])
     for notice in data.notices:
-        print(notice)
+        say(notice)
     if data.fingerprint != config["fingerprint"]:
         raise RunError(f"{folder} does not hold the data {options.run} was trained on: say where they are with --data")
     if len(getattr(data, options.split)) < FEWEST or len(data.train) < FEWEST:
@@ -426,15 +481,13 @@ def training_data(options, config: dict, vqvae: VQVAE) -> Dataset:
 
 def reconstruct_all(networks: Networks, group: Group, options) -> tuple[Tensor, Group, Group]:
     """Codes (N, h, w) of slices, their reconstructions, and these with detail."""
-    vqvae, size = networks.vqvae, options.batch_size
-    codes = [vqvae.encode(batch) for batch in group.slices.split(size)]
-    decoded = [vqvae.decode(batch) for batch in codes]
-    numbers = torch.arange(MOST, MOST + len(group.slices)).split(size)  # other detail than that of samples
-    detailed = [
-        networks.detail.sample(those.tolist(), batch, vqvae, options.seed, options.detail)
-        for those, batch in zip(numbers, codes)
-    ]
-    return torch.cat(codes), *(Group(quantise(torch.cat(parts)), group.cases) for parts in (decoded, detailed))
+    vqvae, device = networks.vqvae, group.slices.device
+    codes = [vqvae.encode(batch) for batch in group.slices.split(options.batch_size)]
+    decoded = torch.cat([vqvae.decode(batch) for batch in codes])
+    codes = torch.cat(codes)
+    numbers = range(MOST, MOST + len(codes))  # other detail than that of samples
+    detailed = draw_detail(options, networks, numbers, codes, device).to(device)
+    return codes, *(Group(quantise(slices), group.cases) for slices in (decoded, detailed))
 
 
 @torch.no_grad()
@@ -568,8 +621,7 @@ def write_copying_figure(
             views = closest_views(group.slices[i : i + 1], training_slice, axis)[:2]
             for pictures, view in zip((own, others), views):
                 pictures.append(view[0].cpu().numpy())
-            name = Path(training.names[index]).name.split(".")[0]
-            titles.append(f"{kind} {i}, distance {near.distances[i]:.3f}\nfrom {name}")
+            titles.append(f"{kind} {i}, distance {near.distances[i]:.3f}\nfrom {caption(training.names[index])}")
     labels = ("sample or slice", "nearest\ntraining slice")
     reconstructions_figure(path, np.stack(own), np.stack(others), titles, labels, limit=0.5)
 
@@ -616,8 +668,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.batch_size = options.batch_size or (512 if device.type == "cuda" else 32)
     check_folder("--out", options.out)
     check_folder("--images", options.images)
-    torch.backends.cudnn.allow_tf32 = False  # on a GPU, too coarse for a sample to be the same at every batch size
     config = read_config(options.run)
+    if options.evaluate:
+        check_folder("--run", options.run)
     vqvae = load_vqvae(options.run, config, device)
     if options.reconstruct:
         reconstruct(options, config, vqvae, device)
@@ -625,7 +678,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     networks = load_networks(options.run, config, vqvae, device)
     refuse_unknown_position(options, config)
     if not is_complete(options.run):
-        print(f"warning: {options.run} is not complete: train.py has not come to its end")
+        say(f"warning: {options.run} is not complete: train.py has not come to its end")
     (evaluate if options.evaluate else sample)(options, config, networks, device)
 
 
@@ -634,5 +687,7 @@ if __name__ == "__main__":
         main()
     except (DataError, RunError, OSError) as error:
         fail(error)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        fail(f"out of memory, try a smaller --num or --batch-size, or other --device ({in_short(error)})")
     except KeyboardInterrupt:
         raise SystemExit(130) from None

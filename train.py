@@ -20,7 +20,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from dataset import (
@@ -45,6 +44,7 @@ from utils import (
     RunError,
     StopSignals,
     autocast,
+    caption,
     check_fields,
     check_folder,
     close_tensorboard,
@@ -52,6 +52,8 @@ from utils import (
     detail_figure,
     detail_loss_figure,
     fail,
+    filled,
+    in_short,
     is_series,
     left_right_axis,
     load_weights,
@@ -63,6 +65,7 @@ from utils import (
     reconstructions_figure,
     restore,
     save_weights,
+    say,
     seed_update,
     spread,
     tensorboard,
@@ -82,6 +85,7 @@ AVERAGE_DECAY = 0.99  # of averaged weights in the end: a memory of some 100 upd
 SPREAD_SLICES = 256  # from which the spread of detail is measured
 SHARE = 4  # prior and detail learn from a quarter of a batch: small updates teach them more in the same time
 PART_CODES = 8192  # of a batch that a network is given at once on a CPU
+COPIED_SLICES = 4096  # at a time to a GPU's memory: 128 MB of 256x128
 LONG_SECONDS = 1  # an update that takes longer is left on a signal: a checkpoint has to be written in five
 COLLAPSED = (0.1, 500)  # share of codes used, and for how many updates
 LEARNED = 0.95  # of the nats that cost the codes by their frequencies alone: a prior has to need less
@@ -134,10 +138,17 @@ def parse_options(arguments: Sequence[str] | None):
     """The command line; numbers of updates filled in from the preset."""
     parser = Parser(description=__doc__.split("\n\n")[0], epilog="Run the same command again to resume.")
     parser.add_argument(
-        "--data", default="phantom", help="folder of 2D .nii/.nii.gz slices, or 'phantom', the embedded data (default)"
+        "--data",
+        type=filled(str),
+        default="phantom",
+        help="folder of 2D .nii/.nii.gz slices, or 'phantom', the embedded data (default)",
     )
-    parser.add_argument("--run", type=Path, default=Path("runs/default"), help="run directory (default: %(default)s)")
-    parser.add_argument("--images", type=Path, default=Path("images"), help="folder of figures (default: %(default)s)")
+    parser.add_argument(
+        "--run", type=filled(Path), default=Path("runs/default"), help="run directory (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--images", type=filled(Path), default=Path("images"), help="folder of figures (default: %(default)s)"
+    )
     parser.add_argument(
         "--preset",
         choices=PRESETS,
@@ -202,6 +213,21 @@ def parse_options(arguments: Sequence[str] | None):
     return options
 
 
+class Average:
+    """The moving average of a network's weights, a network itself. Its memory grows to some 100 updates."""
+
+    def __init__(self, network: nn.Module):
+        self.network = deepcopy(network)
+        # Both listed once, and moved by one kernel: a GPU's host would else be busy with each weight in turn.
+        self.weights = list(self.network.parameters()), list(network.parameters())
+
+    @torch.no_grad()
+    def follow(self, update: int) -> None:
+        """One step of the average, after an update, counted from 1."""
+        decay = min(AVERAGE_DECAY, update / (update + 9))
+        torch._foreach_lerp_(*self.weights, 1 - decay)
+
+
 class Stage:
     """What the training loops share: resuming, the optimiser's step, log lines, checkpoints, a stop on a signal."""
 
@@ -216,9 +242,10 @@ class Stage:
         averaged: bool = False,
     ):
         self.run, self.name, self.total, self.seed = run, name, updates, options.seed
+        self.average = Average(model) if averaged else None
         self.networks = {"model": model}  # what a checkpoint holds the weights of
         if averaged:
-            self.networks["averaged"] = AveragedModel(model, multi_avg_fn=average)
+            self.networks["averaged"] = self.average.network
         self.optimiser = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
         for weight in model.parameters():  # as its first step would make them, so that a checkpoint has its place
             step = torch.zeros((), device=weight.device)
@@ -226,7 +253,7 @@ class Stage:
             self.optimiser.state[weight] = {"step": step, **moments}
         self.learning_rate, self.checkpoint_every = learning_rate, options.checkpoint_every
         self.update, self.best = 0, float("inf")
-        self.losses: dict[str, list[Tensor | float]] = {}  # since the last log line
+        self.losses: dict[str, list[Tensor]] = {}  # since the last log line
         self.clock, self.writer = Clock(CHECKPOINT_SECONDS), None
 
     def tensors(self) -> dict[str, dict]:
@@ -237,7 +264,7 @@ class Stage:
     def state(self) -> dict:
         """All that resuming needs, after an update. Raises RunError where training diverged."""
         losses, tensors = self.noted(), self.tensors()
-        if not torch.stack([tensor.isfinite().all() for tensor in tensors_in(tensors)]).all():
+        if not all(tensor.isfinite().all() for tensor in tensors_in(tensors)):  # one by one: devices may differ
             raise self.diverged("a weight", self.update)
         plain = {"stage": self.name, "update": self.update, "best": self.best, "losses": losses}
         return plain | tensors | {"log_bytes": self.run.log_bytes()}
@@ -257,7 +284,10 @@ class Stage:
             restore(tensors, {name: state.get(name) for name in tensors})
         except ValueError as error:
             raise RunError(f"{self.run.checkpoint_path} cannot be used: {error}; choose another --run") from None
-        self.update, self.best, self.losses = state["update"], state["best"], state["losses"]
+        self.update, self.best = state["update"], state["best"]
+        device = next(self.networks["model"].parameters()).device
+        for name, values in state["losses"].items():
+            self.losses[name] = list(torch.tensor(values, dtype=torch.float32, device=device))
         state.clear()
 
     def updates(self) -> Iterator[int]:
@@ -270,7 +300,7 @@ class Stage:
             closing.callback(self.bar.close)
             if self.writer:
                 closing.callback(close_tensorboard, self.writer)
-            signals = closing.enter_context(StopSignals())
+            signals = self.run.signals
             signals.hold()
             while self.update < self.total:
                 # A signal waits for an update's end, or leaves a long one: what was before it is then saved.
@@ -308,8 +338,8 @@ class Stage:
             total = total + loss.detach()
         nn.utils.clip_grad_norm_(self.networks["model"].parameters(), MAX_NORM)
         self.optimiser.step()
-        if "averaged" in self.networks:
-            self.networks["averaged"].update_parameters(self.networks["model"])
+        if self.average:
+            self.average.follow(self.update)
         return total
 
     def keep_best(self, loss: float, network: nn.Module) -> None:
@@ -319,7 +349,7 @@ class Stage:
             save_weights(self.run.path / f"{self.name}.safetensors", network)
 
     def note(self, **losses: Tensor) -> None:
-        """Keep training losses, and log their means now and then. Without waiting for a GPU in between."""
+        """Keep training losses, and log their means now and then. A GPU is not waited for in between."""
         for name, loss in losses.items():
             self.losses.setdefault(name, []).append(loss.detach())
         if self.at_share(LOG_LINES):
@@ -328,7 +358,7 @@ class Stage:
 
     def noted(self) -> dict[str, list[float]]:
         """The training losses since the last log line. Raises RunError naming the first that is not finite."""
-        losses = {name: [float(loss) for loss in values] for name, values in self.losses.items()}
+        losses = {name: torch.stack(values).tolist() for name, values in self.losses.items()}
         for name, values in losses.items():
             for update, loss in enumerate(values, self.update - len(values) + 1):
                 if not math.isfinite(loss):
@@ -391,14 +421,59 @@ class Stage:
                 self.writer.flush()
 
 
-def train_vqvae(run: Run, state: dict, data: Dataset, options, preset: Preset, device: torch.device) -> None:
+class Feed:
+    """The training slices of each update, mirrored and varied at random, and their positions.
+
+    On a GPU their pixels lie in its memory, where they leave half of it free, and a batch is one gather there; else the
+    host gathers them. It never waits for the GPU. Whether they fit is decided once for all stages.
+    """
+
+    def __init__(self, data: Dataset, options, device: torch.device):
+        self.train, self.batch_size, self.seed = data.train, options.batch_size, options.seed
+        self.device, self.left_right = device, left_right_axis(data.affine)
+        self.positions = torch.from_numpy(data.train.positions).to(device)
+        resident = device.type == "cuda" and data.train.pixels.nbytes < free_memory(device) / 2
+        self.pixels = to_device(data.train.pixels, device) if resident else None
+
+    def __call__(self, update: int, share: int = 1, augmentation: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+        """Of a `share`-th of a batch: slices (N, 1, H, W), positions (N,) and how the slices were varied
+        (N, VARIATIONS), on the device."""
+        chosen = batch_indices(len(self.train), -(-self.batch_size // share), self.seed, update - 1)
+        indices = self.send(torch.from_numpy(chosen))
+        pixels = self.send(torch.from_numpy(self.train.pixels[chosen])) if self.pixels is None else self.pixels[indices]
+        variation = augmentation * torch.randn(len(chosen), VARIATIONS, device=self.device)
+        slices = mirror(intensities(pixels), self.left_right)
+        if augmentation:
+            slices = vary(slices, variation)
+        return slices.contiguous(memory_format=torch.channels_last), self.positions[indices], variation
+
+    def send(self, values: Tensor) -> Tensor:
+        """Values on the device. From pinned memory, since the host waits until any other has been copied."""
+        return values.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else values
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of a GPU's memory that this process may still fill: PyTorch keeps what was freed for itself."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
+
+
+def to_device(pixels: np.ndarray, device: torch.device) -> Tensor:
+    """Pixels (N, H, W), which may be mapped from a file, on a device. The host holds a part at a time."""
+    there = torch.empty(pixels.shape, dtype=torch.uint8, device=device)
+    for start in range(0, len(pixels), COPIED_SLICES):
+        part = pixels[start : start + COPIED_SLICES]
+        there[start : start + len(part)] = torch.from_numpy(np.array(part))  # copied: mapped memory is read-only
+    return there
+
+
+def train_vqvae(run: Run, state: dict, data: Dataset, options, preset: Preset, feed: Feed) -> None:
     """Stage 1: the VQ-VAE, its best weights to vqvae.safetensors."""
+    device = feed.device
     seed_update(options.seed, "vqvae", 0)
     model = VQVAE(preset.vqvae).to(device, memory_format=torch.channels_last)
     stage = Stage(run, "vqvae", model, options.updates, preset.learning_rate, options)
     stage.resume(state)
-    # Varied slices, which interpolation smooths, made SSIM lower.
-    feed = Feed(data, options, 0.0, device)
     # The encoder first learns without codes; they then start where its vectors are, and nearly all stay in use.
     warm_up = min(100, options.updates // 6)
     figures_due = Clock(CHECKPOINT_SECONDS)
@@ -406,7 +481,7 @@ def train_vqvae(run: Run, state: dict, data: Dataset, options, preset: Preset, d
     for update in stage.updates():
         if update == warm_up + 1:
             model.codebook.fit(encoder_vectors(model, data.train, options, device))
-        slices, _, _ = feed(update)
+        slices, _, _ = feed(update)  # not varied: interpolation smooths, which made SSIM lower
         with autocast(device):
             reconstructions, embedding_loss, _ = model(slices, quantise=update > warm_up)
         reconstruction_loss = F.mse_loss(reconstructions, slices)
@@ -434,35 +509,6 @@ def in_parts(loss_of: Callable[..., Tensor], codes: Tensor, *others: Tensor) -> 
         with autocast(codes.device):
             loss = loss_of(*part) * (len(part[0]) / len(codes))
         yield loss
-
-
-class Feed:
-    """The training slices of each update, a share of a batch, mirrored and varied at random, and their positions.
-
-    On a GPU their pixels lie in its memory, where they leave half of it free: a batch is then one gather there,
-    and the host never waits.
-    """
-
-    def __init__(self, data: Dataset, options, augmentation: float, device: torch.device, share: int = 1):
-        self.train, self.batch_size, self.seed = data.train, -(-options.batch_size // share), options.seed
-        self.augmentation, self.device = augmentation, device
-        self.left_right = left_right_axis(data.affine)
-        self.positions = torch.from_numpy(data.train.positions).to(device)
-        resident = device.type == "cuda" and data.train.pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 2
-        self.pixels = torch.tensor(data.train.pixels, device=device) if resident else None
-
-    def __call__(self, update: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Slices (N, 1, H, W), positions (N,) and how the slices were varied (N, VARIATIONS), on the device."""
-        chosen = batch_indices(len(self.train), self.batch_size, self.seed, update - 1)
-        indices = torch.from_numpy(chosen)
-        if self.device.type == "cuda":
-            indices = indices.pin_memory().to(self.device, non_blocking=True)
-        slices = self.train.batch(chosen).to(self.device) if self.pixels is None else intensities(self.pixels[indices])
-        variation = self.augmentation * torch.randn(len(chosen), VARIATIONS, device=self.device)
-        slices = mirror(slices, self.left_right)
-        if self.augmentation:
-            slices = vary(slices, variation)
-        return slices.contiguous(memory_format=torch.channels_last), self.positions[indices], variation
 
 
 def mirror(slices: Tensor, axis: int | None) -> Tensor:
@@ -562,7 +608,7 @@ def write_vqvae_figures(
     ssim = [
         reconstruction_metrics().to(device)(*pair)["ssim"] for pair in zip(reconstructions.split(1), batch.split(1))
     ]
-    titles = [f"{Path(slices.names[i]).name.split('.')[0]}\nSSIM {s:.3f}" for i, s in zip(chosen, ssim)]
+    titles = [f"{caption(slices.names[i])}\nSSIM {s:.3f}" for i, s in zip(chosen, ssim)]
     pictures = (x[:, 0].cpu().numpy() for x in (batch, reconstructions))
     reconstructions_figure(images / "reconstructions.png", *pictures, titles)
 
@@ -577,10 +623,9 @@ def extract_codes(model: VQVAE, slices: Slices, batch_size: int, device: torch.d
     return torch.cat(codes)
 
 
-def train_prior(
-    run: Run, state: dict, vqvae: VQVAE, data: Dataset, options, preset: Preset, device: torch.device
-) -> None:
+def train_prior(run: Run, state: dict, vqvae: VQVAE, data: Dataset, options, preset: Preset, feed: Feed) -> None:
     """Stage 2: the prior on the codes of the training slices, its best weights to prior.safetensors."""
+    device = feed.device
     validation_codes = extract_codes(vqvae, data.validate, options.batch_size, device)
     validation_positions = torch.from_numpy(data.validate.positions).to(device)
     seed_update(options.seed, "prior", 0)
@@ -588,14 +633,13 @@ def train_prior(
     model = GatedPixelCNN(config).to(device, memory_format=torch.channels_last)
     model.know_codes(vqvae.codebook.embeddings)
     stage = Stage(run, "prior", model, options.prior_updates, preset.prior_learning_rate, options, averaged=True)
-    averaged = stage.networks["averaged"].module
+    averaged = stage.average.network
     stage.resume(state)
     stage.checkpoint()  # from here on stage 1 need not be looked at again
-    feed = Feed(data, options, options.augmentation, device, SHARE)
     figures_due = Clock(CHECKPOINT_SECONDS)
 
     for update in stage.updates():
-        slices, positions, variation = feed(update)
+        slices, positions, variation = feed(update, SHARE, options.augmentation)
         with autocast(device):
             codes = vqvae.encode(slices)  # anew for each update: a mirrored slice has other codes
         loss = stage.step(in_parts(model.nats, codes, positions, variation))
@@ -615,16 +659,10 @@ def warn_of_ignorance(nats: float, codes: Tensor, size: int) -> None:
     """Say so where a prior has learned no more of codes (N, h, w) of K = `size` than how often each is used."""
     _, perplexity = codebook_use(code_counts(codes, size))
     if codes.numel() > 4 * size and nats > LEARNED * math.log(perplexity):
-        print(
+        say(
             f"warning: the prior has learned hardly more than how often each code is used ({nats:.2f} nats a code): "
             "samples will be noise; try more --prior-updates, or a lower rate in train.py's PRESETS"
         )
-
-
-def average(averaged: list[Tensor], weights: list[Tensor], count: Tensor) -> None:
-    """One step of the moving average of a network's weights, in place; its memory grows with the steps done."""
-    decay = min(AVERAGE_DECAY, (1 + count.item()) / (10 + count.item()))
-    torch._foreach_lerp_(averaged, weights, 1 - decay)
 
 
 def describe_positions(positions: np.ndarray) -> dict:
@@ -650,10 +688,9 @@ def evaluate_prior(model: GatedPixelCNN, codes: Tensor, positions: Tensor, batch
     return total / codes.numel()
 
 
-def train_detail(
-    run: Run, state: dict, vqvae: VQVAE, data: Dataset, options, preset: Preset, device: torch.device
-) -> None:
+def train_detail(run: Run, state: dict, vqvae: VQVAE, data: Dataset, options, preset: Preset, feed: Feed) -> None:
     """Stage 3: the detail that decoded training slices lack, its best weights to detail.safetensors."""
+    device = feed.device
     seed_update(options.seed, "detail", 0)
     given = vqvae.config
     config = replace(preset.detail, downsampling=given.downsampling, codes=given.codes, code_dim=given.code_dim)
@@ -661,14 +698,13 @@ def train_detail(
     if state.get("stage") != "detail":
         model.measure(*lossy_slices(vqvae, data.train, options, device))
     stage = Stage(run, "detail", model, options.detail_updates, preset.detail_learning_rate, options, averaged=True)
-    averaged = stage.networks["averaged"].module
+    averaged = stage.average.network
     stage.resume(state)
     stage.checkpoint()  # from here on stage 2 need not be looked at again
-    feed = Feed(data, options, 0.0, device, SHARE)  # varied slices lack detail
     figures_due = Clock(CHECKPOINT_SECONDS)
 
     for update in stage.updates():
-        slices, _, _ = feed(update)
+        slices, _, _ = feed(update, SHARE)  # not varied: interpolated slices lack detail
         with autocast(device):
             codes = vqvae.encode(slices)
         loss = stage.step(in_parts(lambda part, of: model.loss(of, part, vqvae), codes, slices))
@@ -716,7 +752,7 @@ def write_detail_figures(
     codes = vqvae.encode(batch)
     drawn = [model.sample(range(len(batch)), codes, vqvae, seed) for seed in (0, 1)]
     strips = dict(zip(("slice", "decoded", "with detail", "with other detail"), (batch, vqvae.decode(codes), *drawn)))
-    titles = [Path(slices.names[i]).name.split(".")[0] for i in chosen]
+    titles = [caption(slices.names[i]) for i in chosen]
     detail_figure(images / "detail.png", {name: of[:, 0].cpu().numpy() for name, of in strips.items()}, titles)
 
 
@@ -744,7 +780,7 @@ def refuse_changed_data(run: Run, data: Dataset, allowed: bool) -> None:
             f"the data changed since {run.path} began: {changes}; bring them back, choose another --run, "
             "or go on with --allow-changed-data"
         )
-    print(f"warning: the data changed since {run.path} began: {changes}")
+    say(f"warning: the data changed since {run.path} began: {changes}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -759,7 +795,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with StopSignals():
         data = load_dataset(options.data, size, (side, side), options.seed)
         for notice in data.notices:
-            print(notice)
+            say(notice)
         if min(data.slice_size) < SMALLEST_SIDE:
             raise DataError(f"slices of {data.slice_size} pixels are too small: a side has {SMALLEST_SIDE} at least")
         options.slice_size = data.slice_size
@@ -767,28 +803,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
             refuse_changed_data(run, data, options.allow_changed_data)
             state = run.load()
             sizes = f"{len(data.train)} training, {len(data.validate)} validation and {len(data.test)} test slices"
-            print(f"{sizes} of {data.slice_size[0]}x{data.slice_size[1]} on {device}; run directory {options.run}")
-            print(describe_mirroring(data.affine))
+            say(f"{sizes} of {data.slice_size[0]}x{data.slice_size[1]} on {device}; run directory {options.run}")
+            say(describe_mirroring(data.affine))
             train_stages(run, state, data, options, preset, device)
 
 
 def train_stages(run: Run, state: dict, data: Dataset, options, preset: Preset, device: torch.device) -> None:
     """The three stages, or what is left of them."""
     if state.get("stage") == "done":
-        print(f"{options.run} is complete: nothing to do")
+        say(f"{options.run} is complete: nothing to do")
         return
     make_folder(options.images)
+    feed = Feed(data, options, device)
     if state.get("stage", "vqvae") == "vqvae":
-        train_vqvae(run, state, data, options, preset, device)
+        train_vqvae(run, state, data, options, preset, feed)
     vqvae = load_weights(run.path / "vqvae.safetensors", VQVAE, VQVAEConfig)
     if vqvae.config != preset.vqvae:
         raise RunError(f"{run.path / 'vqvae.safetensors'} is not of this run: choose another --run")
     vqvae.to(device, memory_format=torch.channels_last)
     if state.get("stage") != "detail":
-        train_prior(run, state, vqvae, data, options, preset, device)
-    train_detail(run, state, vqvae, data, options, preset, device)
+        train_prior(run, state, vqvae, data, options, preset, feed)
+    train_detail(run, state, vqvae, data, options, preset, feed)
     run.save(stage="done")
-    print(f"{options.run} is complete: figures in {options.images}; sample with: python predict.py --run {options.run}")
+    say(f"{options.run} is complete: figures in {options.images}; sample with: python predict.py --run {options.run}")
 
 
 if __name__ == "__main__":
@@ -796,5 +833,7 @@ if __name__ == "__main__":
         main()
     except (DataError, RunError, OSError) as error:
         fail(error)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        fail(f"out of memory, try a smaller --batch-size or other --device ({in_short(error)})")
     except KeyboardInterrupt:
         raise SystemExit(130) from None

@@ -8,10 +8,13 @@ import math
 import os
 import pickletools
 import platform
+import re
+import secrets
 import signal
 import sys
 import tempfile
 import time
+import warnings
 import zipfile
 import zlib
 from collections import defaultdict
@@ -32,6 +35,7 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import PercentFormatter
@@ -56,7 +60,17 @@ class RunError(Exception):
     """A run directory that cannot be used as asked; its text is one line that is safe to print, for the user."""
 
     def __init__(self, message: str):
-        super().__init__("".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in message))
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """Text with what would break a line, steer a terminal or be no Unicode escaped: names may hold any of it."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
+def say(text: str) -> None:
+    """Print a line, whatever names are in it."""
+    print(printable(text))
 
 
 # ---------------------------------------------------------------- command line
@@ -71,8 +85,20 @@ class Parser(argparse.ArgumentParser):
 
 def fail(message: object):
     """Print `error: message` on stderr and exit with status 2."""
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {printable(str(message))}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def filled(kind: Callable[[str], object]) -> Callable[[str], object]:
+    """A type for argparse: a path or name that is not empty. "" is what a script makes of a variable that is not set,
+    and as a path it would be the current folder."""
+
+    def parse(text: str) -> object:
+        if not text.strip():
+            raise argparse.ArgumentTypeError("it is empty; is a variable not set?")
+        return kind(text)
+
+    return parse
 
 
 def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable[[str], float]:
@@ -90,15 +116,39 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False) 
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name; `auto` is the GPU where PyTorch sees one. Raises RunError for others."""
+    """The device of that name, ready to compute: `cpu`, `cuda`, `cuda:1` and so on, or `auto`.
+
+    `auto` is the GPU where there is one that computes, and the CPU elsewhere; it says why a GPU is not used. Raises
+    RunError for a device that does not compute, and for other kinds of devices.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        try:
+            return start_gpu(torch.device("cuda"))
+        except RuntimeError as error:
+            print(f"warning: the GPU cannot be used ({in_short(error)}): computing on the CPU", file=sys.stderr)
+            return torch.device("cpu")
+    if not re.fullmatch("cpu|cuda(:[0-9]{1,3})?", name):
+        raise RunError(f"--device {name}: choose auto, cpu, cuda, or cuda:1 and so on")
     try:
-        there = torch.zeros(1, device=name)
-        there.cpu()  # "meta" has no values to copy
-    except (RuntimeError, AssertionError, ImportError) as error:
-        raise RunError(f"--device {name}: {str(error).splitlines()[0]}") from None
-    return there.device
+        return torch.device("cpu") if name == "cpu" else start_gpu(torch.device(name))
+    except (RuntimeError, AssertionError) as error:  # an AssertionError where PyTorch was built without CUDA
+        raise RunError(f"--device {name}: {in_short(error)}") from None
+
+
+def start_gpu(device: torch.device) -> torch.device:
+    """A GPU by its number, tried with a convolution and a product and made the current one. Raises RuntimeError.
+
+    A card that PyTorch sees need not compute: each build has kernels for some generations of cards only. TF32 is
+    switched off: SSIM subtracts squares and loses its third digit to it. Training loses no speed, since it runs in
+    bfloat16 on every card that has TF32.
+    """
+    picture = torch.ones(1, 1, 8, 8, device=device)
+    (F.conv2d(picture, picture[:, :, :3, :3], padding=1) @ picture).sum().item()
+    torch.cuda.set_device(picture.device)
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    return picture.device
 
 
 def autocast(device: torch.device) -> torch.autocast:
@@ -125,8 +175,8 @@ def left_right_axis(affine: np.ndarray) -> int | None:
 class StopSignals:
     """While it is entered, SIGINT raises SystemExit(130) and SIGTERM SystemExit(143), wherever the program is.
 
-    Between `hold` and `release` it waits in `.received`. A second one is for the handlers from before: it stops at
-    once.
+    Between `hold` and `release` it waits in `.received`. Once one has come, further SIGTERMs are ignored: torchrun and
+    Slurm send several to one process. A second SIGINT is for the handler from before: a person who wants to stop now.
     """
 
     def __enter__(self):
@@ -136,7 +186,8 @@ class StopSignals:
 
     def note(self, number: int, frame) -> None:
         self.received = number
-        self.__exit__()
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, self.before[signal.SIGINT])
         if not self.held:
             self.release()
 
@@ -205,7 +256,8 @@ def write_file(path: Path, write: Callable[[Path], object], before: Path | None 
 
     The old one is kept as `before` where that is given. Raises RunError where it cannot be written.
     """
-    temporary = path.with_name(path.name + ".part")
+    # A name of its own, since another process may be writing a file of this name too: figures of several runs.
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     try:
         with writing(path):
             write(temporary)
@@ -234,6 +286,19 @@ def write_tensors(path: Path, content: bytes, before: Path | None = None) -> Non
     write_file(path, write, before)
 
 
+def strict_json(value: dict) -> str:
+    """Values as JSON that every reader takes: what is no finite number is null."""
+
+    def finite(part: object) -> object:
+        if isinstance(part, dict):
+            return {name: finite(of) for name, of in part.items()}
+        if isinstance(part, list | tuple):
+            return [finite(of) for of in part]
+        return None if isinstance(part, float) and not math.isfinite(part) else part
+
+    return json.dumps(finite(value), indent=1, allow_nan=False)
+
+
 def read_bytes(path: Path, most: int) -> bytes:
     """A file's content. Raises ValueError where it has more than `most` bytes, or is a device, a pipe or the like."""
     check_file(path, most)
@@ -246,6 +311,13 @@ def check_file(path: Path, most: int) -> None:
         raise ValueError(f"it has more than {most} bytes")
     if not path.is_file():
         raise ValueError("it is not a plain file")
+
+
+@contextmanager
+def plainly_named(path: Path) -> Iterator[str]:
+    """A name for a file that libraries take which want UTF-8; a name made elsewhere may hold any bytes."""
+    with open(path, "rb") as file:
+        yield str(path) if str(path).isprintable() else f"/dev/fd/{file.fileno()}"
 
 
 def in_short(error: Exception) -> str:
@@ -367,8 +439,8 @@ FILES += ("vqvae.safetensors", "prior.safetensors", "detail.safetensors")
 class Run:
     """One training's directory, which no other process can train in meanwhile.
 
-    `with Run(...) as run:` lets go of it in the end. On a stop by a signal (SystemExit) it saves `run.unsaved` first,
-    a checkpoint that is newer than the last one, where there is one.
+    `with Run(...) as run:` lets go of it in the end. On a stop by a signal (SystemExit, see `run.signals`) it saves
+    `run.unsaved` first, a checkpoint that is newer than the last one, where there is one.
 
     files: of the data, name to content id; what they were when the run began is in `data.json`.
 
@@ -378,14 +450,15 @@ class Run:
 
     def __init__(self, path: Path, config: dict, files: dict[str, str]):
         self.path, self.unsaved, self.saved = path, None, (None, None)
+        self.signals = StopSignals()
         self.log_path, self.checkpoint_path = path / "metrics.jsonl", path / "training.pt"
         self.before_path = path / "training.pt.before"
         refuse_others(path)
         make_folder(path)
         self.lock = lock(path)
         try:
-            for name in FILES:  # of a process that was killed as it wrote
-                (path / f"{name}.part").unlink(missing_ok=True)
+            for left in path.glob("*.part"):  # of a process that was killed as it wrote
+                left.unlink(missing_ok=True)
             self.config = self.begin(json.loads(json.dumps(config)), files)  # as it will be read back
             with writing(self.log_path):
                 self.log_path.touch()
@@ -407,6 +480,7 @@ class Run:
         return config
 
     def __enter__(self):
+        self.signals.__enter__()
         return self
 
     def __exit__(self, kind, *error) -> None:
@@ -416,8 +490,9 @@ class Run:
                     self.save(**self.unsaved)
                 stage, update = self.saved
                 after = "" if update is None else f" after {stage} update {update}"
-                print(f"stopped{after}; the same command goes on from there")
+                say(f"stopped{after}; the same command goes on from there")
         finally:
+            self.signals.__exit__()
             os.close(self.lock)
 
     def files(self) -> dict[str, str]:
@@ -461,7 +536,7 @@ class Run:
         if problems and not state:
             raise RunError(f"{'; '.join(problems)}: choose another --run")
         if problems:
-            print(f"warning: {problems[0]}: going on from the checkpoint before it")
+            say(f"warning: {problems[0]}: going on from the checkpoint before it")
         with writing(self.log_path):
             os.truncate(self.log_path, min(state.get("log_bytes", 0), self.log_bytes()))
         self.lines()
@@ -505,7 +580,7 @@ def refuse_others(path: Path) -> None:
     if not os.path.lexists(path):
         return
     names = {file.name for file in path.iterdir()} if path.is_dir() else {"a file"}
-    begun = "lock" in names and names <= {"lock", "data.json", "data.json.part", "config.json.part"}
+    begun = "lock" in names and all(name in ("lock", "data.json") or name.endswith(".part") for name in names)
     if names and "config.json" not in names and not begun:
         raise RunError(f"{path} exists and is not a run directory: choose another --run")
     for name in names & set(FILES):
@@ -525,7 +600,7 @@ def lock(path: Path) -> int:
             holder = os.read(handle, 200).decode(errors="replace") or "another process"
             raise RunError(f"{path} is in use by {holder}: wait for it, or choose another --run") from None
         except OSError as error:
-            print(f"warning: {path} cannot be locked here ({error.strerror}): let no other process train in it")
+            say(f"warning: {path} cannot be locked here ({error.strerror}): let no other process train in it")
         os.truncate(handle, 0)
         os.write(handle, f"process {os.getpid()} on {platform.node()}".encode())
         failed.pop_all()
@@ -567,7 +642,8 @@ def read_checkpoint(path: Path) -> dict:
         for entry in entries:
             if entry.filename.endswith("/data.pkl"):
                 check_pickle(file.read(entry))
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    with plainly_named(path) as name:
+        state = torch.load(name, map_location="cpu", weights_only=True, mmap=True)
     if not isinstance(state, dict) or state.get("stage") not in STAGES or not whole(0, MAX_LOG)(state.get("log_bytes")):
         raise ValueError("it is no checkpoint of a run")
     return state
@@ -667,7 +743,7 @@ def load_weights(path: Path, network: Callable[..., nn.Module], config: type) ->
         with open(path, "rb") as file:
             if int.from_bytes(file.read(8), "little") > MAX_HEADER:
                 raise ValueError(f"its header claims more than {MAX_HEADER} bytes")
-        with safetensors.safe_open(path, "pt") as file:
+        with plainly_named(path) as name, safetensors.safe_open(name, "pt") as file:
             return read_network(file, network, config).eval()
     except FileNotFoundError:
         reason = "train.py has not come that far, or the run is of an older version"
@@ -723,6 +799,8 @@ def close_tensorboard(writer) -> None:
 # ---------------------------------------------------------------- figures
 
 TRAIN, VALIDATE = "#9aa5b1", "#c2410c"
+PLAIN = {"parse_math": False}  # of text that holds a name: two dollar signs would make mathematics of it
+LONGEST_CAPTION = 40  # letters
 COMPARED = {"samples": "#c2410c", "decoder alone": "#0f766e", "prior alone": "#b59f3b", "floor": "#9aa5b1"}
 
 
@@ -737,9 +815,20 @@ def spread(count: int, most: int = 6) -> np.ndarray:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, whole or not at all."""
-    make_folder(path.parent)
-    write_file(path, lambda part: figure.savefig(part, format="png", dpi=120))
+    """Write a figure as PNG, whole or not at all. Where it cannot be written that is said: it ends no training."""
+    try:
+        make_folder(path.parent)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing from")  # names may be in any script: boxes are drawn
+            write_file(path, lambda part: figure.savefig(part, format="png", dpi=120))
+    except RunError as error:
+        say(f"warning: {error}")
+
+
+def caption(name: str) -> str:
+    """A slice's name for a figure, without its folder and ending. It is to be drawn with **PLAIN."""
+    name = printable(name.rpartition("/")[2].removesuffix(".gz").removesuffix(".nii"))
+    return name if len(name) <= LONGEST_CAPTION else f"{name[: LONGEST_CAPTION - 3]}..."
 
 
 def draw_curves(axes: Axes, curves: dict, name: str, title: str, unit: str) -> None:
@@ -803,7 +892,7 @@ def detail_figure(path: Path, strips: dict[str, np.ndarray], titles: Sequence[st
     figure = Figure(figsize=(2.4 * count, 2.4 * len(strips) * height / width + 0.4), layout="constrained")
     draw_strips(figure, strips)
     for axes, title in zip(figure.axes, titles):
-        axes.set_title(title, fontsize=8)
+        axes.set_title(title, fontsize=8, **PLAIN)
     save_figure(figure, path)
 
 
@@ -842,7 +931,7 @@ def reconstructions_figure(
     figure = Figure(figsize=(2.4 * len(slices), 2.4 * 3 * height / width + 0.5), layout="constrained")
     rows = figure.subplots(3, len(slices), squeeze=False)
     for column, title in enumerate(titles):
-        rows[0, column].set_title(title, fontsize=8)
+        rows[0, column].set_title(title, fontsize=8, **PLAIN)
         rows[0, column].imshow(upright(slices[column]), cmap="gray", vmin=-1, vmax=1)
         rows[1, column].imshow(upright(reconstructions[column]), cmap="gray", vmin=-1, vmax=1)
         difference = (reconstructions - slices)[column] / 2
@@ -878,7 +967,7 @@ def evaluation_figure(
     inches = len(strips) * 11.6 / count * width / height
     figure = Figure(figsize=(12, inches + 5.2), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02)
-    figure.suptitle(title, fontsize=11, x=0.008, ha="left")
+    figure.suptitle(printable(title), fontsize=11, x=0.008, ha="left", **PLAIN)
     above, middle, below = figure.subfigures(3, 1, height_ratios=(inches, 2.1, 2.6), hspace=0.03)
     draw_strips(above, strips)
 

@@ -21,12 +21,11 @@ from common import machine, report
 from peers import descend
 from reference import PaperPixelCNN, nats_per_code
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from dataset import Slices, batch_indices, load_dataset
 from modules import VQVAE, GatedPixelCNN, PriorConfig, VQVAEConfig
-from train import MAX_NORM, PRESETS, average, extract_codes, in_parts
+from train import MAX_NORM, PRESETS, Average, extract_codes, in_parts
 from utils import load_weights, pick_device, read_config
 
 OURS = 8, PRESETS["full"].prior_learning_rate  # slices an update, as train.py has for the prior, and peak rate
@@ -41,7 +40,7 @@ class Contender:
     def __init__(self, network: torch.nn.Module, batch: int, rate: float):
         self.network, self.batch, self.rate = network, batch, rate
         self.ours = isinstance(network, GatedPixelCNN)
-        self.averaged = AveragedModel(network, multi_avg_fn=average) if self.ours else None
+        self.average = Average(network) if self.ours else None
         self.optimiser = torch.optim.AdamW(network.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
         self.seconds, self.updates, self.looks = 0.0, 0, []
 
@@ -57,17 +56,17 @@ class Contender:
         for group in self.optimiser.param_groups:
             group["lr"] = self.rate * min(1.0, (self.updates + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * share))
         descend(self.optimiser, in_parts(self.loss_of(self.network), codes, positions), MAX_NORM)
-        if self.averaged:
-            self.averaged.update_parameters(self.network)
+        self.updates += 1
+        if self.average:
+            self.average.follow(self.updates)
         if codes.is_cuda:
             torch.cuda.synchronize()  # else the next update, whoever's it is, pays for this one
-        self.updates += 1
         self.seconds += time.perf_counter() - start
 
     @torch.no_grad()
     def look(self, codes: Tensor, positions: Tensor) -> None:
         """Bits a held-out code, float32, without dropout."""
-        network = (self.averaged.module if self.averaged else self.network).eval()
+        network = (self.average.network if self.average else self.network).eval()
         parts = zip(codes.split(PART), positions.split(PART))
         nats = sum(self.loss_of(network)(*part).item() * len(part[0]) for part in parts)
         network.train()

@@ -434,7 +434,7 @@ def test_temperature_and_top_p():
     assert (greedy == greedy[0]).all()
     assert torch.equal(prior.sample(range(3), position, top_p=1e-6), greedy)
     for bad in ({"temperature": 0.0}, {"top_p": 0.0}, {"top_p": 1.5}):
-        with pytest.raises(ValueError, match="must be above 0"):
+        with pytest.raises(ValueError, match="at least 1e-06"):
             prior.sample(range(3), position, **bad)
 
 

@@ -629,14 +629,14 @@ def test_a_split_without_slices_is_refused(evaluated, trained, tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("given", "part"),
     [
-        ({"temperature": 0}, "argument --temperature: 0 is not above 0"),
-        ({"temperature": -1}, "argument --temperature: -1 is not above 0"),
-        ({"temperature": "nan"}, "argument --temperature: nan is not above 0"),
+        ({"temperature": 0}, "argument --temperature: 0 is not at least 1e-06"),
+        ({"temperature": -1}, "argument --temperature: -1 is not at least 1e-06"),
+        ({"temperature": "nan"}, "argument --temperature: nan is not at least 1e-06"),
         ({"top_p": 0}, "argument --top-p: 0 is not above 0 and at most 1"),
         ({"detail": 1.1}, "argument --detail: 1.1 is not at least 0 and at most 1"),
         ({"top_p": 1.01}, "argument --top-p: 1.01 is not above 0 and at most 1"),
         ({"position": 2}, "argument --position: 2 is not at least 0 and at most 1"),
-        ({"temperature": "inf"}, "argument --temperature: inf is not above 0 and at most 100"),
+        ({"temperature": "inf"}, "argument --temperature: inf is not at least 1e-06 and at most 100"),
         ({"num": 0}, "argument --num: 0 is not at least 1"),
         ({"num": 10**6 + 1}, "argument --num: 1000001 is not at least 1 and at most 1000000"),
         ({"num": "many"}, "argument --num: invalid int value: 'many'"),

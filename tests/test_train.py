@@ -25,7 +25,6 @@ import torch.nn.functional as F
 from campaign import CHECKPOINT_CALLS, WEIGHTS, half_done, judge_run, resume, tamper
 from matplotlib.image import imread
 from safetensors.torch import load_file
-from torch.optim.swa_utils import AveragedModel
 
 import phantom
 import train
@@ -409,16 +408,16 @@ def test_detail_is_learnt_of_slices_as_they_are(options, monkeypatch):
 
     Of the batch's five slices each update of prior and detail sees two, a quarter rounded up.
     """
-    told, real = [], train.Feed
+    seen, real = [], train.Feed.__call__
 
-    def feed(*given):
-        made = real(*given)
-        told.append((made.batch_size, made.augmentation))
+    def call(feed, update, share=1, augmentation=0.0):
+        made = real(feed, update, share, augmentation)
+        seen.append((len(made[0]), augmentation))
         return made
 
-    monkeypatch.setattr(train, "Feed", feed)
+    monkeypatch.setattr(train.Feed, "__call__", call)
     train.main(arguments(**options))
-    assert told == [(5, 0.0), (2, 1.0), (2, 0.0)]
+    assert seen == [(5, 0.0)] * UPDATES["vqvae"] + [(2, 1.0)] * UPDATES["prior"] + [(2, 0.0)] * UPDATES["detail"]
 
 
 def test_describe_positions():
@@ -445,17 +444,17 @@ def test_averaged_weights_forget_the_first_ones_soon():
     """Weights that are 1 after a start at 0: by hand, and nearly there after a few updates."""
     layer = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.zeros_(layer.weight)
-    averaged = AveragedModel(layer, multi_avg_fn=train.average)
-    averaged.update_parameters(layer)
+    average = train.Average(layer)
     torch.nn.init.ones_(layer.weight)
     expected = 0.0
-    for count in range(1, 2000):
-        averaged.update_parameters(layer)
-        expected += (1 - expected) * max(0.01, 9 / (10 + count))
-        if count in (1, 5, 30, 1999):
-            assert averaged.module.weight.item() == pytest.approx(expected, abs=1e-5)
-        if count == 30:
+    for update in range(1, 2000):
+        average.follow(update)
+        expected += (1 - expected) * max(0.01, 9 / (9 + update))
+        if update in (1, 5, 30, 1999):
+            assert average.network.weight.item() == pytest.approx(expected, abs=1e-5)
+        if update == 30:
             assert expected > 0.9999
+    assert layer.weight.item() == 1
 
 
 @pytest.mark.parametrize("length, kept", [(0.5, 0.5), (1.0, 1.0), (1e4, 1.0)])
@@ -473,12 +472,12 @@ def test_a_stage_averages_the_weights_that_it_is_asked_to():
     layer = torch.nn.Linear(3, 1)
     options = train.parse_options([])
     stage = train.Stage(None, "detail", layer, 400, 0.5, options, averaged=True)
-    expected = AveragedModel(layer, multi_avg_fn=train.average)
+    expected = train.Average(layer)
     for stage.update in range(1, 6):
         stage.step([layer(torch.ones(3)).square().sum()])
-        expected.update_parameters(layer)
-        averaged = stage.networks["averaged"].module
-        assert same_weights(averaged.state_dict(), expected.module.state_dict())
+        expected.follow(stage.update)
+        averaged = stage.networks["averaged"]
+        assert same_weights(averaged.state_dict(), expected.network.state_dict())
     assert not same_weights(averaged.state_dict(), layer.state_dict())
     assert stage.tensors().keys() == {"model", "averaged", "optimiser"}
     assert train.Stage(None, "vqvae", layer, 400, 0.5, options).tensors().keys() == {"model", "optimiser"}
@@ -552,16 +551,17 @@ def test_strength_scales_what_is_done_to_slices():
     assert abs(weak_columns.std() / columns.std() - 0.25) < 0.05
 
 
-def test_slices_in_the_memory_of_a_gpu_are_the_same(options, slices_folder):
+def test_slices_in_the_memory_of_a_gpu_are_the_same(options, slices_folder, monkeypatch):
     """The path of a GPU, on the CPU."""
     given = train.parse_options(arguments(**options))
-    feed = train.Feed(load_dataset(str(slices_folder)), given, 1.0, torch.device("cpu"))
+    feed = train.Feed(load_dataset(str(slices_folder)), given, torch.device("cpu"))
+    monkeypatch.setattr(train, "COPIED_SLICES", 5)  # of 12
     for update in (1, 2, 9):
         torch.manual_seed(update)
-        slices, *told = feed(update)
-        feed.pixels = torch.tensor(feed.train.pixels)
+        slices, *told = feed(update, augmentation=1.0)
+        feed.pixels = train.to_device(feed.train.pixels, feed.device)
         torch.manual_seed(update)
-        resident, *told_again = feed(update)
+        resident, *told_again = feed(update, augmentation=1.0)
         feed.pixels = None
         assert torch.equal(slices, resident)
         assert all(map(torch.equal, told, told_again))
@@ -678,12 +678,12 @@ def at_call(monkeypatch, place, name, call, act):
         (train, "write_vqvae_figures", 1, ("vqvae", 11), signal.SIGTERM),
         (train, "load_weights", 1, ("vqvae", 12), signal.SIGINT),
         (train, "extract_codes", 1, ("vqvae", 12), signal.SIGTERM),
-        (train, "Feed", 2, ("prior", 0), signal.SIGINT),
+        (train, "Clock", 4, ("prior", 0), signal.SIGINT),  # each stage has two, the second after its first checkpoint
         (train, "evaluate_prior", 5, ("prior", 4), signal.SIGTERM),
         (train.Stage, "keep_best", 13, ("prior", 2), signal.SIGINT),  # of ten validations of stage 1 and then nine
         (train, "prior_loss_figure", 1, ("prior", 8), signal.SIGTERM),
         (train, "lossy_slices", 1, ("prior", 9), signal.SIGINT),
-        (train, "Feed", 3, ("detail", 0), signal.SIGTERM),
+        (train, "Clock", 6, ("detail", 0), signal.SIGTERM),
         (train, "evaluate_detail", 3, ("detail", 2), signal.SIGINT),
         (train.Stage, "keep_best", 24, ("detail", 4), signal.SIGTERM),
         (train, "write_detail_figures", 1, ("detail", 5), signal.SIGINT),
@@ -1027,7 +1027,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(options, stopped, act, messag
         (lambda state: state.update(update=7), "update cannot be 7"),
         (lambda state: state.pop("averaged"), "its averaged entries are not those of this network"),
         (lambda state: state["model"].pop("spread"), "its model entries are not those of this network"),
-        (lambda state: state["averaged"]["module.spread"].fill_(math.inf), "its averaged module.spread is not finite"),
+        (lambda state: state["averaged"]["spread"].fill_(math.inf), "its averaged spread is not finite"),
     ],
 )
 def test_a_checkpoint_of_detail_that_does_not_fit_is_refused(options, nearly_done, act, message):
