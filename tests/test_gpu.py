@@ -1,0 +1,297 @@
+"""The whole path on a GPU that a CPU pretends to be: tensors of two devices that meet, and waits of the host."""
+
+import json
+import shutil
+import signal
+from collections import Counter
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from pretended_gpu import MEMORY, pretended_gpu
+
+import metrics
+import predict
+import train
+import utils
+from dataset import load_dataset
+from utils import RunError
+
+UPDATES = {"vqvae": 12, "prior": 9, "detail": 6}  # of the tiny preset
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    with pretended_gpu(monkeypatch) as pretended:
+        yield pretended
+
+
+def call(script, **options):
+    script.main([text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))])
+
+
+@pytest.fixture
+def options(tmp_path, slices_folder, tiny_preset):
+    given = {"data": slices_folder, "run": tmp_path / "run", "images": tmp_path / "images", "preset": tiny_preset}
+    return given | {"batch_size": 5, "device": "cuda"}
+
+
+def without_figures(patch):
+    for name in ("write_vqvae_figures", "prior_loss_figure", "write_detail_figures"):
+        patch.setattr(train, name, lambda *_: None)
+
+
+def at_updates(patch, act):
+    """Call act(stage, update) as each update begins."""
+    real = train.seed_update
+
+    def seed_update(seed, stage, update):
+        real(seed, stage, update)
+        act(stage, update)
+
+    patch.setattr(train, "seed_update", seed_update)
+
+
+# ---------------------------------------------------------------- what is pretended
+
+
+def test_tensors_of_two_devices_do_not_mix(gpu):
+    there, here = torch.ones(3, device="cuda"), torch.ones(3)
+    assert there.is_cuda
+    assert there.device == torch.device("cuda", 0)
+    assert (there + 1).is_cuda
+    assert not there.cpu().is_cuda
+    assert (there * torch.tensor(2.0)).sum().item() == 6  # a single number may be of the CPU
+    mixtures = [
+        lambda: there + here,
+        lambda: torch.cat([there, here]),
+        lambda: there.index_select(0, torch.tensor([0])),
+    ]
+    for mixture in [*mixtures, lambda: torch.stack([there.sum(), here.sum()])]:
+        with pytest.raises(RuntimeError, match="expected all tensors to be on the same device"):
+            mixture()
+    with pytest.raises(RuntimeError, match="a generator of another device"):
+        there.normal_(generator=torch.Generator())
+
+
+def test_what_makes_the_host_wait_is_seen(gpu):
+    there = torch.ones(3, device="cuda")
+    asked = {
+        "a number": lambda: there.sum().item(),
+        "a truth": lambda: bool(there.sum() > 0),
+        "a copy to the host": lambda: there.cpu(),
+        "a copy from the host": lambda: torch.ones(3).to("cuda"),
+        "a copy of unpinned memory": lambda: torch.ones(3).to("cuda", non_blocking=True),
+        "a mask": lambda: there[there > 0],
+        "places": lambda: there.nonzero(),
+        "counts": lambda: torch.bincount(there.long()),
+    }
+    for what, ask in asked.items():
+        gpu.waits.clear()
+        ask()
+        assert gpu.waits, what
+    gpu.waits.clear()
+    torch.ones(3).pin_memory().to("cuda", non_blocking=True).mul_(2).add_(there).sum().sqrt()
+    assert not gpu.waits
+
+
+# ---------------------------------------------------------------- the whole path
+
+
+def test_a_training_is_stopped_and_goes_on_on_a_gpu(gpu, options, monkeypatch):
+    """In each stage it is stopped after update 2; what it then trains is what it trains without a stop."""
+    without_figures(monkeypatch)
+    stops = {(stage, 3) for stage in UPDATES}
+
+    def stop(stage, update):
+        if (stage, update) in stops:
+            stops.remove((stage, update))
+            signal.raise_signal(signal.SIGTERM)
+
+    at_updates(monkeypatch, stop)
+    for stage in UPDATES:
+        with pytest.raises(SystemExit):
+            call(train, **options)
+        state = torch.load(options["run"] / "training.pt", weights_only=True)
+        assert (state["stage"], state["update"]) == (stage, 2)
+    call(train, **options)
+    unbroken = options | {"run": options["run"].with_name("unbroken")}
+    call(train, **unbroken)
+    for name in ("vqvae.safetensors", "prior.safetensors", "detail.safetensors", "metrics.jsonl"):
+        assert (options["run"] / name).read_bytes() == (unbroken["run"] / name).read_bytes()
+
+
+def test_the_blocker_would_be_seen(gpu, options, monkeypatch):
+    """The check of a checkpoint once put flags of weights on the GPU and of a counter on the CPU into one tensor."""
+
+    def tensors(stage):
+        return real(stage) | {"counter": {"updates": torch.tensor(0)}}
+
+    def state(stage):
+        assert torch.stack([tensor.isfinite().all() for tensor in utils.tensors_in(stage.tensors())]).all()
+        return {}
+
+    real = train.Stage.tensors
+    monkeypatch.setattr(train.Stage, "tensors", tensors)
+    monkeypatch.setattr(train.Stage, "state", state)
+    with pytest.raises(RuntimeError, match="stack: expected all tensors to be on the same device"):
+        call(train, **options)
+
+
+@pytest.mark.parametrize("memory", [MEMORY, 0])
+def test_an_update_does_not_make_the_host_wait(gpu, options, monkeypatch, memory):
+    """Whether the slices lie in the GPU's memory or not. Waited for are the last update of each stage, which is logged
+    and validated, and, once, the start of the codebook."""
+    without_figures(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (memory, MEMORY))
+    monkeypatch.setattr(train, "EVALUATIONS", 1)
+    monkeypatch.setattr(train, "LOG_LINES", 1)
+    real, waits = train.Stage.note, {}
+
+    def note(stage, **losses):
+        real(stage, **losses)
+        waits[stage.name, stage.update] = list(gpu.waits)
+
+    monkeypatch.setattr(train.Stage, "note", note)
+    at_updates(monkeypatch, lambda stage, update: gpu.waits.clear())
+    call(train, **options)
+    assert len(waits) == sum(UPDATES.values())
+    assert waits.pop(("vqvae", 3))  # the codebook starts
+    for place in UPDATES.items():
+        assert waits.pop(place)
+    assert {place: lines for place, lines in waits.items() if lines} == {}
+
+
+@pytest.fixture(scope="session")
+def expected(trained, tmp_path_factory):
+    """What the CPU makes of the trained run: an evaluation, and a table of reconstructions."""
+    folder = tmp_path_factory.mktemp("expected")
+    with pytest.MonkeyPatch.context() as patch:
+        return measure(patch, trained, folder, "cpu")
+
+
+def measure(patch, trained, folder, device):
+    for name, fewer in {"PATCHES": 256, "PAIRS": 10, "CLASSIFIER_UPDATES": 2, "STARTS": 1, "SHIFT": 1}.items():
+        patch.setattr(metrics, name, fewer)
+    shutil.copytree(trained.run, folder / "run")
+    given = {"run": folder / "run", "images": folder, "out": folder, "device": device}
+    call(predict, **given, reconstruct=trained.data / "keras_slices_test")
+    table = (folder / "reconstructions.csv").read_text()
+    given = [str(text) for name, value in given.items() for text in (f"--{name}", value)]
+    predict.main([*given, "--evaluate", "--num", "6"])
+    return json.loads((folder / "run" / "evaluation.json").read_text()), table
+
+
+def test_evaluation_and_reconstruction_on_a_gpu_give_the_figures_of_the_cpu(
+    gpu, trained, expected, tmp_path, monkeypatch
+):
+    """But for samples, whose random numbers are the device's; pretended they are the same ones."""
+    results, table = measure(monkeypatch, trained, tmp_path, "cuda")
+    assert table == expected[1]
+    assert abs(results["reconstructions"]["ssim"] - expected[0]["reconstructions"]["ssim"]) < 1e-4
+    for part in ("reconstructions", "codes", "prior", "copying"):
+        assert results[part] == pytest.approx(expected[0][part], rel=1e-3)
+
+
+def test_sampling_waits_for_the_gpu_once_a_batch(gpu, trained, tmp_path):
+    """The noise of a row is begun while the row before is computed; nothing is asked for before the codes are done."""
+    call(predict, run=trained.run, num=6, batch_size=3, out=tmp_path, images=tmp_path, device="cuda")
+    waits = Counter(line.split()[-1] for line in gpu.waits)
+    assert waits["draw"] == 2 * 2 + 2  # positions there and codes back, twice; codes there and slices back, once
+    assert not waits.keys() & {"sample", "generate", "make_row", "begin", "forward"}
+
+
+# ---------------------------------------------------------------- memory
+
+
+def test_slices_stay_on_the_host_where_the_gpu_has_no_room(gpu, slices_folder, monkeypatch):
+    data, options = load_dataset(str(slices_folder)), train.parse_options(["--batch-size", "5"])
+    size = data.train.pixels.nbytes
+    for free, cached, resident in ((2 * size, 0, False), (2 * size + 1, 0, True), (size, size + 1, True)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_, free=free: (free, MEMORY))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_, cached=cached: cached + 7)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda *_: 7)
+        feed = train.Feed(data, options, torch.device("cuda", 0))
+        assert (feed.pixels is not None) == resident
+        slices, positions, _ = feed(1)
+        assert slices.is_cuda
+        assert positions.is_cuda
+
+
+def short_of_memory(real, most):
+    """A sampler whose GPU has room for `most` slices."""
+
+    def sample(network, numbers, given, *others, **named):
+        sizes.append(len(numbers))
+        if len(numbers) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return real(network, numbers, given, *others, **named)
+
+    sizes = sample.sizes = []
+    return sample
+
+
+def test_half_as_many_slices_are_drawn_where_memory_is_short(trained, tmp_path, monkeypatch):
+    given = {"run": trained.run, "num": 11, "images": tmp_path, "device": "cpu"}
+    call(predict, **given, out=tmp_path / "all")
+    for network in (predict.GatedPixelCNN, predict.Detail):
+        monkeypatch.setattr(network, "sample", short_of_memory(network.sample, 3))
+    call(predict, **given, out=tmp_path / "few")
+    assert predict.GatedPixelCNN.sample.sizes == predict.Detail.sample.sizes == [11, 5, 2, 2, 2, 2, 2, 1]
+    for every, few in zip(*(sorted((tmp_path / name).glob("*.nii.gz")) for name in ("all", "few"))):
+        pixels, of_few = (nibabel.load(path).get_fdata() for path in (every, few))
+        np.testing.assert_allclose(of_few, pixels, atol=1e-4 * pixels.max())
+
+
+@pytest.mark.parametrize("network", ["GatedPixelCNN", "Detail"])
+def test_a_slice_that_does_not_fit_is_one_line(trained, tmp_path, monkeypatch, network):
+    kind = getattr(predict, network)
+    monkeypatch.setattr(kind, "sample", short_of_memory(kind.sample, 0))
+    with pytest.raises(RunError, match="does not suffice for a single slice"):
+        call(predict, run=trained.run, num=5, out=tmp_path, images=tmp_path, device="cpu")
+    assert kind.sample.sizes == [5, 2, 1]
+
+
+# ---------------------------------------------------------------- which device
+
+
+def test_auto_is_the_gpu_by_its_number(gpu):
+    made_current = []
+    torch.cuda.set_device = made_current.append  # the fixture puts it back
+    assert utils.pick_device("auto") == utils.pick_device("cuda") == torch.device("cuda", 0)
+    assert made_current == [torch.device("cuda", 0)] * 2
+    assert not torch.backends.cuda.matmul.allow_tf32
+    assert not torch.backends.cudnn.allow_tf32
+
+
+def test_a_gpu_that_does_not_compute_is_not_used(monkeypatch, capsys):
+    """A card that a build of PyTorch has no kernels for is seen all the same."""
+
+    def fail(*_, **__):
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nCompile with ...")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "ones", fail)
+    assert utils.pick_device("auto") == torch.device("cpu")
+    said = capsys.readouterr().err
+    assert said.startswith("warning: the GPU cannot be used (CUDA error: no kernel image")
+    assert said.count("\n") == 1
+    with pytest.raises(RunError, match="--device cuda: CUDA error: no kernel image"):
+        utils.pick_device("cuda")
+
+
+def test_the_cpu_is_meant_where_there_is_no_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert utils.pick_device("auto") == torch.device("cpu")
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("script", ["train.py", "predict.py"])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory.\nTried ..."), MemoryError()])
+def test_no_memory_is_one_line(complaint, monkeypatch, script, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(utils, "pick_device", fail)
+    assert "out of memory, try a smaller" in complaint(script, [])
