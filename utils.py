@@ -781,8 +781,9 @@ def read_network(file: safetensors.safe_open, network: Callable[..., nn.Module],
 
 
 def tensorboard(path: Path, update: int):
-    """A TensorBoard writer that goes on at `update`, or None where tensorboard is not installed."""
-    if util.find_spec("tensorboard") is None:
+    """A TensorBoard writer that goes on at `update`, or None where tensorboard is not installed, or takes no such name:
+    it wants UTF-8."""
+    if util.find_spec("tensorboard") is None or not str(path).isprintable():
         return None
     from torch.utils.tensorboard import SummaryWriter  # costs a second; needed by train.py alone
 

@@ -428,6 +428,15 @@ def test_sampling_follows_the_probabilities():
     assert ((counts - 4000 * p).abs() < 5 * (4000 * p * (1 - p)).sqrt()).all()
 
 
+def test_noise_of_exactly_nothing_draws_what_is_left(monkeypatch):
+    """uniform_ gives 0 once in 2**24 numbers. Where top-p has kept one code only, that code is drawn all the same."""
+    prior, position = small_prior((4, 3)), torch.zeros(3)
+    monkeypatch.setattr(torch.Tensor, "uniform_", lambda noise, generator: noise.zero_())
+    greedy = prior.sample(range(3), position, top_p=1e-6)
+    assert (greedy != 0).any()
+    assert torch.equal(greedy, prior.sample(range(3), position, temperature=1e-6))
+
+
 def test_temperature_and_top_p():
     prior, position = small_prior((4, 3)), torch.zeros(3)
     greedy = prior.sample(range(3), position, temperature=1e-6)

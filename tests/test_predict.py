@@ -2,12 +2,14 @@
 
 import contextlib
 import csv
+import errno
 import io
 import json
 import math
 import os
 import re
 import shutil
+import tempfile
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +28,7 @@ import metrics
 import predict
 from metrics import reconstruction_metrics
 from modules import Detail, DetailConfig, GatedPixelCNN, PriorConfig
-from utils import RunError, lock, read_config, save_weights
+from utils import RunError, lock, printable, read_config, save_weights
 
 ROOT = Path(__file__).parents[1]
 
@@ -407,7 +409,8 @@ def evaluated(tmp_path_factory, trained, quick):
                 if not draw:  # half of the time
                     patch.setattr(predict, figure, lambda *given: None)
             predict.main(["--evaluate", *arguments(**given)])
-        return folder / "images", json.loads((folder / "run" / "evaluation.json").read_text()), printed.getvalue()
+        results = json.loads((folder / "run" / "evaluation.json").read_text(), parse_constant=pytest.fail)
+        return folder / "images", results, printed.getvalue()
 
     return evaluate
 
@@ -617,10 +620,65 @@ def test_a_mistake_in_an_evaluation_is_one_line(trained, tmp_path, monkeypatch, 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("option", ["run", "images"])
+def test_what_an_evaluation_cannot_write_is_found_out_before_it_begins(trained, tmp_path, monkeypatch, option):
+    """As on a file system that was mounted to be read only."""
+    given = {"run": trained.run, "images": tmp_path, "device": "cpu"}
+    real = tempfile.TemporaryFile
+
+    def refuse(dir):
+        if dir == given[option]:
+            raise OSError(errno.EROFS, "Read-only file system")
+        return real(dir=dir)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(predict, "evaluate", lambda *_: pytest.fail("began"))
+    with pytest.raises(RunError, match=f"--{option} .* cannot be written: Read-only file system"):
+        predict.main(["--evaluate", *arguments(**given)])
+
+
+def test_an_evaluation_is_json_that_every_reader_takes(evaluated, monkeypatch):
+    """A figure that is no number is null: NaN is not JSON."""
+    monkeypatch.setattr(predict, "ms_ssim_diversity", lambda _: math.nan)
+    _, results, _ = evaluated(num=6)
+    assert results["samples"]["ms_ssim_diversity"] is None
+    assert results["floor"]["samples"]["coverage"] >= 0
+
+
 def test_a_split_without_slices_is_refused(evaluated, trained, tmp_path, monkeypatch):
     monkeypatch.setattr(predict, "FEWEST", 5)
     with pytest.raises(RunError, match="fewer than 5 training or test slices: choose another --split"):
         evaluated(num=6)
+
+
+# ---------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["case_004_week_0_slice_1_$T2__tse$", "K\udcf6ln", "\u524d\u5217\u817a", "two\nlines", "x" * 240, "\u00e9" * 120],
+)
+def test_slices_of_any_name_are_reconstructed(call, trained, tmp_path, name):
+    """Not UTF-8, as long as a name may be, with what other programs take for markup."""
+    own, images = tmp_path / "own", tmp_path / "images"
+    own.mkdir()
+    shutil.copy(next((trained.data / "keras_slices_test").glob("*.nii.gz")), own / f"{name}.nii.gz")
+    out = call("out", reconstruct=own, images=images)
+    written = {path.name for path in out.iterdir()}
+    assert len(written) == 3
+    assert any(f"000000_{name}"[:60] in path for path in written)
+    with open(out / "reconstructions.csv", newline="", encoding="utf-8") as file:
+        (row,) = csv.DictReader(file)
+    assert row["slice"].endswith(f"{printable(name)}.nii.gz")
+    assert (images / "reconstructions.png").exists()
+
+
+def test_a_run_of_any_name_is_sampled(trained, tmp_path, capsys):
+    run = tmp_path / "K\udcf6ln $a_$"
+    shutil.copytree(trained.run, run)
+    predict.main(arguments(run=run, num=2, out=tmp_path / "\udcff", images=tmp_path / "\udcfe", device="cpu"))
+    assert len(list((tmp_path / "\udcff").glob("*.nii.gz"))) == 2
+    assert "\\udcff" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- mistakes
@@ -644,7 +702,13 @@ def test_a_split_without_slices_is_refused(evaluated, trained, tmp_path, monkeyp
         ({"batch_size": 10**6}, "argument --batch-size: 1000000 is not at least 1 and at most 65536"),
         ({"seed": 2**32}, "argument --seed: 4294967296 is not at least 0"),
         ({"device": "gpu"}, "--device gpu"),
+        ({"device": "mps"}, "--device mps: choose auto, cpu, cuda, or cuda:1 and so on"),
         ({"run": "nowhere"}, "nowhere is not a run directory"),
+        ({"run": ""}, "argument --run: it is empty"),
+        ({"out": ""}, "argument --out: it is empty"),
+        ({"images": " "}, "argument --images: it is empty"),
+        ({"data": ""}, "argument --data: it is empty"),
+        ({"reconstruct": ""}, "argument --reconstruct: it is empty"),
         ({"out": "/proc/1/samples"}, "--out /proc/1/samples cannot be written"),
         ({"images": "/proc/1/images"}, "--images /proc/1/images cannot be written"),
         ({"reconstruct": []}, "argument --reconstruct: expected at least one argument"),

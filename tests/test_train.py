@@ -46,7 +46,10 @@ UPDATES = {"vqvae": 12, "prior": 9, "detail": 6}  # of the tiny preset
 
 
 def arguments(**options):
-    return [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", *str(value).split())]
+    texts = []
+    for name, value in options.items():
+        texts += [f"--{name.replace('_', '-')}", *(str(value).split() if isinstance(value, str) else [str(value)])]
+    return texts
 
 
 def lines_of(run):
@@ -657,6 +660,29 @@ def test_a_signal_waits_for_the_end_of_a_short_update(options, monkeypatch):
     assert_same_run(options["run"], options["run"].with_name("unbroken"))
 
 
+@pytest.mark.parametrize("place", [("vqvae", 4), ("prior", 9), ("detail", 2)])
+def test_a_second_termination_does_not_cost_the_checkpoint(options, monkeypatch, place):
+    """torchrun and Slurm send SIGTERM twice: here in an update, in a long one (the last), and while it is saved."""
+    monkeypatch.setattr(train, "EVALUATIONS", 2)
+    real = utils.write_tensors
+
+    def write_tensors(*given):
+        send(signal.SIGTERM)()
+        real(*given)
+
+    def stop():
+        monkeypatch.setattr(utils, "write_tensors", write_tensors)
+        send(signal.SIGTERM)()
+        send(signal.SIGTERM)()
+
+    at_updates(monkeypatch, {place: stop})
+    with pytest.raises(SystemExit) as status:
+        train.main(arguments(**options))
+    assert status.value.code == 143
+    state = torch.load(options["run"] / "training.pt", weights_only=True)
+    assert (state["stage"], state["update"]) == (place if place != ("prior", 9) else ("prior", 8))
+
+
 def at_call(monkeypatch, place, name, call, act):
     """Call `act` once, as a function is called for the call-th time."""
     real, calls = getattr(place, name), itertools.count(1)
@@ -1197,6 +1223,8 @@ def test_a_place_for_figures_that_is_none_is_noticed_before_training(options, mo
         ({"seed": 2**32}, "argument --seed: 4294967296 is not at least 0"),
         ({"preset": "best"}, "argument --preset: invalid choice: 'best'"),
         ({"device": "gpu"}, "--device gpu"),
+        ({"device": "mps"}, "--device mps: choose auto, cpu, cuda, or cuda:1 and so on"),
+        ({"device": "xla"}, "--device xla: choose auto"),
         ({"colour": "blue"}, "unrecognized arguments: --colour blue"),
         ({"slice_size": "64"}, "argument --slice-size: expected 2 arguments"),
         ({"slice_size": "62 32"}, "slice size 62x32 does not fit the network: the nearest that do are 60x32 and 64x32"),
@@ -1216,6 +1244,27 @@ def test_a_run_that_cannot_be_read_is_one_line(tmp_path, complaint, slices_folde
     (tmp_path / "config.json").write_text("{")
     error = complaint("train.py", arguments(data=slices_folder, run=tmp_path))
     assert "config.json cannot be used" in error
+
+
+@pytest.mark.parametrize("option", ["data", "run", "images"])
+@pytest.mark.parametrize("value", ["", "  "])
+def test_an_empty_path_is_refused(complaint, option, value):
+    """What a job script gives where its variable is not set; as a path it would be the current folder."""
+    assert f"argument --{option}: it is empty; is a variable not set?" in complaint("train.py", [f"--{option}", value])
+
+
+def test_a_run_of_any_name_is_trained_and_goes_on(options, slices_folder, tmp_path, monkeypatch, trained):
+    """Not UTF-8, with dollar signs, with a blank; the slices lie in such a folder too."""
+    monkeypatch.undo()  # with figures and TensorBoard, as far as it is installed
+    data = tmp_path / "K\udcf6ln $a_$"
+    shutil.copytree(slices_folder, data)
+    given = options | {"data": data, "run": tmp_path / "\udcff $_", "images": tmp_path / "\udcfe"}
+    at_updates(monkeypatch, {("prior", 3): send(signal.SIGTERM)})
+    with pytest.raises(SystemExit):
+        train.main(arguments(**given))
+    train.main(arguments(**given))
+    assert_same_run(given["run"].rename(tmp_path / "plain"), trained.run)
+    assert {path.name for path in given["images"].iterdir()} == FIGURES
 
 
 @pytest.mark.parametrize(
