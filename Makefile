@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV = .venv
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test campaign bench bench-quality
+.PHONY: demo test campaign bench bench-quality gpu
 
 demo: $(INSTALLED)
 	$(VENV)/bin/python train.py --preset demo --run runs/demo
@@ -33,6 +33,11 @@ bench: $(INSTALLED)
 	$(VENV)/bin/python benchmarks/training.py
 	$(VENV)/bin/python benchmarks/sampling.py
 	$(VENV)/bin/python benchmarks/loading.py
+
+# On a machine with a GPU: CPU and GPU side by side, then the benchmarks there: some 8 minutes.
+# Where there is none, make gpu CHECK="--device cpu --tiny" shows that the check runs through.
+gpu: $(INSTALLED)
+	$(VENV)/bin/python benchmarks/gpu.py $(CHECK)
 
 bench-quality: $(INSTALLED)
 	$(VENV)/bin/python benchmarks/quality.py --data $(DATA)

@@ -1,6 +1,7 @@
 """What the benchmarks share: interleaved timing, JSON lines, the machine in words."""
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -14,21 +15,32 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the project's files are not installed
 
 
+SHORTEST = 0.05  # seconds of a timing: a GPU does in less what the host needs as long to launch
+
+
 def interleave(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Median seconds of each function. They take turns, so that a machine's slow minutes fall on all of them.
 
-    Each is called once before, untimed. On a GPU each call is waited for.
+    Each is called twice before: to set itself up, and to see how many calls a timing needs to last SHORTEST.
     """
-    seconds = {name: [] for name in functions}
-    for number in range(rounds + 1):
+    calls, seconds = {}, {name: [] for name in functions}
+    for name, function in functions.items():
+        time_calls(function, 1)
+        calls[name] = math.ceil(SHORTEST / time_calls(function, 1))
+    for _ in range(rounds):
         for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if number:
-                seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(time_calls(function, calls[name]))
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def time_calls(function: Callable[[], object], count: int) -> float:
+    """Seconds per call of a function that is called `count` times. The current GPU is waited for."""
+    start = time.perf_counter()
+    for _ in range(count):
+        function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) / count
 
 
 def report(name: str, value: float, unit: str, **settings) -> None:

@@ -13,23 +13,21 @@ from common import interleave, machine, profile, report
 from peers import sampling_steps
 from reference import sample_by_full_forwards
 
+import predict
 from modules import VQVAE, Detail, DetailConfig, GatedPixelCNN, PriorConfig, VQVAEConfig
 from utils import pick_device
 
 BATCH, GRID = 32, (64, 32)
 PLACES = [(16, 8), (48, 24)]  # where full forwards are timed
-SLICES = {"cpu": (64, 32), "cuda": (1024, 512)}  # how many are sampled and decoded, how many at a time
+SLICES = {"cpu": (64, 32), "cuda": (1024, 512)}  # how many are sampled and decoded, how many code grids at a time
+POSITIONS = {"quantiles": [0.5, 0.5], "unknown": 0}
 
 
-def sample_and_decode(prior: GatedPixelCNN, vqvae: VQVAE, detail: Detail, device: torch.device) -> torch.Tensor:
+def sample_and_decode(networks: predict.Networks, device: torch.device) -> torch.Tensor:
     """Slices (N, 1, 256, 128) as predict.py makes them, on the host."""
     count, batch = SLICES[device.type]
-    slices = []
-    for start in range(0, count, batch):
-        numbers = range(start, start + batch)
-        codes = prior.sample(numbers, torch.full((batch,), 0.5, device=device))
-        slices.append(detail.sample(numbers, codes, vqvae).cpu())
-    return torch.cat(slices)
+    options = predict.parse_options(["--batch-size", str(batch)])
+    return predict.draw_samples(options, {"positions": POSITIONS}, networks, count, device).slices
 
 
 def main() -> None:
@@ -51,10 +49,10 @@ def main() -> None:
     steps = sampling_steps(GRID, size, device)
     seconds = interleave(
         {
-            "batch": lambda: prior.sample(range(BATCH), positions),
-            "one": lambda: prior.sample(range(1), positions[:1]),
+            "batch": lambda: prior.sample(range(BATCH), positions, top_p=predict.TOP_P),
+            "one": lambda: prior.sample(range(1), positions[:1], top_p=predict.TOP_P),
             "forwards": lambda: sample_by_full_forwards(lambda c: prior(c, positions), codes, PLACES),
-            "slices": lambda: sample_and_decode(prior, vqvae, detail, device),
+            "slices": lambda: sample_and_decode(predict.Networks(vqvae, prior, detail), device),
             "decoding": lambda: vqvae.decode(codes),
             "detail": lambda: detail.sample(range(BATCH), codes, vqvae),
             **steps,
@@ -79,7 +77,7 @@ def main() -> None:
         whole = seconds[name] * GRID[0] * GRID[1]
         report(f"sampling_one_grid_seconds_{name}", whole, "s", **one, extrapolated_from=1)
     if options.profile:
-        profile(lambda: prior.sample(range(BATCH), positions), device)
+        profile(lambda: prior.sample(range(BATCH), positions, top_p=predict.TOP_P), device)
     print(
         f"On {settings['machine']}: {BATCH} grids of {GRID[0]}x{GRID[1]} codes take {seconds['batch']:.1f} s, "
         f"{seconds['batch'] / forward:.1f} times one forward over them and {speedup:.0f} times as fast as a forward "

@@ -111,14 +111,17 @@ def flops(update) -> int:
     return counter.get_total_flops()
 
 
-def recipe(device: torch.device) -> float:
-    """Seconds of 5000 updates of the VQ-VAE by train.py on the phantom at 256x128, after its slices are drawn."""
+def recipe(device: torch.device) -> tuple[float, float]:
+    """5000 updates of the VQ-VAE by train.py on the phantom at 256x128, after its slices are drawn: seconds, and GiB of
+    the GPU's memory at most."""
     with tempfile.TemporaryDirectory() as folder:
         options = ["--run", f"{folder}/run", "--images", f"{folder}/images", "--device", str(device)]
         load_dataset("phantom", SIZE)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
         start = time.perf_counter()
         train.main([*options, "--prior-updates", "1", "--detail-updates", "1"])
-        return time.perf_counter() - start
+        return time.perf_counter() - start, torch.cuda.max_memory_allocated(device) / 2**30
 
 
 def main() -> None:
@@ -156,8 +159,9 @@ def main() -> None:
             profile(ours, device)
     report("convolution_rate", flops(limit) / seconds["convolution"] / 1e9, "GFLOP/s", **settings)
     if device.type == "cuda":
-        seconds = recipe(device)
+        seconds, memory = recipe(device)
         report("recipe_seconds", seconds, "s", updates=5000, **settings)
+        report("recipe_memory", memory, "GiB", updates=5000, **settings)
         found.append(f"the published recipe's 5000 updates take {seconds:.0f} s with validation and figures")
     print(f"On {settings['machine']}: {'; '.join(found)}.")
 

@@ -3,13 +3,18 @@
 import json
 import shutil
 import signal
+import sys
 from collections import Counter
+from pathlib import Path
 
 import nibabel
 import numpy as np
 import pytest
 import torch
 from pretended_gpu import MEMORY, pretended_gpu
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import gpu as gpu_check
 
 import metrics
 import predict
@@ -251,6 +256,41 @@ def test_a_slice_that_does_not_fit_is_one_line(trained, tmp_path, monkeypatch, n
     with pytest.raises(RunError, match="does not suffice for a single slice"):
         call(predict, run=trained.run, num=5, out=tmp_path, images=tmp_path, device="cpu")
     assert kind.sample.sizes == [5, 2, 1]
+
+
+# ---------------------------------------------------------------- the check for a day with a card
+
+
+def test_the_check_runs_through(gpu, tiny_preset, tmp_path, monkeypatch, capsys):
+    """Its parts, with the networks of the tests; it takes processes and minutes with those of the demo."""
+    real = gpu_check.train_options
+    few = {"PATCHES": 256, "PAIRS": 10, "STARTS": 1, "SHIFT": 1, "CLASSIFIER_UPDATES": 1}
+    for name, fewer in few.items():
+        monkeypatch.setattr(metrics, name, fewer)
+    monkeypatch.setattr(gpu_check, "train_options", lambda *given: [*real(*given), "--preset", tiny_preset])
+    monkeypatch.setattr(gpu_check, "train_with_a_stop", lambda options, run: train.main(options))
+    report = gpu_check.check(tmp_path, torch.device("cuda", 0), tiny=True)
+    rows = {row["name"]: row for row in report["rows"]}
+    assert rows["SSIM of the same pictures"]["fits"]
+    assert rows["share of codes that a recorded row draws alike"]["gpu"] == 1
+    assert [name for name, row in rows.items() if not row["fits"]] == []
+    written = gpu_check.table(json.loads(json.dumps(report)))
+    assert "| SSIM of the same pictures |" in written
+    assert written.startswith("a pretended GPU, PyTorch ")
+
+
+def test_a_figure_out_of_its_tolerance_is_told(tmp_path):
+    rows = [gpu_check.Row("near", 1.0, 1.01, 0.1), gpu_check.Row("far", 1.0, 1.2, 0.1), gpu_check.Row("free", 1.0, 9.0)]
+    assert [row.fits for row in rows] == [True, False, True]
+    rows = [gpu_check.asdict(row) | {"fits": row.fits} for row in rows]
+    speeds = [{"name": "recipe_seconds", "value": 20.5, "unit": "s"}]
+    report = {"machine": "a card", "torch": "2", "date": "2026-11-26", "seconds": 3.2, "rows": rows, "speeds": speeds}
+    assert gpu_check.table(report).splitlines()[4:7] == [
+        "| near | 1 | 1.01 | 0.1 | yes |",
+        "| far | 1 | 1.2 | 0.1 | NO |",
+        "| free | 1 | 9 |  |  |",
+    ]
+    assert "| recipe seconds | 20.5 s |" in gpu_check.table(report)
 
 
 # ---------------------------------------------------------------- which device

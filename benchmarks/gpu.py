@@ -1,0 +1,267 @@
+"""Whether the project computes on a GPU what it computes on a CPU, and how fast: the check for a day with a card.
+
+    python benchmarks/gpu.py [--device cuda] [--out runs/gpu]
+    python benchmarks/gpu.py --device cpu --tiny        # that it runs through, where there is no card
+
+Trains all three networks on a small phantom, with a stop and a resume on the way. Compares the training, the networks,
+samples, a reconstruction and an evaluation with those of the CPU. Then runs benchmarks/training.py, with the published
+recipe, and benchmarks/sampling.py. Writes OUT/report.json and OUT/report.md. The exit status is 1 where a figure is out
+of its tolerance.
+"""
+
+import argparse
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from common import machine
+from torch import Tensor
+
+import metrics
+import phantom
+import predict
+import train
+from dataset import load_dataset
+from modules import RowMaker
+from utils import autocast, fail, filled, pick_device, read_config
+
+ROOT = Path(__file__).parents[1]
+SIZES = {True: (64, 32), False: (128, 64)}  # of slices, tiny or not
+UPDATES = {True: (12, 6, 6), False: (300, 300, 300)}  # of the three networks
+FIGURES = {  # in evaluation.json: how far apart they may be, as a share of the CPU's
+    ("reconstructions", "ssim"): 1e-3,
+    ("reconstructions", "psnr"): 1e-3,
+    ("codes", "perplexity"): 1e-3,
+    ("prior", "bits_per_code"): 1e-3,
+    ("floor", "samples", "frechet_distance"): 1e-3,
+    ("floor", "samples", "sliced_wasserstein"): 1e-3,
+    ("floor", "samples", "ms_ssim_diversity"): 1e-3,
+    ("floor", "samples", "coverage"): 1e-3,
+    ("floor", "copying", "median_distance"): 1e-3,
+}
+SAMPLED = {("samples", "two_sample_accuracy"), ("samples", "coverage"), ("copying", "median_distance")}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A figure of both devices. Its tolerance is how far apart they may be; where there is none it is only shown."""
+
+    name: str
+    cpu: float
+    gpu: float
+    tolerance: float | None = None
+
+    @property
+    def fits(self) -> bool:
+        return self.tolerance is None or abs(self.cpu - self.gpu) <= self.tolerance
+
+
+def arguments(run: Path, device: torch.device) -> list[str]:
+    """What the commands are told about a run."""
+    return ["--run", str(run), "--images", str(run.parent / "images"), "--device", str(device)]
+
+
+def train_options(out: Path, device: torch.device, tiny: bool) -> list[str]:
+    """A training of the demo's networks."""
+    names = ("--updates", "--prior-updates", "--detail-updates")
+    updates = [text for name, count in zip(names, UPDATES[tiny]) for text in (name, str(count))]
+    return [*arguments(out / "run", device), "--data", str(out.parent / "slices"), "--preset", "demo", *updates]
+
+
+def train_with_a_stop(options: list[str], run: Path) -> None:
+    """train.py, stopped by two SIGTERMs as soon as the prior is in training, and resumed."""
+    command = [sys.executable, str(ROOT / "train.py"), *options]
+    with subprocess.Popen(command) as process:
+        while process.poll() is None and '"stage": "prior"' not in text_of(run / "metrics.jsonl"):
+            time.sleep(0.02)
+        for _ in range(2):
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.02)
+    if process.returncode not in (143, 0):  # 0: it was complete before it was stopped
+        raise SystemExit(f"train.py ended with {process.returncode}")
+    subprocess.run(command, check=True)
+
+
+def text_of(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
+def compare_trainings(out: Path) -> Iterator[Row]:
+    """The last validations of both. Their random numbers differ: dropout, noise, augmentation are the devices' own."""
+    last = []
+    for device in ("cpu", "gpu"):
+        lines = [json.loads(line) for line in (out / device / "run" / "metrics.jsonl").read_text().splitlines()]
+        last.append({line["stage"]: line for line in lines if line["split"] == "validate"})
+    for stage, name, share in (
+        ("vqvae", "reconstruction_loss", 0.15),
+        ("vqvae", "ssim", 0.05),
+        ("prior", "bits_per_code", 0.05),
+        ("detail", "flow_loss", 0.05),
+    ):
+        cpu, gpu = (of[stage][name] for of in last)
+        yield Row(f"trained: {stage}, {name}", cpu, gpu, share * abs(cpu))
+
+
+@torch.no_grad()
+def compare_networks(networks: Callable, slices: Tensor, device: torch.device) -> Iterator[Row]:
+    """The same networks on the same slices (N, 1, H, W), in single precision and as they train."""
+    on_cpu, on_gpu = networks(torch.device("cpu")), networks(device)
+    codes, there = on_cpu.vqvae.encode(slices), slices.to(device)
+    equal = (on_gpu.vqvae.encode(there).cpu() == codes).double().mean().item()
+    yield Row("share of codes that are equal", 1.0, equal, 1e-3)
+    decoded, decoded_there = on_cpu.vqvae.decode(codes), on_gpu.vqvae.decode(codes.to(device))
+    yield Row("largest difference of a decoded pixel", 0.0, largest(decoded, decoded_there), 1e-4)
+    ssim = metrics.reconstruction_metrics()(decoded, slices)["ssim"].item()
+    ssim_there = metrics.reconstruction_metrics().to(device)(decoded.to(device), there)["ssim"].item()
+    yield Row("SSIM of the same pictures", ssim, ssim_there, 1e-4)
+    positions = torch.linspace(0, 1, len(slices))
+    given = codes.to(device), positions.to(device)
+    nats = on_cpu.prior.nats(codes, positions).item()
+    yield Row("prior, nats per code", nats, on_gpu.prior.nats(*given).item(), 1e-3)
+    with autocast(device):
+        yield Row("prior, nats per code, as in training", nats, on_gpu.prior.nats(*given).item(), 2e-2)
+    torch.manual_seed(0)
+    x, times = torch.randn(slices.shape), torch.linspace(0, 1, len(slices))
+    velocities = [
+        of.detail(
+            x.to(where), times.to(where), of.detail.told(codes.to(where), of.vqvae.decode(codes.to(where)), of.vqvae)
+        )
+        for of, where in ((on_cpu, "cpu"), (on_gpu, device))
+    ]
+    yield Row("largest difference of a velocity", 0.0, largest(*velocities), 1e-3)
+
+
+def largest(one: Tensor, other: Tensor) -> float:
+    """The largest difference of two tensors, on whatever devices."""
+    return (one.cpu() - other.cpu()).abs().max().item()
+
+
+def compare_sampling(networks: predict.Networks, device: torch.device, count: int) -> Iterator[Row]:
+    """Rows that were recorded and replayed with rows computed one by one; all at once with one at a time."""
+    prior, positions = networks.prior, torch.linspace(0, 1, count, device=device)
+    recorded = prior.sample(range(count), positions, top_p=predict.TOP_P)
+    record, RowMaker.recorded = RowMaker.recorded, lambda maker: maker.make_row
+    try:
+        computed = prior.sample(range(count), positions, top_p=predict.TOP_P)
+    finally:
+        RowMaker.recorded = record
+    yield Row("share of codes that a recorded row draws alike", 1.0, share_equal(recorded, computed), 0.0)
+    single = [prior.sample([n], positions[n : n + 1], top_p=predict.TOP_P) for n in range(4)]
+    yield Row("share of codes drawn alike alone", 1.0, share_equal(recorded[:4], torch.cat(single)), 1e-2)
+
+
+def share_equal(one: Tensor, other: Tensor) -> float:
+    return (one == other).double().mean().item()
+
+
+def run_predict(out: Path, run: Path, device: torch.device, count: int) -> dict:
+    """predict.py with each of its tasks on a copy of the run; gives the evaluation."""
+    copied = out / "of_gpu"
+    shutil.copytree(run, copied)
+    common = [*arguments(copied, device), "--out", str(out / "slices")]
+    predict.main([*common, "--num", str(count)])
+    predict.main([*common, "--reconstruct", str(out.parent / "slices" / "keras_slices_test")])
+    predict.main([*common, "--evaluate", "--num", str(count)])
+    return json.loads((copied / "evaluation.json").read_text())
+
+
+def compare_evaluations(cpu: dict, gpu: dict) -> Iterator[Row]:
+    """Figures of the same networks; samples have each device's random numbers, and are only shown."""
+    for path in (*FIGURES, *sorted(SAMPLED)):
+        values = []
+        for results in (cpu, gpu):
+            for name in path:
+                results = results[name]
+            values.append(results)
+        tolerance = FIGURES[path] * abs(values[0]) if path in FIGURES else None
+        yield Row("evaluation: " + ", ".join(path), *values, tolerance)
+
+
+def benchmark(script: str, device: torch.device) -> Iterator[dict]:
+    """The JSON lines of a benchmark; on stderr what it says besides."""
+    command = [sys.executable, str(ROOT / "benchmarks" / script), "--device", str(device), "--codes", "2048"]
+    for line in subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines():
+        if line.startswith("{"):
+            yield json.loads(line)
+        else:
+            print(line, file=sys.stderr)
+
+
+def table(report: dict) -> str:
+    """The report in Markdown."""
+    lines = [f"{report['machine']}, PyTorch {report['torch']}, {report['date']}", ""]
+    lines += ["| figure | CPU | GPU | may differ by | |", "|---|---|---|---|---|"]
+    for row in report["rows"]:
+        tolerance = "" if row["tolerance"] is None else f"{row['tolerance']:.2g}"
+        verdict = "" if row["tolerance"] is None else "yes" if row["fits"] else "NO"
+        lines.append(f"| {row['name']} | {row['cpu']:.5g} | {row['gpu']:.5g} | {tolerance} | {verdict} |")
+    if report["speeds"]:
+        lines += ["", "| speed | |", "|---|---|"]
+        lines += [f"| {of['name'].replace('_', ' ')} | {of['value']:.4g} {of['unit']} |" for of in report["speeds"]]
+    return "\n".join([*lines, "", f"{report['seconds']:.0f} s"])
+
+
+def check(out: Path, device: torch.device, tiny: bool) -> dict:
+    """All of it; gives the report."""
+    start, count = time.monotonic(), 4 if tiny else 64
+    print(f"On {machine(device)}")
+    phantom.write_phantom(out / "slices", cases=(6, 2, 2), slices=4 if tiny else 10, size=SIZES[tiny], workers=1)
+    train_with_a_stop(train_options(out / "gpu", device, tiny), out / "gpu" / "run")
+    train.main(train_options(out / "cpu", torch.device("cpu"), tiny))
+    run = out / "gpu" / "run"
+    config, data = read_config(run), load_dataset(str(out / "slices"), SIZES[tiny])
+
+    def networks(where: torch.device) -> predict.Networks:
+        return predict.load_networks(run, config, predict.load_vqvae(run, config, where), where)
+
+    rows = [*compare_trainings(out), *compare_networks(networks, data.test.batch(range(len(data.test))), device)]
+    rows += compare_sampling(networks(device), device, count)
+    metrics.CLASSIFIER_UPDATES = 10  # the CPU would take minutes, and devices are compared, not samples
+    evaluations = [
+        run_predict(out / name, run, where, count) for name, where in (("cpu", torch.device("cpu")), ("gpu", device))
+    ]
+    rows += compare_evaluations(*evaluations)
+    speeds = [] if tiny else [line for script in ("training.py", "sampling.py") for line in benchmark(script, device)]
+    return {
+        "machine": machine(device),
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+        "seconds": time.monotonic() - start,
+        "rows": [asdict(row) | {"fits": row.fits} for row in rows],
+        "speeds": speeds,
+    }
+
+
+def main() -> None:
+    """Check, print the table, write the report."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:1 ..., or cpu (default: cuda)")
+    parser.add_argument(
+        "--out", type=filled(Path), default=Path("runs/gpu"), help="folder that is made anew (default: %(default)s)"
+    )
+    parser.add_argument("--tiny", action="store_true", help="a few updates on small slices, no benchmarks")
+    options = parser.parse_args()
+    device = pick_device(options.device)
+    if (options.out / "report.json").exists():
+        shutil.rmtree(options.out)
+    elif options.out.exists():
+        fail(f"{options.out} exists and holds no report of this check: choose another --out")
+    options.out.mkdir(parents=True)
+    (options.out / "report.json").write_text("{}")  # so that a check that was broken off can be made again
+    report = check(options.out, device, options.tiny)
+    (options.out / "report.json").write_text(json.dumps(report, indent=1))
+    (options.out / "report.md").write_text(table(report) + "\n")
+    print(table(report))
+    if not all(row["fits"] for row in report["rows"]):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
