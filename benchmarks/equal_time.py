@@ -26,7 +26,7 @@ from tqdm import tqdm
 from dataset import Slices, batch_indices, load_dataset
 from modules import VQVAE, GatedPixelCNN, PriorConfig, VQVAEConfig
 from train import MAX_NORM, PRESETS, Average, extract_codes, in_parts
-from utils import load_weights, pick_device, read_config
+from utils import filled, load_weights, pick_device, read_config
 
 OURS = 8, PRESETS["full"].prior_learning_rate  # slices an update, as train.py has for the prior, and peak rate
 PUBLIC = 32, 3e-4  # of pixelcnn_baseline.py in github.com/ritheshkumar95/pytorch-vqvae
@@ -92,7 +92,7 @@ def codes_and_positions(vqvae: VQVAE, slices: Slices, device: torch.device) -> t
 def main() -> None:
     """Print the JSON lines and the sentence."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--run", type=Path, required=True, help="a run whose VQ-VAE is trained")
+    parser.add_argument("--run", type=filled(Path), required=True, help="a run whose VQ-VAE is trained")
     parser.add_argument("--minutes", type=float, default=20, help="of training, for each prior (default: 20)")
     parser.add_argument("--split", choices=("validate", "test"), default="test", help="held-out slices (default: test)")
     parser.add_argument("--seed", type=int, default=0, help="of all (default: 0)")

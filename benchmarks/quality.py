@@ -22,7 +22,7 @@ from dataset import Slices, batch_indices, load_dataset
 from metrics import reconstruction_metrics
 from modules import VQVAE, GatedPixelCNN, PriorConfig, VQVAEConfig
 from train import PRESETS
-from utils import autocast, pick_device
+from utils import autocast, filled, pick_device
 
 BATCH = 32
 PRIOR_RATE = 3e-3  # for batches of 32 and few patients; train.py's batches and its rate are others
@@ -108,7 +108,7 @@ def best_nats(model, logits_of, heldout_logits_of, codes: Tensor, heldout: Tenso
 def main() -> None:
     """Print the JSON lines and the sentence."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--data", default="phantom", help="folder of slices, or 'phantom' (default)")
+    parser.add_argument("--data", type=filled(str), default="phantom", help="folder of slices, or 'phantom' (default)")
     parser.add_argument("--updates", type=int, default=1000, help="of each VQ-VAE (default: 1000)")
     parser.add_argument("--prior-updates", type=int, default=500, help="of each prior (default: 500)")
     parser.add_argument("--seed", type=int, default=0, help="of both (default: 0)")
