@@ -214,8 +214,15 @@ def batch_indices(count: int, batch_size: int, seed: int, update: int) -> np.nda
     slice is seen once an epoch, and resuming needs no state."""
     start = update * batch_size
     first, last = start // count, (start + batch_size - 1) // count
-    epochs = [np.random.default_rng((seed, epoch)).permutation(count) for epoch in range(first, last + 1)]
+    epochs = [_permutation(count, seed, epoch) for epoch in range(first, last + 1)]
     return np.concatenate(epochs)[start - first * count :][:batch_size]
+
+
+@lru_cache(maxsize=2)  # an update may take the end of one epoch and the beginning of the next
+def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
+    order = np.random.default_rng((seed, epoch)).permutation(count)
+    order.flags.writeable = False
+    return order
 
 
 def intensities(pixels: torch.Tensor) -> torch.Tensor:

@@ -1126,6 +1126,35 @@ def test_epochs_and_seeds_differ():
     assert first.tolist() == batch_indices(100, 100, 0, 0).tolist()
 
 
+def test_an_epoch_is_permuted_once_for_all_its_updates(monkeypatch):
+    drawn = []
+
+    class Generator:
+        def __init__(self, key):
+            self.key, self.rng = key, default_rng(key)
+
+        def permutation(self, count):
+            drawn.append(self.key)
+            return self.rng.permutation(count)
+
+    default_rng = np.random.default_rng
+    dataset._permutation.cache_clear()
+    expected = np.concatenate([default_rng((7, epoch)).permutation(10) for epoch in range(3)])
+    monkeypatch.setattr(np.random, "default_rng", Generator)
+    batches = [batch_indices(10, 4, 7, update) for update in range(7)]
+    assert drawn == [(7, 0), (7, 1), (7, 2)]
+    np.testing.assert_array_equal(np.concatenate(batches), expected[:28])
+
+
+def test_a_changed_batch_changes_no_other():
+    first = batch_indices(10, 4, 7, 0)
+    expected = first.copy()
+    first[:] = 0
+    np.testing.assert_array_equal(batch_indices(10, 4, 7, 0), expected)
+    with pytest.raises(ValueError, match="read-only"):
+        dataset._permutation(10, 7, 0)[0] = 1
+
+
 # Real slices
 
 
