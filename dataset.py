@@ -344,6 +344,10 @@ def _split_by_case(files: list[_File], parts: Sequence[str], seed: int) -> tuple
         groups = [file.name for file in files]
     names = sorted(set(groups))
     if len(names) < 2:
+        try:
+            _read_image(files[0])
+        except DataError as problem:
+            _refuse([(files[0].name, str(problem))], 1)
         raise DataError(f"only one slice, {files[0].name}: training and validation need at least one each")
     order = np.random.default_rng(seed).permutation(len(names))
     take = max(1, round(0.05 * len(names)))
@@ -819,18 +823,29 @@ def _parse_header(kind: type[nibabel.Nifti1Header], block: bytes, mark: str) -> 
         raise DataError(f"bad header: {problem}") from problem
     if header["magic"].item() != kind.single_magic:
         raise DataError("not a single-file NIfTI")
-    sides = list(shape)
-    while len(sides) > 2 and sides[-1] == 1:
-        sides.pop()
-    if len(sides) != 2:
+    axes = _slice_axes(shape)
+    if not axes:
         raise DataError(f"has shape {shape}: these have to be 2D slices")
+    sides = [shape[axis] for axis in axes]
     if not all(0 < side <= MAX_SIDE for side in sides):
         raise DataError(f"has shape {shape}: each side has to be 1 to {MAX_SIDE} pixels")
     if dtype.kind not in "iuf":
         raise DataError(f"holds {header.get_value_label('datatype')} voxels: they have to be plain numbers")
     if not kind.single_vox_offset <= offset <= MAX_OFFSET:
         raise DataError(f"bad header: pixels at byte {offset}")
+    affine = affine[:, [*axes, 3 - sum(axes), 3]]  # as many pixels on, as many millimetres on
     return _Header((sides[0], sides[1]), dtype, offset, slope, inter, _check_affine(affine))
+
+
+def _slice_axes(shape: tuple[int, ...]) -> list[int]:
+    """Gives the two of the three axes in space that a slice has, all but the one that is a voxel thick: the last of
+    several. Gives [] for the shape of a line, a volume or a series."""
+    if len(shape) < 2 or any(side != 1 for side in shape[3:]):
+        return []
+    if len(shape) == 2 or shape[2] == 1:
+        return [0, 1]
+    axes = [axis for axis in range(3) if shape[axis] != 1]
+    return axes if len(axes) == 2 else []
 
 
 def _check_affine(affine: np.ndarray) -> np.ndarray:

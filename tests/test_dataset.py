@@ -227,6 +227,39 @@ def test_trailing_axes_are_dropped(data):
     np.testing.assert_array_equal(loaded.train.pixels[0], loaded.train.pixels[2])
 
 
+OBLIQUE = np.array([[0.7, 0.2, 0.3, 1], [-0.2, 0.9, 0.1, 2], [0.1, 0.1, 3, 3], [0, 0, 0, 1]])
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes"),
+    [((1, 8, 6), (1, 2)), ((8, 1, 6), (0, 2)), ((8, 6, 1), (0, 1)), ((1, 8, 6, 1), (1, 2)), ((8, 1, 6, 1, 1), (0, 2))],
+)
+def test_a_thin_axis_anywhere_is_dropped_and_pixels_stay_where_they_are(data, shape, axes):
+    path = write(data / "case_001_week_0_slice_0.nii", picture(1).reshape(shape), OBLIQUE)
+    slices, (affine,), _ = read_slices([path], (8, 6))
+    theirs = nibabel.load(path)
+    values = theirs.get_fdata().reshape(8, 6)
+    np.testing.assert_allclose(values_of(slices)[0], np.clip(values, 0, slices.scales[0]), atol=slices.scales[0] / 509)
+    for row, column in ((0, 0), (7, 0), (0, 5), (3, 2)):
+        voxel = np.zeros(3)
+        voxel[list(axes)] = row, column
+        expected = nibabel.affines.apply_affine(theirs.affine, voxel)
+        np.testing.assert_allclose(nibabel.affines.apply_affine(affine, [row, column, 0]), expected, rtol=1e-6)
+    (thin,) = {0, 1, 2} - set(axes)
+    np.testing.assert_allclose(affine[:, 2], theirs.affine[:, thin], rtol=1e-6)
+
+
+def test_the_empty_axis_of_a_thin_slice_is_completed(data):
+    write(data / "a.nii", picture(1, (1, 8, 6)))
+    path = data / "a.nii"
+    raw = path.read_bytes()
+    header = nibabel.Nifti1Header(raw[:348])
+    header["srow_x"], header["srow_y"], header["srow_z"] = [0, 2, 0, 5], [0, 0, 3, 6], [0, 0, 0, 7]
+    path.write_bytes(header.binaryblock + raw[348:])
+    expected = np.array([[2, 0, 0, 5], [0, 3, 0, 6], [0, 0, 1, 7], [0, 0, 0, 1]])
+    np.testing.assert_allclose(read_slices([path], (8, 6))[1][0], expected)
+
+
 def test_crop_and_pad_are_central_and_the_affine_follows(data):
     oblique = np.array([[0.7, 0.2, 0, 1], [-0.2, 0.9, 0.1, 2], [0, 0.1, 3, 3], [0, 0, 0, 1]])
     image = picture(1, (12, 5))
@@ -865,9 +898,19 @@ def test_damaged_zip(data):
     assert "damaged" in reason(path)
 
 
-@pytest.mark.parametrize("shape", [(8, 6, 5), (8, 6, 1, 3), (1, 8, 6)])
+@pytest.mark.parametrize("shape", [(8, 6, 5), (2, 8, 6), (8, 6, 1, 3), (1, 8, 6, 2), (1, 1, 8, 6), (1, 1, 6)])
 def test_volumes_are_refused(data, shape):
     assert f"shape {shape}: these have to be 2D slices" in reason(write(data / "a.nii.gz", picture(1, shape)))
+
+
+def test_a_single_volume_is_called_a_volume(data):
+    """Not the only slice."""
+    write(data / "semantic_MRs_anon" / "Case_004_Week0_LFOV.nii.gz", picture(1, (8, 6, 5)))
+    text = message(load_dataset, str(data))
+    assert text.startswith("1 of 1 files cannot be used: ")
+    assert text.endswith("Case_004_Week0_LFOV.nii.gz: has shape (8, 6, 5): these have to be 2D slices")
+    write(data / "semantic_MRs_anon" / "Case_004_Week0_LFOV.nii.gz", picture(1))
+    assert "only one slice" in message(load_dataset, str(data))
 
 
 def test_one_dimension_is_refused(data):
