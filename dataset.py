@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import combinations, islice
+from itertools import combinations
 from pathlib import Path
 from shutil import rmtree
 from stat import S_ISREG
@@ -59,8 +59,27 @@ THREADS = 6  # that read files: more would wait for each other, and each keeps t
 INDEX_BYTES = 64  # of the cache's index: more than a slice takes
 
 SPLITS = ("train", "validate", "test")
-SPLIT_OF = {"train": "train", "validate": "validate", "validation": "validate", "val": "validate", "test": "test"}
-SLICE_NAME = re.compile(r"(case_[0-9]+)(?:_week_([0-9]+))?(?:_slice_([0-9]+))?", re.IGNORECASE)
+SPLIT_WORDS = {
+    "train": ("train", "training", "tr", "imagestr"),
+    "validate": ("validate", "validation", "valid", "val", "dev", "imagesval"),
+    "test": ("test", "testing", "ts", "imagests"),
+}
+SPLIT_OF = {word: split for split, words in SPLIT_WORDS.items() for word in words}
+BESIDE_SPLIT = re.compile("keras|slices?|images?|imgs?|data|(data)?set|splits?|2d|mri?|t2w?|nii|nifti|hip(mri)?")
+LABEL_WORD = re.compile(
+    "labels?|labelmaps?|labels(tr|ts|val)|masks?|(d|prob)?segs?|segmentations?|annotations?|contours?|delineations?"
+    "|gt|groundtruth"
+)
+IMAGE_WORDS = {"mr", "mrs", "image", "images", "img"}  # HipMRI keeps its volumes in semantic_MRs_anon
+
+# Words start where no letter is before them, or a capital follows a small letter; digits are set off or not.
+_START, _SPACE, _OTHERS = r"(?:(?<![A-Za-z])|(?<=[a-z])(?=[A-Z]))", r"[-_ .]*", "(?i:week|session|ses|visit|slice)"
+CASE = re.compile(  # 004, A004 and 004b, up to the next word
+    rf"{_START}((?i:case|patient|subject|sub))(?:{_SPACE}(?=[0-9])|[-_ .]+(?!{_OTHERS}))"
+    rf"([A-Za-z]*[0-9][0-9A-Za-z]*?)(?={_OTHERS}{_SPACE}[0-9]|[^0-9A-Za-z]|\Z)"
+)
+WEEK = re.compile(rf"{_START}(?i:week|session|ses|visit){_SPACE}([0-9]+)")
+NUMBER = re.compile(rf"{_START}(?i:slice){_SPACE}([0-9]+)")
 
 
 class DataError(Exception):
@@ -75,7 +94,8 @@ class Slices:
     """The slices of one split."""
 
     pixels: np.ndarray  # (N, H, W) uint8, memory-mapped or in memory: 0 is -1, 255 is +1
-    names: list[str]  # N paths relative to the data folder, with forward slashes
+    names: list[str]  # N paths below the folder of the splits, or of the slices, with forward slashes
+    cases: list[str | None]  # N patients, as case_004; None where the name gives none
     positions: np.ndarray  # (N,) float32: rank of the slice in its volume, 0 to 1; NaN where the name gives none
     scales: np.ndarray  # (N,) float32: the data's value that maps to +1
 
@@ -109,12 +129,13 @@ class Dataset:
 
 class _File(NamedTuple):
     path: str
-    name: str  # relative to the data folder, with forward slashes
+    name: str  # below the folder of the splits, or of the slices, with forward slashes
     size: int
     mtime_ns: int
     case: str | None
-    volume: tuple[str, ...]  # what is scaled together
+    week: int | None
     number: int | None  # of the slice in its volume
+    volume: tuple[str, ...] = ()  # what is scaled together
 
 
 class _Header(NamedTuple):
@@ -190,21 +211,27 @@ def read_slices(paths: Sequence[Path], slice_size: tuple[int, int]) -> tuple[Sli
     Gives the slices, in the order of `paths`, each slice's (4, 4) affine after crop or pad to `slice_size`, and what
     is to be said about them.
     Raises DataError for a path or file that cannot be used, or when there is none."""
-    files: list[_File] = []
-    for path in map(Path, paths):
+    found: list[tuple[int, str, str]] = []  # the place in `paths` comes first
+    labels: list[str] = []
+    for place, path in enumerate(map(Path, paths)):
         if os.path.isdir(path):
-            files += [file._replace(name=(path / file.name).as_posix()) for file in _list_files(path)]
-        elif os.path.exists(path) and not _is_slice(path.name):
-            raise DataError(f"{path} is not a .nii or .nii.gz slice (label maps, seg_*, are not read)")
+            below, left_out = _find_slices(path)
+            found += [(place, at, (path / name).as_posix()) for at, name in below]
+            labels += [(path / name).as_posix() for name in left_out]
+        elif os.path.exists(path) and (not _is_slice(path.name) or _is_label_map(path.name)):
+            raise DataError(f"{path} is not a .nii or .nii.gz slice (files whose names say label map are not read)")
         else:
-            files += _describe([(str(path), path.as_posix())])
-    if not files:
-        raise DataError(f"no .nii or .nii.gz slices in {', '.join(map(str, paths))}")
+            found.append((place, str(path), path.as_posix()))
+    if not found:
+        raise _nothing_found(", ".join(map(str, paths)), labels)
+    files = _put_into_volumes(_describe([(at, name) for _, at, name in found]))
+    rows = sorted(range(len(files)), key=lambda row: (found[row][0], *_order(files[row])))
+    files = [files[row] for row in rows]
     pixels = np.zeros((len(files), *slice_size), np.uint8)
     decoded = _decode(files, slice_size, pixels.__setitem__, None)
     scales = np.array([one.scale for one in decoded], np.float32)
-    slices = Slices(pixels, [file.name for file in files], _positions(files), scales)
-    return slices, [one.affine for one in decoded], _notices(decoded, slice_size)
+    slices = Slices(pixels, [file.name for file in files], [file.case for file in files], _positions(files), scales)
+    return slices, [one.affine for one in decoded], _label_notices(labels) + _notices(decoded, slice_size)
 
 
 def batch_indices(count: int, batch_size: int, seed: int, update: int) -> np.ndarray:
@@ -261,12 +288,16 @@ def _load_folder(
         raise DataError(f"{folder} is a file: give the folder that holds the slices")
     if os.path.isdir(folder / "keras_slices_data"):
         folder = folder / "keras_slices_data"
-    found = _list_files(folder)
+    found, labels = _find_slices(folder)
     if not found:
-        raise DataError(f"no .nii or .nii.gz slices in {folder} (label maps, seg_*, are not read)")
-    splits, notices = _find_splits(found, folder, seed)
+        raise _nothing_found(str(folder), labels)
+    below = _splits_folder([name for _, name in found])
+    named = [(path, name.removeprefix(below)) for path, name in found if name.startswith(below)]
+    labels = [name.removeprefix(below) for name in labels if name.startswith(below)]
+    folder = folder / below
+    splits, notices = _find_splits(sorted(_put_into_volumes(_describe(named)), key=_order), folder, seed)
     files = [file for split in SPLITS for file in splits[split]]
-    notices += _name_notices(files)
+    notices += _label_notices(labels) + _name_notices(files)
     owners = [split for split in SPLITS for _ in splits[split]]
     described = [(owner, *file[1:4]) for owner, file in zip(owners, files)]
     choices = (CACHE_FORMAT, PERCENTILE, os.path.realpath(folder), multiple)
@@ -279,13 +310,14 @@ def _load_folder(
         size = slice_size or _common_size(splits["train"], multiple, workers)
         opened = _fill_cache(entries[-1], files, owners, size, workers)
     pixels, index = opened
+    names, cases = [file.name for file in files], [file.case for file in files]
     positions, scales = _positions(files), np.array(index.scales, np.float32)
-    checksums = {file.name: checksum for file, checksum in zip(files, index.checksums)}
+    checksums = dict(zip(names, index.checksums))
     content = json.dumps([index.slice_size, owners, checksums])
     ends = np.cumsum([0] + [len(splits[split]) for split in SPLITS])
     parts = [slice(*ends[number : number + 2]) for number in range(3)]
     return Dataset(
-        *(Slices(pixels[p], [file.name for file in files[p]], positions[p], scales[p]) for p in parts),
+        *(Slices(pixels[p], names[p], cases[p], positions[p], scales[p]) for p in parts),
         slice_size=index.slice_size,
         affine=np.array(index.affine),
         scale=index.scale,
@@ -300,11 +332,13 @@ def _find_splits(files: list[_File], folder: Path, seed: int) -> tuple[dict[str,
     splits: dict[str, list[_File]] = {split: [] for split in SPLITS}
     outside: list[_File] = []
     for file in files:
-        top = file.name.partition("/")[0].lower().removeprefix("keras_slices_")  # a file's own name is no key below
-        splits.get(SPLIT_OF.get(top, ""), outside).append(file)
+        splits.get(_top_split(file.name), outside).append(file)
     if len(outside) == len(files):
-        return _split_by_case(files, SPLITS, seed)
-    notices = [f"{len(outside)} files outside the split folders of {folder} are not read"] if outside else []
+        drawn, notices = _split_by_case(files, SPLITS, seed)
+        return drawn, _unused_split_notices(files) + notices
+    notices = _unused_split_notices([file for split in SPLITS for file in splits[split]])
+    if outside:
+        notices.append(f"{len(outside)} files outside the split folders of {folder} are not read")
     if not splits["train"]:
         raise DataError(f"no training slices in {folder}: put them into keras_slices_train or train")
     if not splits["validate"]:
@@ -316,6 +350,68 @@ def _find_splits(files: list[_File], folder: Path, seed: int) -> tuple[dict[str,
         if shared:
             notices.append(f"warning: {_list_first(sorted(shared), 10)} in both {one} and {other}: a patient leaks")
     return splits, notices
+
+
+def _splits_folder(names: list[str]) -> str:
+    """Gives the path to the folder that holds the splits, or else several folders or files: "", or it ends in a slash.
+
+    Lone folders on the way are gone through, but for one that is a split or a patient; so is keras_slices_data."""
+    below = ""
+    while True:
+        inside = [name.removeprefix(below).partition("/") for name in names if name.startswith(below)]
+        folders = {top for top, slash, _ in inside if slash}
+        lone = next(iter(folders)) if len(folders) == 1 and all(slash for _, slash, _ in inside) else None
+        if "keras_slices_data" in folders:
+            below += "keras_slices_data/"
+        elif lone and not _split_of(lone) and not _parse(lone)[0]:
+            below += f"{lone}/"
+        else:
+            return below
+
+
+def _top_split(name: str) -> str | None:
+    """Tells the split of a slice from the first folder of its name."""
+    top, slash, _ = name.partition("/")
+    return _split_of(top) if slash else None
+
+
+@lru_cache(maxsize=4096)
+def _split_of(folder: str) -> str | None:
+    """Tells the split that a folder's name says, of all its words exactly one."""
+    words = _words(folder)
+    said = [SPLIT_OF[word] for word in words if word in SPLIT_OF]
+    others = (word for word in words if word not in SPLIT_OF)
+    return said[0] if len(said) == 1 and all(map(BESIDE_SPLIT.fullmatch, others)) else None
+
+
+def _unused_split_notices(files: list[_File]) -> list[str]:
+    """Says which folders are named like splits but lie too deep to be used as such."""
+    unused = set()
+    for file in files:
+        folders = file.name.split("/")[:-1]
+        used = _top_split(file.name)
+        unused |= {
+            "/".join(folders[: depth + 1])
+            for depth, folder in enumerate(folders)
+            if _split_of(folder) not in (None, used)
+        }
+    if not unused:
+        return []
+    listed = _list_first(sorted(unused), 4)
+    where = "point --data at the folder that holds the splits"
+    return [f"warning: folders named like splits are not used as splits ({listed}): {where}"]
+
+
+def _label_notices(labels: list[str]) -> list[str]:
+    return [f"{len(labels)} label maps are left out ({_list_first(sorted(labels), 1)})"] if labels else []
+
+
+def _nothing_found(where: str, labels: list[str]) -> DataError:
+    reason = ""
+    if labels:
+        listed = _list_first(sorted(labels), 1)
+        reason = f": {len(labels)} files are left out because their names say label map ({listed})"
+    return DataError(f"no .nii or .nii.gz slices in {where}{reason}")
 
 
 def _name_notices(files: list[_File]) -> list[str]:
@@ -367,22 +463,37 @@ def _split_by_case(files: list[_File], parts: Sequence[str], seed: int) -> tuple
 
 
 def _is_slice(name: str) -> bool:
-    """Tells slices by name from label maps, from hidden files (macOS leaves ._*.nii) and from all else."""
-    return name.lower().endswith((".nii", ".nii.gz")) and not name.lower().startswith(("seg_", "."))
+    """Tells slices by name from all else, and from hidden files (macOS leaves ._*.nii)."""
+    return name.lower().endswith((".nii", ".nii.gz")) and not any(part.startswith(".") for part in _parts(name))
 
 
-def _list_files(root: Path) -> list[_File]:
-    """Finds the slices anywhere below `root`, ordered by folder, case, week, slice number and name."""
+def _parts(name: str) -> list[str]:
+    """Splits a path. A backslash is a slash: zip files made on Windows leave it in the names that they unpack to."""
+    return [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
+
+
+def _find_slices(root: Path) -> tuple[list[tuple[str, str]], list[str]]:
+    """Finds the slices anywhere below `root`: the path of each, and its name; and the names of label maps.
+
+    Names are relative to `root`, with forward slashes. Raises DataError where two slices get one name."""
     start = len(os.path.join(root, ""))
-    slices = (entry.path for entry in _walk(root) if _is_slice(entry.name))
-    found = [(path, path[start:].replace(os.sep, "/")) for path in islice(slices, MAX_FILES + 1)]
-    if len(found) > MAX_FILES:
-        raise DataError(f"more than {MAX_FILES} slices are below {root}")
-    return sorted(_describe(found), key=lambda file: (file.volume, file.number or 0, file.name))
+    found: dict[str, str] = {}
+    labels = []
+    for path in (entry.path for entry in _walk(root) if _is_slice(entry.name)):
+        name = "/".join(_parts(path[start:]))
+        if _is_label_map(name):
+            labels.append(name)
+        elif name in found:
+            raise DataError(f"{found[name]} and {path} have one name where a backslash is a slash: remove one of them")
+        else:
+            found[name] = path
+        if len(found) + len(labels) > MAX_FILES:
+            raise DataError(f"more than {MAX_FILES} slices are below {root}, label maps counted")
+    return [(path, name) for name, path in found.items()], labels
 
 
 def _walk(root: Path) -> Iterator[os.DirEntry]:
-    """Gives what is no folder, anywhere below `root` but in folders of label maps and hidden ones."""
+    """Gives what is no folder, anywhere below `root` but in hidden folders."""
     folders, seen = [str(root)], set()
     while folders:
         folder = folders.pop()
@@ -396,7 +507,7 @@ def _walk(root: Path) -> Iterator[os.DirEntry]:
                 for entry in entries:
                     if not _is_folder(entry):
                         yield entry
-                    elif not entry.name.lower().startswith(("keras_slices_seg", ".")):
+                    elif not entry.name.startswith("."):
                         folders.append(entry.path)
         except OSError as problem:
             raise DataError(f"cannot read folder {folder}: {problem.strerror}") from problem
@@ -422,14 +533,46 @@ def _describe(found: list[tuple[str, str]]) -> list[_File]:
             bad.append((name, "not a regular file"))
         elif not stat.st_size:
             bad.append((name, "empty"))
-        folder, base = os.path.split(path)
-        match = SLICE_NAME.match(base)
-        case, week, number = match.groups() if match else (None, None, None)
-        volume = (folder, case, week or "") if case else (folder, base)
-        number = int(number) if number else None
-        files.append(_File(path, name, stat.st_size, stat.st_mtime_ns, case, volume, number))
+        files.append(_File(path, name, stat.st_size, stat.st_mtime_ns, *_identify(name)))
     _refuse(bad, len(found))
     return files
+
+
+def _put_into_volumes(files: list[_File]) -> list[_File]:
+    """Sets the volume of each file: the slices of one case and week of a split, in whatever folders.
+
+    But where these hold a slice number twice, or slices without a number in several folders, the folders are different
+    series, and each is a volume. A slice without a case is one alone."""
+    groups: dict[tuple, list[_File]] = {}
+    for file in files:
+        splits = tuple(filter(None, map(_split_of, file.name.split("/")[:-1])))
+        groups.setdefault((splits, file.case, file.week), []).append(file)
+    volumes = {}
+    for (_, case, week), group in groups.items():
+        folders = [_series_folder(file.name) for file in group]
+        numbers = [file.number for file in group if file.number is not None]
+        loose = {folder for file, folder in zip(group, folders) if file.number is None}
+        if len(set(numbers)) == len(numbers) and len(loose) < 2:
+            folders = [min(folders)] * len(group)
+        for file, folder in zip(group, folders):
+            alone = (folder, file.name.rpartition("/")[2], file.name)
+            volumes[file.name] = (folder, case, "" if week is None else f"{week:03}") if case else alone
+    return [file._replace(volume=volumes[file.name]) for file in files]
+
+
+def _series_folder(name: str) -> str:
+    """Gives the folder of a slice, but for those that hold it alone: Windows unpacks x.nii.gz to x.nii/x.nii."""
+    *folders, base = name.split("/")
+    return "/".join(part for part in folders if _stem(part) != _stem(base) and _parse(part)[2] is None)
+
+
+def _stem(name: str) -> str:
+    return name.lower().removesuffix(".gz").removesuffix(".nii")
+
+
+def _order(file: _File) -> tuple:
+    """What files are sorted by: folder, case, week, slice number and name."""
+    return file.volume, file.number or 0, file.name
 
 
 def _refuse(bad: list[tuple[str, str]], count: int) -> None:
@@ -447,6 +590,52 @@ def _list_first(items: list[str], most: int, between: str = ", ") -> str:
 def _printable(text: str) -> str:
     """Escapes what would break a line or steer a terminal: file names may hold any character but / and NUL."""
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
+# Names
+
+
+def _words(name: str) -> list[str]:
+    """Splits a name at what is no letter or digit, and where a capital starts a word; gives small letters."""
+    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[0-9])(?=[A-Z][a-z])", " ", name)
+    return re.findall(r"[^\W_]+", spaced.lower())
+
+
+def _is_label_map(name: str) -> bool:
+    """Tells label maps by the names of a file and of the folders that it lies in."""
+    *folders, base = _parts(name)
+    words = _words(base)
+    return any(map(_holds_label_maps, folders)) or "semantic" in words or _says_label(words)
+
+
+@lru_cache(maxsize=4096)
+def _holds_label_maps(folder: str) -> bool:
+    words = _words(folder)
+    return _says_label(words) or "semantic" in words and IMAGE_WORDS.isdisjoint(words)
+
+
+def _says_label(words: list[str]) -> bool:
+    bare = {word.strip("0123456789") for word in words}  # as in mask1
+    return any(map(LABEL_WORD.fullmatch, bare)) or {"ground", "truth"} <= bare
+
+
+def _identify(name: str) -> tuple[str | None, int | None, int | None]:
+    """Gives case, week and slice number: what a file's name does not say, its folders may, the deepest first.
+
+    Without a case there is no number, since slices of several patients would have the same."""
+    parts = [_parse(part) for part in reversed(_parts(name))]
+    case, week, number = (next((one for one in said if one is not None), None) for said in zip(*parts))
+    return case, week, number if case else None
+
+
+@lru_cache(maxsize=4096)  # folders come again with each of their files
+def _parse(part: str) -> tuple[str | None, int | None, int | None]:
+    """Gives case, week and slice number of a file's or folder's name; numbers are compared, not their digits."""
+    case, week, number = CASE.search(part), WEEK.search(part), NUMBER.search(part)
+    if case:
+        word, letters = case[1].lower(), case[2].lower()
+        case = f"{word}_" + re.sub("[0-9]+", lambda digits: f"{int(digits[0]):03}", letters)
+    return case, week and int(week[1]), number and int(number[1])
 
 
 def _positions(files: list[_File]) -> np.ndarray:

@@ -94,6 +94,14 @@ def has_notice(loaded, *words):
         ("train", "validate", "test"),
         ("train", "val", "test"),
         ("Train", "validation", "Test"),
+        ("training", "valid", "testing"),
+        ("TRAIN", "Val", "TEST"),
+        ("train", "dev", "test"),
+        ("imagesTr", "imagesVal", "imagesTs"),
+        ("train_images", "val_images", "test_images"),
+        ("T2w_slices_train", "T2w_slices_dev", "T2w_slices_test"),
+        ("hipmri_train", "hipmri_validate", "HipMRI-test"),
+        ("train set", "validation set", "test set"),
     ],
 )
 def test_split_folders(data, names):
@@ -116,7 +124,226 @@ def test_keras_slices_data_below_is_used_and_label_maps_are_not(data):
     loaded = load_dataset(str(data))
     assert [len(loaded.train), len(loaded.validate), len(loaded.test)] == [6, 2, 2]
     assert not any("seg" in name for name in loaded.train.names)
+    first = "keras_slices_seg_train/case_004_week_0_slice_0.nii"
+    assert loaded.notices == [f"2 label maps are left out ({first} and 1 more)"]
+
+
+@pytest.mark.parametrize(
+    "name", ["test_retest", "training_hospital_A", "train_test", "test_2020", "train1", "constraint", "keras_slices"]
+)
+def test_folders_that_are_no_splits(data, name):
+    write_cases(data / name, (1, 2, 3))
+    write_cases(data / "others", (4,))
+    loaded = load_dataset(str(data))
+    assert loaded.notices == ["split by case with seed 0: 4 train, 2 validate, 2 test slices"]
+
+
+@pytest.mark.parametrize(
+    "above",
+    [
+        "HipMRI_study_keras_slices_data",
+        "keras_slices_data/HipMRI_study_keras_slices_data",
+        "keras_slices_data/keras_slices_data",
+        "download/export/keras_slices_data",
+    ],
+)
+def test_lone_folders_above_the_splits_are_gone_through(data, tmp_path, above):
+    write_splits(tmp_path / "plain")
+    shutil.copytree(tmp_path / "plain", data / above)
+    expected, loaded = load_dataset(str(tmp_path / "plain")), load_dataset(str(data))
+    assert [len(loaded.train), len(loaded.validate), len(loaded.test)] == [6, 2, 2]
+    assert cases_of(loaded.test) == {"case_040"}
+    assert (loaded.files, loaded.fingerprint) == (expected.files, expected.fingerprint)
     assert loaded.notices == []
+    np.testing.assert_array_equal(loaded.train.positions, expected.train.positions)
+
+
+def test_lone_folders_above_a_flat_folder_are_gone_through(data, tmp_path):
+    write_cases(tmp_path / "plain", range(10))
+    shutil.copytree(tmp_path / "plain", data / "a" / "b")
+    expected, loaded = load_dataset(str(tmp_path / "plain")), load_dataset(str(data))
+    assert loaded.fingerprint == expected.fingerprint
+    assert loaded.validate.names == expected.validate.names
+
+
+def test_keras_slices_data_is_used_below_a_lone_folder_too(data):
+    write_splits(data / "HipMRI" / "keras_slices_data")
+    write(data / "HipMRI" / "semantic_MRs_anon" / "Case_004_Week0_LFOV.nii.gz", picture(1, (8, 6, 5)))
+    loaded = load_dataset(str(data))
+    assert loaded.train.names[0] == "keras_slices_train/case_004_week_0_slice_0.nii"
+    assert len(loaded.files) == 10
+
+
+def test_a_lone_split_is_that_split(data):
+    write_cases(data / "train", range(4))
+    loaded = load_dataset(str(data))
+    assert loaded.train.names[0].startswith("train/case_")
+    assert has_notice(loaded, "no validation slices")
+    assert len(loaded.test) == 0
+    (data / "train").rename(data / "test")
+    assert "no training slices" in message(load_dataset, str(data))
+
+
+def test_a_lone_patient_keeps_its_folder(data):
+    for number in range(4):
+        write(data / "case_004" / "week_0" / f"slice_{number}.nii")
+    loaded = load_dataset(str(data))
+    assert all(name.startswith("case_004/week_0/slice_") for name in loaded.files)
+    assert has_notice(loaded, "all slices are of case_004")
+
+
+def test_splits_in_several_places_are_reported(data):
+    for hospital, cases in (("hospital_A", (1, 2, 3)), ("hospital_B", (4, 5, 6))):
+        for split, case in zip(("train", "val", "test"), cases):
+            write_cases(data / hospital / split, (case,))
+    loaded = load_dataset(str(data))
+    start = "warning: folders named like splits are not used as splits (hospital_A/test, hospital_A/train, "
+    assert has_notice(loaded, f"{start}hospital_A/val, hospital_B/test and 2 more): point --data at the folder")
+    assert has_notice(loaded, "split by case")
+
+
+def test_splits_below_a_split_are_reported_where_they_are_others(data):
+    write_cases(data / "train" / "train", (1, 2))
+    write_cases(data / "train" / "images", (3,))
+    write_cases(data / "train" / "val", (4,))
+    write_cases(data / "val", (5,))
+    write_cases(data / "old" / "test", (6,))  # not read
+    loaded = load_dataset(str(data))
+    assert has_notice(loaded, "not used as splits (train/val): point")
+    assert has_notice(loaded, "2 files outside")
+    assert len(loaded.notices) == 2
+
+
+def test_images_and_masks_in_each_split(data):
+    for split, case in (("train", 1), ("val", 2), ("test", 3)):
+        write_cases(data / split / "images", (case,))
+        write_cases(data / split / "masks", (case,))
+    loaded = load_dataset(str(data))
+    assert [len(loaded.train), len(loaded.validate), len(loaded.test)] == [2, 2, 2]
+    assert loaded.train.names[0] == "train/images/case_001_week_0_slice_0.nii"
+    assert loaded.notices == ["6 label maps are left out (test/masks/case_003_week_0_slice_0.nii and 5 more)"]
+
+
+def test_folders_for_training_images_and_labels(data):
+    """As nnU-Net and the Medical Segmentation Decathlon lay data out."""
+    write_cases(data / "imagesTr", (1, 2, 3, 4))
+    write_cases(data / "labelsTr", (1, 2, 3, 4))
+    write_cases(data / "imagesTs", (5,))
+    loaded = load_dataset(str(data))
+    assert [len(loaded.train), len(loaded.validate), len(loaded.test)] == [6, 2, 2]
+    assert cases_of(loaded.test) == {"case_005"}
+    assert has_notice(loaded, "8 label maps are left out (labelsTr/case_001_week_0_slice_0.nii and 7 more)")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "labelsTr/a.nii",
+        "labelstr/a.nii",
+        "Labels/a.nii",
+        "semantic_labels_anon/Case_004_Week0.nii",
+        "semantic/a.nii",
+        "SEMANTIC_2/a.nii",
+        "MR_labels/a.nii",
+        "case_004/ground truth/a.nii",
+        "GT/a.nii",
+        "keras_slices_seg_train/a.nii",
+        "seg_004_week_0_slice_0.nii",
+        "case_004_slice_1_mask.nii",
+        "case_004_slice_1_mask2.nii",
+        "Case_004_Week0_SEMANTIC_LFOV_slice_3.nii.gz",
+        "T2_Seg.nii",
+        "T2Seg.nii",
+        "prostateMask.nii",
+        "Case00_segmentation.nii",
+        "patient001_frame01_gt.nii",
+        "sub-01_desc-prostate_dseg.nii",
+        "bladder-contour.nii",
+        "case_004.annotations.nii",
+        "GroundTruth_004.nii",
+        "export\\labels\\a.nii",
+    ],
+)
+def test_label_maps_are_told_by_name(data, name):
+    write_cases(data, (1, 2))
+    write(data / name)
+    loaded = load_dataset(str(data))
+    assert len(loaded.files) == 4
+    assert has_notice(loaded, f"1 label maps are left out ({name})".replace("\\", "/"))
+    slices, _, notices = read_slices([data], (8, 6))
+    assert len(slices) == 4
+    assert notices == [f"1 label maps are left out ({data.as_posix()}/{name})".replace("\\", "/")]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "semantic_MRs_anon/Case_004_Week0_slice_1.nii",
+        "semantic_images/a.nii",
+        "Segovia/a.nii",
+        "masked_T2/a.nii",
+        "segments/a.nii",
+        "unlabelled/a.nii",
+        "groundwater/a.nii",
+        "case_004_unmasked.nii",
+        "Eggtart.nii",
+        "passegment.nii",
+    ],
+)
+def test_slices_with_names_near_those_of_label_maps(data, name):
+    write_cases(data, (1, 2))
+    write(data / name)
+    assert len(load_dataset(str(data)).files) == 5
+    assert len(read_slices([data / name], (8, 6))[0]) == 1
+
+
+def test_names_above_the_data_folder_say_nothing(data):
+    folder = data / "segmentation" / "train" / "case_9"
+    write_cases(folder, (1, 2))
+    loaded = load_dataset(str(folder))
+    assert loaded.notices == ["split by case with seed 0: 2 train, 2 validate, 0 test slices"]
+    assert len(read_slices([folder], (8, 6))[0]) == 4
+
+
+def test_nothing_but_label_maps(data):
+    write_cases(data / "labels", (1, 2))
+    text = message(load_dataset, str(data))
+    said = "4 files are left out because their names say label map (labels/case_001_week_0_slice_0.nii and 3 more)"
+    assert text == f"no .nii or .nii.gz slices in {data}: {said}"
+    assert "4 files are left out" in message(read_slices, [data], (8, 6))
+    path = data / "labels" / "case_001_week_0_slice_0.nii"
+    assert len(read_slices([path], (8, 6))[0]) == 1  # a folder above says nothing
+    assert "say label map" in message(read_slices, [path.rename(data / "case_001_GT.nii")], (8, 6))
+
+
+def test_names_with_backslashes(data, tmp_path):
+    """As a zip file made on Windows is unpacked elsewhere."""
+    write_splits(tmp_path / "plain")
+    write_cases(tmp_path / "plain" / "keras_slices_seg_train", (4,))
+    (tmp_path / "plain" / "keras_slices_train" / "._case_004_week_0_slice_0.nii").touch()
+    data.mkdir()
+    for number, path in enumerate(sorted((tmp_path / "plain").rglob("*.nii"))):
+        name = str(path.relative_to(tmp_path / "plain")).replace("/", "\\")
+        shutil.copy(path, data / (f".\\keras_slices_data\\{name}" if number % 2 else f"keras_slices_data\\\\{name}"))
+    expected, loaded = load_dataset(str(tmp_path / "plain")), load_dataset(str(data))
+    assert (loaded.files, loaded.fingerprint) == (expected.files, expected.fingerprint)
+    assert (
+        loaded.notices
+        == expected.notices
+        == ["2 label maps are left out (keras_slices_seg_train/case_004_week_0_slice_0.nii and 1 more)"]
+    )
+    np.testing.assert_array_equal(loaded.train.positions, expected.train.positions)
+    slices, *_ = read_slices([data], (8, 6))
+    assert len(slices) == 10
+    assert slices.names[0] == f"{data.as_posix()}/keras_slices_data/keras_slices_test/case_040_week_0_slice_0.nii"
+
+
+def test_two_files_of_one_name_are_refused(data):
+    write_splits(data)
+    twin = write(data / "keras_slices_train\\case_004_week_0_slice_0.nii")
+    text = message(load_dataset, str(data))
+    assert str(twin) in text and str(data / "keras_slices_train" / "case_004_week_0_slice_0.nii") in text
+    assert "have one name" in text
 
 
 def test_missing_test_is_empty_and_loose_files_are_mentioned(data):
@@ -194,6 +421,163 @@ def test_positions_are_ranks_within_the_volume(data):
     loaded = load_dataset(str(data))
     assert [name.rpartition("_")[2] for name in loaded.train.names] == ["2.nii", "4.nii", "10.nii", "7.nii"]
     assert loaded.train.positions.tolist() == [0, 0.5, 1, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("case_004_week_0_slice_3", ("case_004", 0, 3)),
+        ("Case_004_Week0_LFOV_slice_3", ("case_004", 0, 3)),
+        ("case_4_week_00_slice_003", ("case_004", 0, 3)),
+        ("Case00_slice_3", ("case_000", None, 3)),
+        ("case-1234.week-12.slice-60", ("case_1234", 12, 60)),
+        ("CASE 4 SLICE 3 copy (1)", ("case_004", None, 3)),
+        ("Case4Week2Slice3", ("case_004", 2, 3)),
+        ("case004bWeek2Slice3", ("case_004b", 2, 3)),
+        ("T2_case_004_slice_3", ("case_004", None, 3)),
+        ("sub-001_ses-0_slice-003_T2w", ("sub_001", 0, 3)),
+        ("subject7_visit2_slice9", ("subject_007", 2, 9)),
+        ("sub-A1B2_slice-1", ("sub_a001b002", None, 1)),
+        ("Patient_12_session_3", ("patient_012", 3, None)),
+        ("case_A004_week_0_slice_1", ("case_a004", 0, 1)),
+        ("case_004b_week_0_slice_1", ("case_004b", 0, 1)),
+        ("case_004/week_0/slice_1", ("case_004", 0, 1)),
+        ("case_004/case_005_slice_1", ("case_005", None, 1)),
+        ("case_004/scan/case_005/slice_1", ("case_005", None, 1)),
+        ("week_3/case_004/slice_2/image", ("case_004", 3, 2)),
+        ("case_004/image", ("case_004", None, None)),
+        ("slice_3", (None, None, None)),
+        ("showcase_12_slice_3", (None, None, None)),
+        ("subtle_3", (None, None, None)),
+        ("lowercase12", (None, None, None)),
+        ("case_week_3", (None, 3, None)),
+        ("case_week3", (None, 3, None)),
+        ("case_slice_3", (None, None, None)),
+        ("case_004_multislice_3", ("case_004", None, None)),
+        ("case_004_biweek_3", ("case_004", None, None)),
+        ("keras_slices_3/case_004", ("case_004", None, None)),
+        ("image", (None, None, None)),
+        ("case_" + "9" * 150, ("case_" + "9" * 150, None, None)),
+    ],
+)
+def test_case_week_and_number_of_names(name, expected):
+    assert dataset._identify(f"{name}.nii.gz") == expected
+
+
+def test_cases_are_given_beside_names(data):
+    for name in ("Case_4_slice_0", "case_004_slice_1", "case_5_slice_0", "sub-4_slice_0", "image"):
+        write(data / "train" / f"{name}.nii")
+    write_cases(data / "val", (6,))
+    loaded = load_dataset(str(data))
+    assert dict(zip(loaded.train.names, loaded.train.cases)) == {
+        "train/Case_4_slice_0.nii": "case_004",
+        "train/case_004_slice_1.nii": "case_004",
+        "train/case_5_slice_0.nii": "case_005",
+        "train/sub-4_slice_0.nii": "sub_004",
+        "train/image.nii": None,
+    }
+    assert loaded.validate.cases == ["case_006", "case_006"]
+    assert read_slices([data / "val"], (8, 6))[0].cases == ["case_006", "case_006"]
+
+
+def test_a_patient_is_found_under_other_spellings(data):
+    write(data / "train" / "case_004_week_0_slice_0.nii")
+    write(data / "train" / "case_005_week_0_slice_0.nii")
+    write(data / "val" / "Case_4_Week1_slice_0.nii")
+    write(data / "test" / "case_05" / "slice_0.nii")
+    loaded = load_dataset(str(data))
+    assert has_notice(loaded, "warning: case_004 in both train and validate")
+    assert has_notice(loaded, "warning: case_005 in both train and test")
+    assert len(loaded.notices) == 2
+
+
+def test_the_same_number_under_another_word_is_another_patient(data):
+    write(data / "train" / "case_004_slice_0.nii")
+    write(data / "val" / "sub-004_slice_0.nii")
+    write(data / "test" / "case_004b_slice_0.nii")
+    assert load_dataset(str(data)).notices == []
+
+
+# Volumes
+
+
+def volumes_of(slices):
+    """The names of slices that have one scale; images that differ give scales that do."""
+    names = {}
+    for name, scale in zip(slices.names, slices.scales):
+        names.setdefault(scale, set()).add(name)
+    return sorted(map(sorted, names.values()))
+
+
+@pytest.mark.parametrize("folder", ["{}.nii/{}.nii", "{}/{}.nii.gz", "{}.nii.gz/{}.nii.gz", "{}.nii.gz/{}.nii"])
+def test_files_in_folders_of_their_own_names_are_one_volume(data, folder):
+    """As Windows unpacks x.nii.gz."""
+    for case in (4, 5, 6):
+        for number in range(3):
+            name = f"case_{case:03}_week_0_slice_{number}"
+            write(data / "train" / folder.format(name, name), picture(10 * case + number) * (number + 1))
+    loaded = load_dataset(str(data))
+    assert len(volumes_of(loaded.train)) == 2 and len(volumes_of(loaded.validate)) == 1
+    assert loaded.train.positions.tolist() == [0, 0.5, 1] * 2
+
+
+def test_a_volume_may_lie_in_several_folders(data):
+    for number in range(4):
+        write(data / "train" / f"part_{number % 2}" / f"case_001_week_0_slice_{number}.nii")
+    write_cases(data / "val", (2,))
+    train = load_dataset(str(data)).train
+    assert len(volumes_of(train)) == 1
+    assert [name[-5] for name in train.names] == ["0", "1", "2", "3"]
+    np.testing.assert_allclose(train.positions, [0, 1 / 3, 2 / 3, 1])
+
+
+def test_folders_with_the_same_slices_are_series(data):
+    for series, bright in (("T2", 1), ("ADC", 20)):
+        for number in range(3):
+            name = f"case_001_slice_{number}"
+            write(data / "train" / series / f"{name}.nii" / f"{name}.nii", picture(number) * bright)
+    write_cases(data / "val", (2,))
+    train = load_dataset(str(data)).train
+    assert [{name.split("/")[1] for name in names} for names in volumes_of(train)] == [{"ADC"}, {"T2"}]
+    assert train.positions.tolist() == [0, 0.5, 1] * 2
+
+
+def test_folders_of_slices_without_numbers_are_series(data):
+    for number, series in enumerate(("T2", "ADC")):
+        for letter in "ab":
+            write(data / "train" / series / f"case_001_{letter}.nii", picture(number))
+    for letter in "abc":
+        write(data / "val" / f"case_002_{letter}.nii")
+    loaded = load_dataset(str(data))
+    assert [len(names) for names in volumes_of(loaded.train)] == [2, 2]
+    assert [len(names) for names in volumes_of(loaded.validate)] == [3]
+
+
+def test_the_same_case_in_two_splits_is_two_volumes(data):
+    write(data / "train" / "case_001_slice_0.nii", picture(1))
+    write(data / "val" / "case_001_slice_1.nii", picture(2) * 9)
+    loaded = load_dataset(str(data))
+    assert loaded.train.scales[0] == pytest.approx(np.percentile(picture(1), 99.5))
+    assert loaded.validate.scales[0] == pytest.approx(np.percentile(picture(2) * 9, 99.5))
+
+
+def test_one_folder_per_case_and_week(data):
+    for case in (1, 2, 3):
+        for week in (0, 1):
+            for number in (0, 1):
+                write(data / f"case_{case}" / f"week_{week}" / f"slice_{number}.nii", picture(10 * case + week))
+    loaded = load_dataset(str(data))
+    assert loaded.notices == ["split by case with seed 0: 4 train, 4 validate, 4 test slices"]
+    assert [len(names) for names in volumes_of(loaded.train)] == [2, 2]
+    assert loaded.train.positions.tolist() == [0, 1, 0, 1]
+
+
+def test_read_slices_scales_a_volume_of_files_given_one_by_one(data):
+    paths = [write(data / f"case_1/slice_{number}.nii", picture(number) * (number + 1)) for number in (1, 0)]
+    slices, *_ = read_slices(paths, (8, 6))
+    assert slices.names == [path.as_posix() for path in paths]
+    assert slices.scales[0] == slices.scales[1]
+    assert slices.positions.tolist() == [1, 0]
 
 
 # Pixels
@@ -456,7 +840,7 @@ def test_read_slices_takes_files_and_folders(data):
 )
 def test_scale_and_unscale_round_trip(values, scale):
     stored = np.rint(np.clip(values, 0, scale) / scale * 255).astype(np.uint8)
-    slices = dataset.Slices(stored[None], ["a"], np.zeros(1), np.array([scale]))
+    slices = dataset.Slices(stored[None], ["a"], [None], np.zeros(1), np.array([scale]))
     back = unscale(slices.batch([0]), scale)
     assert back.dtype == np.float32
     np.testing.assert_allclose(back[0, 0], np.clip(values, 0, scale), atol=scale / 255)
