@@ -37,9 +37,14 @@ from tqdm import tqdm
 
 import phantom
 
-CACHE_FORMAT = 3  # raise it when the same files would give other pixels or another index
+CACHE_FORMAT = 4  # raise it when the same files would give other pixels or another index
 PERCENTILE = 99.5  # of a volume's pixels: the value that maps to +1; the few brighter ones are vessels
 BELOW = -0.1  # of that value: interpolation does not reach as far below 0, normalised slices do
+BLACK = 12  # grey levels of 255: no tissue is darker
+FEWEST_LIGHT = 0.02  # of a volume's pixels above that: a body fills far more
+FEWEST_VALUES = 12  # of a slice in whole numbers; HipMRI's label maps have 6
+SAMPLED = 300  # pixels of a slice that are looked at first for that
+SAME_SPACING = 1.02  # pixel sizes that differ by a smaller factor are rounded otherwise
 
 # What a file may claim. Anyone may have written it: a limit keeps memory, time or later arithmetic in bounds.
 MAX_SIDE = 2048  # pixels; in-plane MR matrices end near 1024, so a longer side is a broken header
@@ -59,6 +64,7 @@ THREADS = 6  # that read files: more would wait for each other, and each keeps t
 INDEX_BYTES = 64  # of the cache's index: more than a slice takes
 
 SPLITS = ("train", "validate", "test")
+SPLIT_TITLES = {"train": "training", "validate": "validation", "test": "test"}
 SPLIT_WORDS = {
     "train": ("train", "training", "tr", "imagestr"),
     "validate": ("validate", "validation", "valid", "val", "dev", "imagesval"),
@@ -157,6 +163,9 @@ class _Decoded(NamedTuple):
     shape: tuple[int, int]  # in the file, before crop or pad
     constant: bool
     negative: bool  # below 0 by more than interpolation makes of an edge
+    few_values: bool  # all whole numbers, as in a label map
+    dark: bool  # of a volume that is nearly black at its scale
+    digest: str  # of shape and values, whatever the file's type and header are; "" where it is constant
     checksum: str  # of the file's content
 
 
@@ -231,7 +240,7 @@ def read_slices(paths: Sequence[Path], slice_size: tuple[int, int]) -> tuple[Sli
     decoded = _decode(files, slice_size, pixels.__setitem__, None)
     scales = np.array([one.scale for one in decoded], np.float32)
     slices = Slices(pixels, [file.name for file in files], [file.case for file in files], _positions(files), scales)
-    return slices, [one.affine for one in decoded], _label_notices(labels) + _notices(decoded, slice_size)
+    return slices, [one.affine for one in decoded], _label_notices(labels) + _notices(files, decoded, slice_size)
 
 
 def batch_indices(count: int, batch_size: int, seed: int, update: int) -> np.ndarray:
@@ -761,11 +770,13 @@ def _fill_cache(
 
 
 def _make_index(files: list[_File], owners: list[str], decoded: list[_Decoded], size: tuple[int, int]) -> _Index:
+    _refuse_blank(files, owners, decoded)
     train = decoded[: owners.count("train")]
     volumes = {file.volume: one.scale for file, one in zip(files, train)}
     grids = [one.affine[:3, :3].round(4).tobytes() for one in train]
     common = grids.index(Counter(grids).most_common(1)[0][0])
-    notices = _notices(decoded, size)
+    notices = _twin_notices(files, owners, decoded) + _notices(files, decoded, size)
+    notices += _spacing_notices(decoded, train[common])
     orientations = {nibabel.aff2axcodes(one.affine)[:2] for one in dict(zip(grids, train)).values()}
     if len(orientations) > 1:
         listed = ", ".join(sorted("".join(map(str, codes)) for codes in orientations))
@@ -780,7 +791,49 @@ def _make_index(files: list[_File], owners: list[str], decoded: list[_Decoded], 
     )
 
 
-def _notices(decoded: list[_Decoded], size: tuple[int, int]) -> list[str]:
+def _refuse_blank(files: list[_File], owners: list[str], decoded: list[_Decoded]) -> None:
+    """Raises DataError where no slice of a split shows anything: nothing is learned from it or measured with it."""
+    for split in SPLITS:
+        rows = [row for row, owner in enumerate(owners) if owner == split]
+        if rows and all(decoded[row].constant for row in rows):
+            listed = _list_first([files[row].name for row in rows], 3)
+            raise DataError(
+                f"all {len(rows)} {SPLIT_TITLES[split]} slices hold one value only ({listed}): no split may be blank"
+            )
+
+
+def _twin_notices(files: list[_File], owners: list[str], decoded: list[_Decoded]) -> list[str]:
+    """Says which slices are there twice, whatever their names: in two splits, or in one."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for file, owner, one in zip(files, owners, decoded):
+        if one.digest:
+            found.setdefault(one.digest, {}).setdefault(owner, []).append(file.name)
+    notices = []
+    for one, other in combinations(SPLITS, 2):
+        pairs = [f"{names[one][0]} is {names[other][0]}" for names in found.values() if one in names and other in names]
+        if pairs:
+            shared = f"{len(pairs)} slices are in both {one} and {other}, whatever their names"
+            notices.append(f"warning: {shared} ({_list_first(pairs, 2)}): the splits leak")
+    for split in SPLITS:
+        pairs = [f"{name} is {names[split][0]}" for names in found.values() for name in names.get(split, ())[1:]]
+        if pairs:
+            notices.append(f"{len(pairs)} slices of {split} are there twice ({_list_first(pairs, 2)})")
+    return notices
+
+
+def _spacing_notices(decoded: list[_Decoded], common: _Decoded) -> list[str]:
+    """Says that pixel sizes differ, where they do; those of `common` are what samples get."""
+    sizes = np.linalg.norm([one.affine[:3, :2] for one in decoded], axis=1)
+    if (sizes.max(axis=0) <= SAME_SPACING * sizes.min(axis=0)).all():
+        return []
+    order = np.argsort(sizes.prod(axis=1), kind="stable")
+    own = np.linalg.norm(common.affine[:3, :2], axis=0)
+    smallest, largest, usual = (f"{height:.3g}x{width:.3g}" for height, width in (*sizes[order[[0, -1]]], own))
+    kept = f"slices are not resampled, and samples are written with the most common, {usual} mm"
+    return [f"warning: pixel sizes differ, from {smallest} to {largest} mm: {kept}"]
+
+
+def _notices(files: list[_File], decoded: list[_Decoded], size: tuple[int, int]) -> list[str]:
     """Says what became of slices that were brought to `size`."""
     notices = []
     other = Counter(one.shape for one in decoded if one.shape != size)
@@ -794,6 +847,13 @@ def _notices(decoded: list[_Decoded], size: tuple[int, int]) -> list[str]:
     negative = sum(one.negative for one in decoded)
     if negative:
         notices.append(f"warning: {negative} slices have values far below 0, which become black: 0 has to be air's")
+    dark = sum(one.dark for one in decoded)
+    if dark:
+        notices.append(f"warning: {dark} slices are nearly black: a few pixels of their volumes are far brighter")
+    few = [file.name for file, one in zip(files, decoded) if one.few_values]
+    if few:
+        fewer = f"{len(few)} slices hold fewer than {FEWEST_VALUES} whole values each, as label maps do"
+        notices.append(f"warning: {fewer} ({_list_first(few, 2)})")
     return notices
 
 
@@ -872,13 +932,18 @@ def _decode_volume(
     if bad:
         return bad
     scale = _volume_scale([image for image, _, _ in images.values()])
-    decoded = {}
+    limits = {row: (image.min(), image.max()) for row, (image, _, _) in images.items()}
+    lowest, highest = min(low for low, _ in limits.values()), max(high for _, high in limits.values())
+    if lowest < highest <= 0:
+        return dict.fromkeys(rows, "its volume has no values above 0: intensities have to start at 0 (air)")
+    decoded, light = {}, 0
     for row, (image, affine, checksum) in images.items():
         # 256 grey levels, all that a display shows; 255 v / scale is (x + 1) * 127.5 for x in [-1, 1].
         grey = np.clip(image, 0, scale)
         grey /= scale
         grey *= 255
         grey = np.rint(grey, out=grey).astype(np.uint8)
+        light += np.count_nonzero(grey > BLACK)
         starts = [(have - want) // 2 for have, want in zip(image.shape, size)]  # below 0 where the slice is padded
         inside = tuple(slice(max(start, 0), max(start, 0) + want) for start, want in zip(starts, size))
         place = tuple(slice(max(-start, 0), max(-start, 0) + have) for start, have in zip(starts, image.shape))
@@ -887,10 +952,42 @@ def _decode_volume(
         keep(row, pixels)
         moved = affine.copy()
         moved[:3, 3] += affine[:3, :2] @ starts
-        lowest = image.min()
-        constant, negative = bool(lowest == image.max()), bool(lowest < BELOW * scale)
-        decoded[row] = _Decoded(float(scale), moved, image.shape, constant, negative, checksum)
+        low, high = limits[row]
+        decoded[row] = _Decoded(
+            scale=float(scale),
+            affine=moved,
+            shape=image.shape,
+            constant=bool(low == high),
+            negative=bool(low < BELOW * scale),
+            few_values=bool(low != high) and _has_few_values(image),
+            dark=False,
+            digest=_digest(image) if low != high else "",
+            checksum=checksum,
+        )
+    if lowest != highest and light < FEWEST_LIGHT * held:
+        return {row: one._replace(dark=True) for row, one in decoded.items()}
     return decoded
+
+
+def _has_few_values(image: np.ndarray) -> bool:
+    """Tells label maps and the like: a few different values, all whole numbers."""
+    sample = image.ravel(order="K")[:: max(1, image.size // SAMPLED)]  # most slices are told by it, in no time
+    return all(np.array_equal(of, np.rint(of)) and len(np.unique(of)) < FEWEST_VALUES for of in (sample, image))
+
+
+@lru_cache(maxsize=1)
+def _digest_weights() -> np.ndarray:
+    """Gives (4096, 2) odd numbers below 2**64."""
+    return np.random.default_rng(0).integers(0, 1 << 63, (4096, 2), dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+
+
+def _digest(image: np.ndarray) -> str:
+    """Gives a digest of values and shape: of sums of products, since a hash of every byte takes five times as long."""
+    weights = _digest_weights()
+    words = np.zeros((-(-image.size // (2 * len(weights))), len(weights)), np.uint64)
+    np.add(image.ravel(order="F"), 0, out=words.view(np.float32).reshape(-1)[: image.size])  # makes 0 of -0
+    words ^= words >> np.uint64(32)  # of a product with high bits alone little would be left
+    return hashlib.blake2b(repr(image.shape).encode() + (words @ weights).tobytes(), digest_size=16).hexdigest()
 
 
 def _volume_scale(images: list[np.ndarray]) -> np.float32:

@@ -11,6 +11,7 @@ import sys
 import time
 import tracemalloc
 import warnings
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -50,7 +51,9 @@ def picture(seed, shape=(8, 6)):
 
 def write(path, image=None, affine=AFFINE, kind=nibabel.Nifti1Image):
     path.parent.mkdir(parents=True, exist_ok=True)
-    nibabel.save(kind(picture(abs(hash(path.name)) % 1000) if image is None else image, affine), path)
+    if image is None:  # another one for each name
+        image = picture(zlib.crc32(os.fsencode(f"{path.parent.name}/{path.name}")))
+    nibabel.save(kind(image, affine), path)
     return path
 
 
@@ -565,7 +568,8 @@ def test_one_folder_per_case_and_week(data):
     for case in (1, 2, 3):
         for week in (0, 1):
             for number in (0, 1):
-                write(data / f"case_{case}" / f"week_{week}" / f"slice_{number}.nii", picture(10 * case + week))
+                image = picture(100 * case + 10 * week + number)
+                write(data / f"case_{case}" / f"week_{week}" / f"slice_{number}.nii", image)
     loaded = load_dataset(str(data))
     assert loaded.notices == ["split by case with seed 0: 4 train, 4 validate, 4 test slices"]
     assert [len(names) for names in volumes_of(loaded.train)] == [2, 2]
@@ -698,9 +702,9 @@ def test_what_names_do_not_say_is_said(data):
 
 
 def test_slices_far_below_0_are_reported(data):
-    """Normalised to mean 0, or all below 0; not where interpolation goes a little below 0."""
+    """Normalised to mean 0, or one pixel; not where interpolation goes a little below 0."""
     image = picture(1)
-    for number, lowest in enumerate((0, -5, -50, -1000)):
+    for number, lowest in enumerate((0, -5, -50, -40)):
         write(data / f"case_{number:03}_slice_0.nii", image + lowest * (number == 3 or image == image.min()))
     notice = "warning: 2 slices have values far below 0, which become black"
     assert has_notice(load_dataset(str(data)), notice)
@@ -727,11 +731,202 @@ def test_constant_and_empty_slices_are_kept(data):
     write_cases(data / "train", (1,), image=np.full((8, 6), 5, np.float32))
     write_cases(data / "train", (2,), image=np.zeros((8, 6), np.float32))
     write_cases(data / "train", (3,), image=np.full((8, 6), -5, np.float32))
-    write_cases(data / "val", (4,))
+    write_cases(data / "train", (4,), image=picture(1), slices=1)
+    write_cases(data / "val", (5,))
     loaded = load_dataset(str(data))
-    assert has_notice(loaded, "6 slices hold one value")
-    assert loaded.train.pixels[:, 0, 0].tolist() == [255, 255, 0, 0, 0, 0]
-    assert loaded.train.scales.tolist() == [5, 5, 1, 1, 1, 1]
+    assert loaded.notices[0] == "6 slices hold one value only (kept)"
+    assert loaded.train.pixels[:6, 0, 0].tolist() == [255, 255, 0, 0, 0, 0]
+    assert loaded.train.scales[:6].tolist() == [5, 5, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("value", [0, 100, -5])
+@pytest.mark.parametrize(("split", "title"), [("train", "training"), ("validate", "validation"), ("test", "test")])
+def test_a_blank_split_is_refused(data, split, title, value):
+    write_splits(data)
+    for path in (data / f"keras_slices_{split}").iterdir():
+        write(path, np.full((8, 6), value, np.int16))
+    count = 6 if split == "train" else 2
+    text = message(load_dataset, str(data))
+    assert text.startswith(f"all {count} {title} slices hold one value only (keras_slices_{split}/case_")
+    slices, *_ = read_slices([data / f"keras_slices_{split}"], (8, 6))
+    assert len(slices) == count
+
+
+def test_a_volume_without_values_above_0_is_refused(data):
+    """As CT is stored, air at -1024; but where one value is all that it holds."""
+    write_splits(data)
+    for number in range(2):
+        write(data / "keras_slices_test" / f"case_041_slice_{number}.nii", picture(number) - 1024)
+    text = message(load_dataset, str(data))
+    reason = "its volume has no values above 0: intensities have to start at 0 (air)"
+    name = "keras_slices_test/case_041_slice_{}.nii"
+    assert text == f"2 of 12 files cannot be used: {name.format(0)}: {reason}; {name.format(1)}: {reason}"
+    assert "no values above 0" in message(read_slices, [data], (8, 6))
+    write(data / "keras_slices_test" / "case_041_slice_0.nii", picture(0) - picture(0).max())  # at 0 at most
+    assert text == message(load_dataset, str(data))
+    write(data / "keras_slices_test" / "case_041_slice_0.nii", picture(0) - 50)
+    assert has_notice(load_dataset(str(data)), "2 slices have values far below 0")
+
+
+def test_volumes_that_a_few_pixels_make_black_are_reported(data):
+    write_splits(data)
+    for number in range(3):
+        image = picture(number, (40, 30))
+        image[3, :10] = 60_000
+        write(data / "keras_slices_train" / f"case_007_slice_{number}.nii", image)
+    expected = "warning: 3 slices are nearly black: a few pixels of their volumes are far brighter"
+    assert has_notice(load_dataset(str(data)), expected)
+    assert expected in read_slices([data / "keras_slices_train"], (40, 30))[2]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "factor", "offset", "words"),
+    [
+        (np.float32, 0.01, 0, []),
+        (np.float64, 1e-6, 0, []),
+        (np.uint16, 600, 0, []),
+        (np.int64, 10_000, 0, []),
+        (np.float32, 0.02, -1, ["far below 0"]),
+        (np.float32, 0.04, -2, ["far below 0"]),
+    ],
+)
+def test_data_of_any_range(data, dtype, factor, offset, words):
+    for case in range(3):
+        image = (picture(case).astype(np.float64) * factor + offset).astype(dtype)
+        write(data / f"case_{case}_slice_0.nii", image, kind=lambda *of: nibabel.Nifti1Image(*of, dtype=dtype))
+    loaded = load_dataset(str(data))
+    assert [word in notice for word, notice in zip(words, loaded.notices[1:])] == [True] * len(words)
+    assert len(loaded.notices) == 1 + len(words)
+    assert loaded.train.pixels.std() > 40
+
+
+def test_slices_with_few_values_are_reported(data):
+    write_splits(data)
+    labels = np.random.default_rng(0).integers(0, 6, (8, 6))
+    whole = np.random.default_rng(0).integers(0, 30, (8, 6))
+    folder = data / "keras_slices_train"
+    write(folder / "case_007_slice_0.nii", labels.astype(np.uint8))
+    write(folder / "case_007_slice_1.nii", (labels > 2).astype(np.float32) * 255)
+    write(folder / "case_007_slice_2.nii", (labels * 0.3).astype(np.float32))
+    write(folder / "case_007_slice_3.nii", whole.astype(np.int16))
+    start = "warning: 2 slices hold fewer than 12 whole values each, as label maps do"
+    names = [f"keras_slices_train/case_007_slice_{number}.nii" for number in (0, 1)]
+    loaded = load_dataset(str(data))
+    assert loaded.notices == [f"{start} ({', '.join(names)})"]
+    assert set(names) < set(loaded.train.names)
+    *_, notices = read_slices([folder], (8, 6))
+    assert notices == [f"{start} ({', '.join(f'{data.as_posix()}/{name}' for name in names)})"]
+
+
+def test_a_sample_of_few_values_does_not_make_a_label_map(data):
+    image = np.zeros((60, 50), np.int16)
+    image[31, 1::2] = np.arange(25)
+    assert len(np.unique(image.ravel(order="F")[::10])) < 12
+    *_, notices = read_slices([write(data / "a.nii", image)], (60, 50))
+    assert not any("whole values" in notice for notice in notices)
+
+
+def test_pixel_sizes_that_differ_are_reported(data):
+    def scaled(height, width):
+        return np.diag([height, width, 3, 1])
+
+    for case, affine in enumerate((scaled(0.8, 0.8), scaled(0.8, 0.8), scaled(1.5, 1.5), scaled(0.81, 0.8))):
+        write_cases(data / "train", (case,), affine=affine)
+    write_cases(data / "val", (8,), affine=scaled(0.4, 0.4), slices=20)
+    kept = "slices are not resampled, and samples are written with the most common, 0.8x0.8 mm"
+    expected = f"warning: pixel sizes differ, from 0.4x0.4 to 1.5x1.5 mm: {kept}"
+    assert load_dataset(str(data)).notices == [expected]
+    assert load_dataset(str(data)).notices == [expected]  # from the cache
+
+
+def test_pixel_sizes_that_are_rounded_otherwise_are_not_reported(data):
+    turned = AFFINE.copy()
+    turned[:2, :2] = np.array([[0.6, -0.8], [0.8, 0.6]]) @ AFFINE[:2, :2]
+    write_cases(data / "train", (1,))
+    write_cases(data / "train", (2,), affine=AFFINE * [1.01, 1, 1, 1])
+    write_cases(data / "val", (3,), affine=turned)
+    assert not has_notice(load_dataset(str(data)), "pixel sizes")
+
+
+def test_one_axis_of_the_pixels_that_differs_is_reported(data):
+    write_cases(data / "train", (1,))
+    write_cases(data / "val", (2,), affine=AFFINE * [1, 1.1, 1, 1])
+    assert has_notice(load_dataset(str(data)), "from 0.8x0.9 to 0.8x0.99 mm")
+
+
+# Twins
+
+
+def test_equal_slices_in_two_splits_leak_whatever_their_names(data):
+    write_splits(data)
+    for number in range(2):
+        image = nibabel.load(data / "keras_slices_train" / f"case_004_week_0_slice_{number}.nii").get_fdata()
+        write(data / "keras_slices_test" / f"case_050_slice_{number}.nii.gz", image, 2 * AFFINE)  # float64
+    pairs = [
+        f"keras_slices_train/case_004_week_0_slice_{number}.nii is keras_slices_test/case_050_slice_{number}.nii.gz"
+        for number in range(2)
+    ]
+    expected = (
+        f"warning: 2 slices are in both train and test, whatever their names ({', '.join(pairs)}): the splits leak"
+    )
+    loaded = load_dataset(str(data))
+    assert loaded.notices[0] == expected and "pixel sizes" in loaded.notices[1]
+    assert load_dataset(str(data)).notices == loaded.notices  # from the cache
+
+
+def test_equal_slices_in_a_flat_folder_are_reported(data):
+    write_cases(data, range(4), image=picture(1), slices=1)
+    loaded = load_dataset(str(data))
+    for pair in ("train and validate", "train and test", "validate and test"):
+        assert has_notice(loaded, f"warning: 1 slices are in both {pair}, whatever")
+    assert has_notice(loaded, "1 slices of train are there twice (case_00")
+
+
+@pytest.mark.parametrize("name", ["{} copy (1).nii", "{}.nii.gz", "copy/{}.nii"])
+def test_copies_within_a_split_are_reported(data, name):
+    write_splits(data)
+    train = data / "keras_slices_train"
+    original = train / "case_004_week_0_slice_0.nii"
+    image = nibabel.load(original).get_fdata()
+    copy = write(train / name.format("case_004_week_0_slice_0"), image)
+    one, other = sorted(path.relative_to(data).as_posix() for path in (original, copy))
+    (notice,) = load_dataset(str(data)).notices
+    assert notice in (
+        f"1 slices of train are there twice ({pair})" for pair in (f"{one} is {other}", f"{other} is {one}")
+    )
+
+
+def test_what_is_no_twin(data):
+    """Constant slices, other shapes of the same values, a value changed a little, mirrored, or at another scale."""
+    image = np.arange(48, dtype=np.float32).reshape(8, 6)
+    near = image.copy()
+    near[7, 5] = np.nextafter(near[7, 5], np.float32(0))
+    images = [image, near, image[::-1], image[:, ::-1], image * 2, image[:4], np.zeros((8, 6)), np.zeros((8, 6))]
+    images += [np.pad(image, ((0, 1), (0, 0))), image.ravel(order="F").reshape((6, 8), order="F")]
+    for number, one in enumerate(images):
+        write(data / "train" / f"case_{number}_slice_0.nii", one.astype(np.float32))
+    write_cases(data / "val", (100,))
+    assert not has_notice(load_dataset(str(data)), "twice")
+
+
+def test_a_twin_is_told_whatever_its_type_and_zeros_are(data):
+    image = np.arange(48, dtype=np.float32).reshape(8, 6) % 40
+    zeros = np.where(image == 0, np.float32(-0.0), image)
+    write(data / "train" / "case_1_slice_0.nii", image.astype(np.uint8))
+    write(data / "train" / "case_2_slice_0.nii", zeros, kind=big_endian)
+    write(data / "train" / "case_3_slice_0.nii.gz", image[None].astype(np.float64), kind=nibabel.Nifti2Image)
+    write_cases(data / "val", (100,))
+    assert has_notice(load_dataset(str(data)), "2 slices of train are there twice")
+
+
+def test_digests_differ_wherever_a_pixel_does():
+    image = np.zeros((100, 83), np.float32)
+    digests = {dataset._digest(image)}
+    for pixel in range(image.size):
+        image.flat[pixel] = 1  # few bits, all of them high
+        digests.add(dataset._digest(image))
+        image.flat[pixel] = 0
+    assert len(digests) == 1 + image.size
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (7, 1), (7, 1, 1)])
@@ -1590,7 +1785,10 @@ def test_real_slices():
     loaded = load_dataset(str(REAL), multiple=(8, 8))
     assert [len(loaded.train), len(loaded.validate), len(loaded.test)] == [135, 19, 20]
     assert loaded.slice_size == (256, 128)
-    assert loaded.notices == ["38 slices of 256x144 brought to 256x128 by centre crop or zero pad"]
+    cropped, sizes = loaded.notices
+    assert cropped == "38 slices of 256x144 brought to 256x128 by centre crop or zero pad"
+    assert sizes.startswith("warning: pixel sizes differ, from 0.75x0.75 to ")
+    assert loaded.train.cases == [name[19:27] for name in loaded.train.names]
     names = [name for name in loaded.train.names if "case_007" in name]
     volume = np.stack([nibabel.load(REAL / name).get_fdata().reshape(256, 128) for name in names])
     scale = np.percentile(volume, 99.5)
