@@ -85,6 +85,7 @@ CASE = re.compile(  # 004, A004 and 004b, up to the next word
     rf"([A-Za-z]*[0-9][0-9A-Za-z]*?)(?={_OTHERS}{_SPACE}[0-9]|[^0-9A-Za-z]|\Z)"
 )
 WEEK = re.compile(rf"{_START}(?i:week|session|ses|visit){_SPACE}([0-9]+)")
+DIGITS = re.compile("[0-9]+")
 NUMBER = re.compile(rf"{_START}(?i:slice){_SPACE}([0-9]+)")
 
 
@@ -165,7 +166,7 @@ class _Decoded(NamedTuple):
     negative: bool  # below 0 by more than interpolation makes of an edge
     few_values: bool  # all whole numbers, as in a label map
     dark: bool  # of a volume that is nearly black at its scale
-    digest: str  # of shape and values, whatever the file's type and header are; "" where it is constant
+    glance: str  # the same for equal slices, and seldom for others; "" where the slice is constant
     checksum: str  # of the file's content
 
 
@@ -227,7 +228,7 @@ def read_slices(paths: Sequence[Path], slice_size: tuple[int, int]) -> tuple[Sli
             below, left_out = _find_slices(path)
             found += [(place, at, (path / name).as_posix()) for at, name in below]
             labels += [(path / name).as_posix() for name in left_out]
-        elif os.path.exists(path) and (not _is_slice(path.name) or _is_label_map(path.name)):
+        elif os.path.exists(path) and (not _is_slice(name := _clean(path.name)) or _is_label_map(name)):
             raise DataError(f"{path} is not a .nii or .nii.gz slice (files whose names say label map are not read)")
         else:
             found.append((place, str(path), path.as_posix()))
@@ -472,13 +473,15 @@ def _split_by_case(files: list[_File], parts: Sequence[str], seed: int) -> tuple
 
 
 def _is_slice(name: str) -> bool:
-    """Tells slices by name from all else, and from hidden files (macOS leaves ._*.nii)."""
-    return name.lower().endswith((".nii", ".nii.gz")) and not any(part.startswith(".") for part in _parts(name))
+    """Tells slices by a clean name from all else, and from hidden files (macOS leaves ._*.nii)."""
+    return name.lower().endswith((".nii", ".nii.gz")) and "/." not in f"/{name}"
 
 
-def _parts(name: str) -> list[str]:
-    """Splits a path. A backslash is a slash: zip files made on Windows leave it in the names that they unpack to."""
-    return [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
+def _clean(name: str) -> str:
+    """Makes slashes of backslashes: zip files made on Windows leave them in the names that they unpack to."""
+    if "\\" not in name:
+        return name
+    return "/".join(part for part in name.replace("\\", "/").split("/") if part not in ("", "."))
 
 
 def _find_slices(root: Path) -> tuple[list[tuple[str, str]], list[str]]:
@@ -488,14 +491,17 @@ def _find_slices(root: Path) -> tuple[list[tuple[str, str]], list[str]]:
     start = len(os.path.join(root, ""))
     found: dict[str, str] = {}
     labels = []
-    for path in (entry.path for entry in _walk(root) if _is_slice(entry.name)):
-        name = "/".join(_parts(path[start:]))
+    for entry in _walk(root):
+        name = _clean(entry.path[start:])
+        if not _is_slice(name):
+            continue
         if _is_label_map(name):
             labels.append(name)
         elif name in found:
-            raise DataError(f"{found[name]} and {path} have one name where a backslash is a slash: remove one of them")
+            both = f"{found[name]} and {entry.path}"
+            raise DataError(f"{both} have one name where a backslash is a slash: remove one of them")
         else:
-            found[name] = path
+            found[name] = entry.path
         if len(found) + len(labels) > MAX_FILES:
             raise DataError(f"more than {MAX_FILES} slices are below {root}, label maps counted")
     return [(path, name) for name, path in found.items()], labels
@@ -552,27 +558,40 @@ def _put_into_volumes(files: list[_File]) -> list[_File]:
 
     But where these hold a slice number twice, or slices without a number in several folders, the folders are different
     series, and each is a volume. A slice without a case is one alone."""
-    groups: dict[tuple, list[_File]] = {}
-    for file in files:
-        splits = tuple(filter(None, map(_split_of, file.name.split("/")[:-1])))
-        groups.setdefault((splits, file.case, file.week), []).append(file)
-    volumes = {}
+    groups: dict[tuple, list[tuple[int, str]]] = {}
+    for row, file in enumerate(files):
+        folder, _, base = file.name.rpartition("/")
+        series = _series_folder(folder, base)
+        groups.setdefault((_splits_above(folder), file.case, file.week), []).append((row, series))
+    volumes: list[tuple[str, ...]] = [()] * len(files)
     for (_, case, week), group in groups.items():
-        folders = [_series_folder(file.name) for file in group]
-        numbers = [file.number for file in group if file.number is not None]
-        loose = {folder for file, folder in zip(group, folders) if file.number is None}
-        if len(set(numbers)) == len(numbers) and len(loose) < 2:
-            folders = [min(folders)] * len(group)
-        for file, folder in zip(group, folders):
-            alone = (folder, file.name.rpartition("/")[2], file.name)
-            volumes[file.name] = (folder, case, "" if week is None else f"{week:03}") if case else alone
-    return [file._replace(volume=volumes[file.name]) for file in files]
+        numbers = [files[row].number for row, _ in group if files[row].number is not None]
+        loose = {series for row, series in group if files[row].number is None}
+        together = len(set(numbers)) == len(numbers) and len(loose) < 2
+        first = min(series for _, series in group)
+        for row, series in group:
+            alone = (series, files[row].name.rpartition("/")[2], files[row].name)
+            shared = (first if together else series, case, "" if week is None else f"{week:03}")
+            volumes[row] = shared if case else alone
+    return [file._replace(volume=volume) for file, volume in zip(files, volumes)]
 
 
-def _series_folder(name: str) -> str:
-    """Gives the folder of a slice, but for those that hold it alone: Windows unpacks x.nii.gz to x.nii/x.nii."""
-    *folders, base = name.split("/")
-    return "/".join(part for part in folders if _stem(part) != _stem(base) and _parse(part)[2] is None)
+@lru_cache(maxsize=4096)
+def _splits_above(folder: str) -> tuple[str, ...]:
+    return tuple(filter(None, map(_split_of, folder.split("/"))))
+
+
+def _series_folder(folder: str, base: str) -> str:
+    """Gives a slice's folder, but for parts that hold it alone: Windows unpacks x.nii.gz to x.nii/x.nii."""
+    series = _without_slices(folder)
+    stem = _stem(base)
+    return "/".join(part for part in series.split("/") if _stem(part) != stem) if stem in series.lower() else series
+
+
+@lru_cache(maxsize=4096)
+def _without_slices(folder: str) -> str:
+    """Leaves out the parts of a path that say a slice number."""
+    return "/".join(part for part in folder.split("/") if _parse(part)[2] is None)
 
 
 def _stem(name: str) -> str:
@@ -612,15 +631,20 @@ def _words(name: str) -> list[str]:
 
 def _is_label_map(name: str) -> bool:
     """Tells label maps by the names of a file and of the folders that it lies in."""
-    *folders, base = _parts(name)
-    words = _words(base)
-    return any(map(_holds_label_maps, folders)) or "semantic" in words or _says_label(words)
+    folder, _, base = name.rpartition("/")
+    return _holds_label_maps(folder) or _names_label_map(DIGITS.sub("0", base))
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=4096)  # folders come again with each of their files
 def _holds_label_maps(folder: str) -> bool:
-    words = _words(folder)
-    return _says_label(words) or "semantic" in words and IMAGE_WORDS.isdisjoint(words)
+    said = [_words(part) for part in folder.split("/")]
+    return any(_says_label(words) or "semantic" in words and IMAGE_WORDS.isdisjoint(words) for words in said)
+
+
+@lru_cache(maxsize=4096)  # files differ in their numbers, which are all 0 here
+def _names_label_map(base: str) -> bool:
+    words = _words(base)
+    return _says_label(words) or "semantic" in words
 
 
 def _says_label(words: list[str]) -> bool:
@@ -632,19 +656,28 @@ def _identify(name: str) -> tuple[str | None, int | None, int | None]:
     """Gives case, week and slice number: what a file's name does not say, its folders may, the deepest first.
 
     Without a case there is no number, since slices of several patients would have the same."""
-    parts = [_parse(part) for part in reversed(_parts(name))]
-    case, week, number = (next((one for one in said if one is not None), None) for said in zip(*parts))
+    folder, _, base = name.rpartition("/")
+    case, week, number = (own if own is not None else above for own, above in zip(_parse(base), _parse_all(folder)))
     return case, week, number if case else None
 
 
-@lru_cache(maxsize=4096)  # folders come again with each of their files
+@lru_cache(maxsize=4096)
+def _parse_all(folder: str) -> tuple[str | None, int | None, int | None]:
+    """Gives case, week and slice number of the deepest folder that says each."""
+    said = [_parse(part) for part in reversed(folder.split("/"))]
+    return tuple(next((one for one in of if one is not None), None) for of in zip(*said))
+
+
 def _parse(part: str) -> tuple[str | None, int | None, int | None]:
     """Gives case, week and slice number of a file's or folder's name; numbers are compared, not their digits."""
     case, week, number = CASE.search(part), WEEK.search(part), NUMBER.search(part)
     if case:
-        word, letters = case[1].lower(), case[2].lower()
-        case = f"{word}_" + re.sub("[0-9]+", lambda digits: f"{int(digits[0]):03}", letters)
+        case = f"{case[1].lower()}_{DIGITS.sub(_pad, case[2].lower())}"
     return case, week and int(week[1]), number and int(number[1])
+
+
+def _pad(digits: re.Match[str]) -> str:
+    return f"{int(digits[0]):03}"
 
 
 def _positions(files: list[_File]) -> np.ndarray:
@@ -758,7 +791,7 @@ def _fill_cache(
                     file.seek(row * pixels.size)
                     file.write(pixels)
 
-            index = _make_index(files, owners, _decode(files, size, keep, workers), size)
+            index = _make_index(files, owners, _decode(files, size, keep, workers), size, workers)
             file.flush()
             os.fsync(file.fileno())  # before the rename, so that a power cut leaves no cache of empty pages
         body = json.dumps(index._asdict()).encode()
@@ -769,13 +802,15 @@ def _fill_cache(
     return pixels, index
 
 
-def _make_index(files: list[_File], owners: list[str], decoded: list[_Decoded], size: tuple[int, int]) -> _Index:
+def _make_index(
+    files: list[_File], owners: list[str], decoded: list[_Decoded], size: tuple[int, int], workers: int | None
+) -> _Index:
     _refuse_blank(files, owners, decoded)
     train = decoded[: owners.count("train")]
     volumes = {file.volume: one.scale for file, one in zip(files, train)}
     grids = [one.affine[:3, :3].round(4).tobytes() for one in train]
     common = grids.index(Counter(grids).most_common(1)[0][0])
-    notices = _twin_notices(files, owners, decoded) + _notices(files, decoded, size)
+    notices = _twin_notices(files, owners, decoded, workers) + _notices(files, decoded, size)
     notices += _spacing_notices(decoded, train[common])
     orientations = {nibabel.aff2axcodes(one.affine)[:2] for one in dict(zip(grids, train)).values()}
     if len(orientations) > 1:
@@ -802,12 +837,15 @@ def _refuse_blank(files: list[_File], owners: list[str], decoded: list[_Decoded]
             )
 
 
-def _twin_notices(files: list[_File], owners: list[str], decoded: list[_Decoded]) -> list[str]:
+def _twin_notices(files: list[_File], owners: list[str], decoded: list[_Decoded], workers: int | None) -> list[str]:
     """Says which slices are there twice, whatever their names: in two splits, or in one."""
+    counts = Counter(one.glance for one in decoded)
+    alike = [row for row, one in enumerate(decoded) if one.glance and counts[one.glance] > 1]
+    with ThreadPoolExecutor(workers or THREADS) as pool:  # a digest of all, in the first pass, would cost a tenth of it
+        digests = list(pool.map(_digest, [files[row] for row in alike]))
     found: dict[str, dict[str, list[str]]] = {}
-    for file, owner, one in zip(files, owners, decoded):
-        if one.digest:
-            found.setdefault(one.digest, {}).setdefault(owner, []).append(file.name)
+    for row, digest in zip(alike, digests):
+        found.setdefault(digest, {}).setdefault(owners[row], []).append(files[row].name)
     notices = []
     for one, other in combinations(SPLITS, 2):
         pairs = [f"{names[one][0]} is {names[other][0]}" for names in found.values() if one in names and other in names]
@@ -961,7 +999,7 @@ def _decode_volume(
             negative=bool(low < BELOW * scale),
             few_values=bool(low != high) and _has_few_values(image),
             dark=False,
-            digest=_digest(image) if low != high else "",
+            glance=_glance(image) if low != high else "",
             checksum=checksum,
         )
     if lowest != highest and light < FEWEST_LIGHT * held:
@@ -971,23 +1009,33 @@ def _decode_volume(
 
 def _has_few_values(image: np.ndarray) -> bool:
     """Tells label maps and the like: a few different values, all whole numbers."""
-    sample = image.ravel(order="K")[:: max(1, image.size // SAMPLED)]  # most slices are told by it, in no time
-    return all(np.array_equal(of, np.rint(of)) and len(np.unique(of)) < FEWEST_VALUES for of in (sample, image))
+    # Most slices are told by the sample, in no time.
+    return all(np.array_equal(of, np.rint(of)) and len(np.unique(of)) < FEWEST_VALUES for of in (_sample(image), image))
 
 
-@lru_cache(maxsize=1)
-def _digest_weights() -> np.ndarray:
-    """Gives (4096, 2) odd numbers below 2**64."""
-    return np.random.default_rng(0).integers(0, 1 << 63, (4096, 2), dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+def _sample(image: np.ndarray) -> np.ndarray:
+    """Gives some hundred pixels, without a copy."""
+    return image.ravel(order="F")[:: max(1, image.size // SAMPLED)]
 
 
-def _digest(image: np.ndarray) -> str:
-    """Gives a digest of values and shape: of sums of products, since a hash of every byte takes five times as long."""
-    weights = _digest_weights()
-    words = np.zeros((-(-image.size // (2 * len(weights))), len(weights)), np.uint64)
-    np.add(image.ravel(order="F"), 0, out=words.view(np.float32).reshape(-1)[: image.size])  # makes 0 of -0
-    words ^= words >> np.uint64(32)  # of a product with high bits alone little would be left
-    return hashlib.blake2b(repr(image.shape).encode() + (words @ weights).tobytes(), digest_size=16).hexdigest()
+def _glance(image: np.ndarray) -> str:
+    """Gives a digest of shape and sample."""
+    return _digest_values(image.shape, _sample(image))
+
+
+def _digest(file: _File) -> str:
+    """Gives a digest of shape and values, whatever the file's type and header are."""
+    try:
+        image, _, _ = _read_image(file)
+    except DataError as problem:
+        raise DataError(f"{file.name}: {problem}") from problem
+    return _digest_values(image.shape, image.ravel(order="F"))
+
+
+def _digest_values(shape: tuple[int, int], values: np.ndarray) -> str:
+    digest = hashlib.blake2b(repr(shape).encode(), digest_size=16)
+    digest.update(values + 0)  # so that -0 is 0
+    return digest.hexdigest()
 
 
 def _volume_scale(images: list[np.ndarray]) -> np.float32:
