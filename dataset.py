@@ -191,9 +191,11 @@ def load_dataset(
     """Loads a folder of 2D NIfTI slices, from the cache where the folder was decoded before.
 
     `data` is "phantom" (drawn at `slice_size`, 256x128 without one, and kept in the cache; a folder of that name
-    is "./phantom") or a folder. `slice_size` (H, W) has to be a multiple of `multiple`; without it, the training
-    files' most common size is rounded to one. `seed` decides the splits where folders do not.
-    Raises DataError for a folder, file or slice size that cannot be used, and for a cache that cannot be written."""
+    is "./phantom") or a folder; lone folders in it are gone through, down to the splits, to patients or to slices.
+    Files and folders whose names say label map are left out. `slice_size` (H, W) has to be a multiple of `multiple`;
+    without it, the training files' most common size is rounded to one. `seed` decides the splits where folders do not.
+    Raises DataError for a folder, file or slice size that cannot be used, for a split in which every slice holds one
+    value only, and for a cache that cannot be written."""
     if slice_size:
         slice_size = tuple(slice_size)
         _check_slice_size(slice_size, multiple)

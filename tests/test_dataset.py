@@ -1729,6 +1729,28 @@ def test_names_cannot_steer_the_terminal(data, name, shown):
     assert f"outside the split folders of {moved.with_name(shown)} are not read" in load_dataset(str(moved)).notices[0]
 
 
+@pytest.mark.parametrize(
+    "ending", ["_cost$1_of$2", "_$T2__tse$", "_K\udcf6ln", "_前列腺", "_" + "x" * 210, " copy (1)", "\nx", "\t\x1b[1m"]
+)
+def test_names_of_any_letters(data, ending):
+    for case in range(3):
+        for number in range(2):
+            write(data / f"case_{case:03}_slice_{number}.nii").rename(
+                data / f"case_{case:03}_slice_{number}{ending}.nii"
+            )
+    loaded, again = load_dataset(str(data)), load_dataset(str(data))
+    assert loaded.notices == ["split by case with seed 0: 2 train, 2 validate, 2 test slices"]
+    assert loaded.train.names[0].endswith(f"_slice_0{ending}.nii")
+    assert loaded.train.positions.tolist() == [0, 1]
+    assert (again.files, again.fingerprint) == (loaded.files, loaded.fingerprint)
+
+
+def test_a_name_that_ends_in_a_line_break_is_no_slice(data):
+    write_cases(data, (1, 2))
+    shutil.copy(data / "case_001_week_0_slice_0.nii", data / "case_003_week_0_slice_0.nii\r")
+    assert len(load_dataset(str(data)).files) == 4
+
+
 def test_mutated_files_load_or_are_refused(tmp_path):
     """A short form of `python tests/campaign.py files`."""
     loaded = sum(load_case(make_case(seed, tmp_path / str(seed))) for seed in range(200))
