@@ -423,6 +423,7 @@ def _nothing_found(where: str, labels: list[str]) -> DataError:
     if labels:
         listed = _list_first(sorted(labels), 1)
         reason = f": {len(labels)} files are left out because their names say label map ({listed})"
+        reason += "; names above the folder that is given do not count"
     return DataError(f"no .nii or .nii.gz slices in {where}{reason}")
 
 
@@ -431,7 +432,16 @@ def _name_notices(files: list[_File]) -> list[str]:
     unnamed = sum(file.case is None for file in files)
     unnumbered = sum(file.case is not None and file.number is None for file in files)
     like = "(as in case_004_week_0_slice_12.nii.gz)"
+    numbers: set[tuple] = set()
+    again = []
+    for file in files:
+        if file.number is not None and (file.volume, file.number) in numbers:
+            again.append(file.name)
+        numbers.add((file.volume, file.number))
     notices = []
+    if again:
+        said = f"{len(again)} slices have the number of another one of their case, week and folder"
+        notices.append(f"warning: {said} ({_list_first(again, 2)}): they are scaled together")
     if unnamed:
         of_them = "each of these slices is scaled alone, and neither its patient nor its height is known"
         notices.append(f"{unnamed} names give no case {like}: {of_them}")

@@ -312,7 +312,7 @@ def test_nothing_but_label_maps(data):
     write_cases(data / "labels", (1, 2))
     text = message(load_dataset, str(data))
     said = "4 files are left out because their names say label map (labels/case_001_week_0_slice_0.nii and 3 more)"
-    assert text == f"no .nii or .nii.gz slices in {data}: {said}"
+    assert text == f"no .nii or .nii.gz slices in {data}: {said}; names above the folder that is given do not count"
     assert "4 files are left out" in message(read_slices, [data], (8, 6))
     path = data / "labels" / "case_001_week_0_slice_0.nii"
     assert len(read_slices([path], (8, 6))[0]) == 1  # a folder above says nothing
@@ -543,6 +543,17 @@ def test_folders_with_the_same_slices_are_series(data):
     train = load_dataset(str(data)).train
     assert [{name.split("/")[1] for name in names} for names in volumes_of(train)] == [{"ADC"}, {"T2"}]
     assert train.positions.tolist() == [0, 0.5, 1] * 2
+
+
+def test_series_in_one_folder_are_reported(data):
+    for case in (1, 2):
+        for series in ("ADC", "T2"):
+            write(data / "train" / f"case_{case}_{series}_slice_0.nii")
+    write_cases(data / "val", (3,))
+    loaded = load_dataset(str(data))
+    names = "train/case_1_T2_slice_0.nii, train/case_2_T2_slice_0.nii"
+    said = "2 slices have the number of another one of their case, week and folder"
+    assert loaded.notices == [f"warning: {said} ({names}): they are scaled together"]
 
 
 def test_folders_of_slices_without_numbers_are_series(data):
@@ -890,7 +901,7 @@ def test_copies_within_a_split_are_reported(data, name):
     image = nibabel.load(original).get_fdata()
     copy = write(train / name.format("case_004_week_0_slice_0"), image)
     one, other = sorted(path.relative_to(data).as_posix() for path in (original, copy))
-    (notice,) = load_dataset(str(data)).notices
+    notice = load_dataset(str(data)).notices[-1]
     assert notice in (
         f"1 slices of train are there twice ({pair})" for pair in (f"{one} is {other}", f"{other} is {one}")
     )
