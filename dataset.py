@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import combinations, islice
+from itertools import combinations
 from pathlib import Path
 from shutil import rmtree
 from stat import S_ISREG
@@ -37,9 +37,14 @@ from tqdm import tqdm
 
 import phantom
 
-CACHE_FORMAT = 3  # raise it when the same files would give other pixels or another index
+CACHE_FORMAT = 4  # raise it when the same files would give other pixels or another index
 PERCENTILE = 99.5  # of a volume's pixels: the value that maps to +1; the few brighter ones are vessels
 BELOW = -0.1  # of that value: interpolation does not reach as far below 0, normalised slices do
+BLACK = 12  # grey levels of 255: no tissue is darker
+FEWEST_LIGHT = 0.02  # of a volume's pixels above that: a body fills far more
+FEWEST_VALUES = 12  # of a slice in whole numbers; HipMRI's label maps have 6
+SAMPLED = 300  # pixels of a slice that are looked at first for that
+SAME_SPACING = 1.02  # pixel sizes that differ by a smaller factor are rounded otherwise
 
 # What a file may claim. Anyone may have written it: a limit keeps memory, time or later arithmetic in bounds.
 MAX_SIDE = 2048  # pixels; in-plane MR matrices end near 1024, so a longer side is a broken header
@@ -59,8 +64,29 @@ THREADS = 6  # that read files: more would wait for each other, and each keeps t
 INDEX_BYTES = 64  # of the cache's index: more than a slice takes
 
 SPLITS = ("train", "validate", "test")
-SPLIT_OF = {"train": "train", "validate": "validate", "validation": "validate", "val": "validate", "test": "test"}
-SLICE_NAME = re.compile(r"(case_[0-9]+)(?:_week_([0-9]+))?(?:_slice_([0-9]+))?", re.IGNORECASE)
+SPLIT_TITLES = {"train": "training", "validate": "validation", "test": "test"}
+SPLIT_WORDS = {
+    "train": ("train", "training", "tr", "imagestr"),
+    "validate": ("validate", "validation", "valid", "val", "dev", "imagesval"),
+    "test": ("test", "testing", "ts", "imagests"),
+}
+SPLIT_OF = {word: split for split, words in SPLIT_WORDS.items() for word in words}
+BESIDE_SPLIT = re.compile("keras|slices?|images?|imgs?|data|(data)?set|splits?|2d|mri?|t2w?|nii|nifti|hip(mri)?")
+LABEL_WORD = re.compile(
+    "labels?|labelmaps?|labels(tr|ts|val)|masks?|(d|prob)?segs?|segmentations?|annotations?|contours?|delineations?"
+    "|gt|groundtruth"
+)
+IMAGE_WORDS = {"mr", "mrs", "image", "images", "img"}  # HipMRI keeps its volumes in semantic_MRs_anon
+
+# Words start where no letter is before them, or a capital follows a small letter; digits are set off or not.
+_START, _SPACE, _OTHERS = r"(?:(?<![A-Za-z])|(?<=[a-z])(?=[A-Z]))", r"[-_ .]*", "(?i:week|session|ses|visit|slice)"
+CASE = re.compile(  # 004, A004 and 004b, up to the next word
+    rf"{_START}((?i:case|patient|subject|sub))(?:{_SPACE}(?=[0-9])|[-_ .]+(?!{_OTHERS}))"
+    rf"([A-Za-z]*[0-9][0-9A-Za-z]*?)(?={_OTHERS}{_SPACE}[0-9]|[^0-9A-Za-z]|\Z)"
+)
+WEEK = re.compile(rf"{_START}(?i:week|session|ses|visit){_SPACE}([0-9]+)")
+DIGITS = re.compile("[0-9]+")
+NUMBER = re.compile(rf"{_START}(?i:slice){_SPACE}([0-9]+)")
 
 
 class DataError(Exception):
@@ -75,7 +101,8 @@ class Slices:
     """The slices of one split."""
 
     pixels: np.ndarray  # (N, H, W) uint8, memory-mapped or in memory: 0 is -1, 255 is +1
-    names: list[str]  # N paths relative to the data folder, with forward slashes
+    names: list[str]  # N paths below the folder of the splits, or of the slices, with forward slashes
+    cases: list[str | None]  # N patients, as case_004; None where the name gives none
     positions: np.ndarray  # (N,) float32: rank of the slice in its volume, 0 to 1; NaN where the name gives none
     scales: np.ndarray  # (N,) float32: the data's value that maps to +1
 
@@ -109,12 +136,13 @@ class Dataset:
 
 class _File(NamedTuple):
     path: str
-    name: str  # relative to the data folder, with forward slashes
+    name: str  # below the folder of the splits, or of the slices, with forward slashes
     size: int
     mtime_ns: int
     case: str | None
-    volume: tuple[str, ...]  # what is scaled together
+    week: int | None
     number: int | None  # of the slice in its volume
+    volume: tuple[str, ...] = ()  # what is scaled together
 
 
 class _Header(NamedTuple):
@@ -136,6 +164,9 @@ class _Decoded(NamedTuple):
     shape: tuple[int, int]  # in the file, before crop or pad
     constant: bool
     negative: bool  # below 0 by more than interpolation makes of an edge
+    few_values: bool  # all whole numbers, as in a label map
+    dark: bool  # of a volume that is nearly black at its scale
+    glance: str  # the same for equal slices, and seldom for others; "" where the slice is constant
     checksum: str  # of the file's content
 
 
@@ -160,9 +191,11 @@ def load_dataset(
     """Loads a folder of 2D NIfTI slices, from the cache where the folder was decoded before.
 
     `data` is "phantom" (drawn at `slice_size`, 256x128 without one, and kept in the cache; a folder of that name
-    is "./phantom") or a folder. `slice_size` (H, W) has to be a multiple of `multiple`; without it, the training
-    files' most common size is rounded to one. `seed` decides the splits where folders do not.
-    Raises DataError for a folder, file or slice size that cannot be used, and for a cache that cannot be written."""
+    is "./phantom") or a folder; lone folders in it are gone through, down to the splits, to patients or to slices.
+    Files and folders whose names say label map are left out. `slice_size` (H, W) has to be a multiple of `multiple`;
+    without it, the training files' most common size is rounded to one. `seed` decides the splits where folders do not.
+    Raises DataError for a folder, file or slice size that cannot be used, for a split in which every slice holds one
+    value only, and for a cache that cannot be written."""
     if slice_size:
         slice_size = tuple(slice_size)
         _check_slice_size(slice_size, multiple)
@@ -190,21 +223,27 @@ def read_slices(paths: Sequence[Path], slice_size: tuple[int, int]) -> tuple[Sli
     Gives the slices, in the order of `paths`, each slice's (4, 4) affine after crop or pad to `slice_size`, and what
     is to be said about them.
     Raises DataError for a path or file that cannot be used, or when there is none."""
-    files: list[_File] = []
-    for path in map(Path, paths):
+    found: list[tuple[int, str, str]] = []  # the place in `paths` comes first
+    labels: list[str] = []
+    for place, path in enumerate(map(Path, paths)):
         if os.path.isdir(path):
-            files += [file._replace(name=(path / file.name).as_posix()) for file in _list_files(path)]
-        elif os.path.exists(path) and not _is_slice(path.name):
-            raise DataError(f"{path} is not a .nii or .nii.gz slice (label maps, seg_*, are not read)")
+            below, left_out = _find_slices(path)
+            found += [(place, at, (path / name).as_posix()) for at, name in below]
+            labels += [(path / name).as_posix() for name in left_out]
+        elif os.path.exists(path) and (not _is_slice(name := _clean(path.name)) or _is_label_map(name)):
+            raise DataError(f"{path} is not a .nii or .nii.gz slice (files whose names say label map are not read)")
         else:
-            files += _describe([(str(path), path.as_posix())])
-    if not files:
-        raise DataError(f"no .nii or .nii.gz slices in {', '.join(map(str, paths))}")
+            found.append((place, str(path), path.as_posix()))
+    if not found:
+        raise _nothing_found(", ".join(map(str, paths)), labels)
+    files = _put_into_volumes(_describe([(at, name) for _, at, name in found]))
+    rows = sorted(range(len(files)), key=lambda row: (found[row][0], *_order(files[row])))
+    files = [files[row] for row in rows]
     pixels = np.zeros((len(files), *slice_size), np.uint8)
     decoded = _decode(files, slice_size, pixels.__setitem__, None)
     scales = np.array([one.scale for one in decoded], np.float32)
-    slices = Slices(pixels, [file.name for file in files], _positions(files), scales)
-    return slices, [one.affine for one in decoded], _notices(decoded, slice_size)
+    slices = Slices(pixels, [file.name for file in files], [file.case for file in files], _positions(files), scales)
+    return slices, [one.affine for one in decoded], _label_notices(labels) + _notices(files, decoded, slice_size)
 
 
 def batch_indices(count: int, batch_size: int, seed: int, update: int) -> np.ndarray:
@@ -214,8 +253,15 @@ def batch_indices(count: int, batch_size: int, seed: int, update: int) -> np.nda
     slice is seen once an epoch, and resuming needs no state."""
     start = update * batch_size
     first, last = start // count, (start + batch_size - 1) // count
-    epochs = [np.random.default_rng((seed, epoch)).permutation(count) for epoch in range(first, last + 1)]
+    epochs = [_permutation(count, seed, epoch) for epoch in range(first, last + 1)]
     return np.concatenate(epochs)[start - first * count :][:batch_size]
+
+
+@lru_cache(maxsize=2)  # an update may take the end of one epoch and the beginning of the next
+def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
+    order = np.random.default_rng((seed, epoch)).permutation(count)
+    order.flags.writeable = False
+    return order
 
 
 def intensities(pixels: torch.Tensor) -> torch.Tensor:
@@ -254,12 +300,16 @@ def _load_folder(
         raise DataError(f"{folder} is a file: give the folder that holds the slices")
     if os.path.isdir(folder / "keras_slices_data"):
         folder = folder / "keras_slices_data"
-    found = _list_files(folder)
+    found, labels = _find_slices(folder)
     if not found:
-        raise DataError(f"no .nii or .nii.gz slices in {folder} (label maps, seg_*, are not read)")
-    splits, notices = _find_splits(found, folder, seed)
+        raise _nothing_found(str(folder), labels)
+    below = _splits_folder([name for _, name in found])
+    named = [(path, name.removeprefix(below)) for path, name in found if name.startswith(below)]
+    labels = [name.removeprefix(below) for name in labels if name.startswith(below)]
+    folder = folder / below
+    splits, notices = _find_splits(sorted(_put_into_volumes(_describe(named)), key=_order), folder, seed)
     files = [file for split in SPLITS for file in splits[split]]
-    notices += _name_notices(files)
+    notices += _label_notices(labels) + _name_notices(files)
     owners = [split for split in SPLITS for _ in splits[split]]
     described = [(owner, *file[1:4]) for owner, file in zip(owners, files)]
     choices = (CACHE_FORMAT, PERCENTILE, os.path.realpath(folder), multiple)
@@ -272,13 +322,14 @@ def _load_folder(
         size = slice_size or _common_size(splits["train"], multiple, workers)
         opened = _fill_cache(entries[-1], files, owners, size, workers)
     pixels, index = opened
+    names, cases = [file.name for file in files], [file.case for file in files]
     positions, scales = _positions(files), np.array(index.scales, np.float32)
-    checksums = {file.name: checksum for file, checksum in zip(files, index.checksums)}
+    checksums = dict(zip(names, index.checksums))
     content = json.dumps([index.slice_size, owners, checksums])
     ends = np.cumsum([0] + [len(splits[split]) for split in SPLITS])
     parts = [slice(*ends[number : number + 2]) for number in range(3)]
     return Dataset(
-        *(Slices(pixels[p], [file.name for file in files[p]], positions[p], scales[p]) for p in parts),
+        *(Slices(pixels[p], names[p], cases[p], positions[p], scales[p]) for p in parts),
         slice_size=index.slice_size,
         affine=np.array(index.affine),
         scale=index.scale,
@@ -293,11 +344,13 @@ def _find_splits(files: list[_File], folder: Path, seed: int) -> tuple[dict[str,
     splits: dict[str, list[_File]] = {split: [] for split in SPLITS}
     outside: list[_File] = []
     for file in files:
-        top = file.name.partition("/")[0].lower().removeprefix("keras_slices_")  # a file's own name is no key below
-        splits.get(SPLIT_OF.get(top, ""), outside).append(file)
+        splits.get(_top_split(file.name), outside).append(file)
     if len(outside) == len(files):
-        return _split_by_case(files, SPLITS, seed)
-    notices = [f"{len(outside)} files outside the split folders of {folder} are not read"] if outside else []
+        drawn, notices = _split_by_case(files, SPLITS, seed)
+        return drawn, _unused_split_notices(files) + notices
+    notices = _unused_split_notices([file for split in SPLITS for file in splits[split]])
+    if outside:
+        notices.append(f"{len(outside)} files outside the split folders of {folder} are not read")
     if not splits["train"]:
         raise DataError(f"no training slices in {folder}: put them into keras_slices_train or train")
     if not splits["validate"]:
@@ -311,12 +364,84 @@ def _find_splits(files: list[_File], folder: Path, seed: int) -> tuple[dict[str,
     return splits, notices
 
 
+def _splits_folder(names: list[str]) -> str:
+    """Gives the path to the folder that holds the splits, or else several folders or files: "", or it ends in a slash.
+
+    Lone folders on the way are gone through, but for one that is a split or a patient; so is keras_slices_data."""
+    below = ""
+    while True:
+        inside = [name.removeprefix(below).partition("/") for name in names if name.startswith(below)]
+        folders = {top for top, slash, _ in inside if slash}
+        lone = next(iter(folders)) if len(folders) == 1 and all(slash for _, slash, _ in inside) else None
+        if "keras_slices_data" in folders:
+            below += "keras_slices_data/"
+        elif lone and not _split_of(lone) and not _parse(lone)[0]:
+            below += f"{lone}/"
+        else:
+            return below
+
+
+def _top_split(name: str) -> str | None:
+    """Tells the split of a slice from the first folder of its name."""
+    top, slash, _ = name.partition("/")
+    return _split_of(top) if slash else None
+
+
+@lru_cache(maxsize=4096)
+def _split_of(folder: str) -> str | None:
+    """Tells the split that a folder's name says, of all its words exactly one."""
+    words = _words(folder)
+    said = [SPLIT_OF[word] for word in words if word in SPLIT_OF]
+    others = (word for word in words if word not in SPLIT_OF)
+    return said[0] if len(said) == 1 and all(map(BESIDE_SPLIT.fullmatch, others)) else None
+
+
+def _unused_split_notices(files: list[_File]) -> list[str]:
+    """Says which folders are named like splits but lie too deep to be used as such."""
+    unused = set()
+    for file in files:
+        folders = file.name.split("/")[:-1]
+        used = _top_split(file.name)
+        unused |= {
+            "/".join(folders[: depth + 1])
+            for depth, folder in enumerate(folders)
+            if _split_of(folder) not in (None, used)
+        }
+    if not unused:
+        return []
+    listed = _list_first(sorted(unused), 4)
+    where = "point --data at the folder that holds the splits"
+    return [f"warning: folders named like splits are not used as splits ({listed}): {where}"]
+
+
+def _label_notices(labels: list[str]) -> list[str]:
+    return [f"{len(labels)} label maps are left out ({_list_first(sorted(labels), 1)})"] if labels else []
+
+
+def _nothing_found(where: str, labels: list[str]) -> DataError:
+    reason = ""
+    if labels:
+        listed = _list_first(sorted(labels), 1)
+        reason = f": {len(labels)} files are left out because their names say label map ({listed})"
+        reason += "; names above the folder that is given do not count"
+    return DataError(f"no .nii or .nii.gz slices in {where}{reason}")
+
+
 def _name_notices(files: list[_File]) -> list[str]:
     """Says what is not known of slices because their names do not give it."""
     unnamed = sum(file.case is None for file in files)
     unnumbered = sum(file.case is not None and file.number is None for file in files)
     like = "(as in case_004_week_0_slice_12.nii.gz)"
+    numbers: set[tuple] = set()
+    again = []
+    for file in files:
+        if file.number is not None and (file.volume, file.number) in numbers:
+            again.append(file.name)
+        numbers.add((file.volume, file.number))
     notices = []
+    if again:
+        said = f"{len(again)} slices have the number of another one of their case, week and folder"
+        notices.append(f"warning: {said} ({_list_first(again, 2)}): they are scaled together")
     if unnamed:
         of_them = "each of these slices is scaled alone, and neither its patient nor its height is known"
         notices.append(f"{unnamed} names give no case {like}: {of_them}")
@@ -337,6 +462,10 @@ def _split_by_case(files: list[_File], parts: Sequence[str], seed: int) -> tuple
         groups = [file.name for file in files]
     names = sorted(set(groups))
     if len(names) < 2:
+        try:
+            _read_image(files[0])
+        except DataError as problem:
+            _refuse([(files[0].name, str(problem))], 1)
         raise DataError(f"only one slice, {files[0].name}: training and validation need at least one each")
     order = np.random.default_rng(seed).permutation(len(names))
     take = max(1, round(0.05 * len(names)))
@@ -356,22 +485,42 @@ def _split_by_case(files: list[_File], parts: Sequence[str], seed: int) -> tuple
 
 
 def _is_slice(name: str) -> bool:
-    """Tells slices by name from label maps, from hidden files (macOS leaves ._*.nii) and from all else."""
-    return name.lower().endswith((".nii", ".nii.gz")) and not name.lower().startswith(("seg_", "."))
+    """Tells slices by a clean name from all else, and from hidden files (macOS leaves ._*.nii)."""
+    return name.lower().endswith((".nii", ".nii.gz")) and "/." not in f"/{name}"
 
 
-def _list_files(root: Path) -> list[_File]:
-    """Finds the slices anywhere below `root`, ordered by folder, case, week, slice number and name."""
+def _clean(name: str) -> str:
+    """Makes slashes of backslashes: zip files made on Windows leave them in the names that they unpack to."""
+    if "\\" not in name:
+        return name
+    return "/".join(part for part in name.replace("\\", "/").split("/") if part not in ("", "."))
+
+
+def _find_slices(root: Path) -> tuple[list[tuple[str, str]], list[str]]:
+    """Finds the slices anywhere below `root`: the path of each, and its name; and the names of label maps.
+
+    Names are relative to `root`, with forward slashes. Raises DataError where two slices get one name."""
     start = len(os.path.join(root, ""))
-    slices = (entry.path for entry in _walk(root) if _is_slice(entry.name))
-    found = [(path, path[start:].replace(os.sep, "/")) for path in islice(slices, MAX_FILES + 1)]
-    if len(found) > MAX_FILES:
-        raise DataError(f"more than {MAX_FILES} slices are below {root}")
-    return sorted(_describe(found), key=lambda file: (file.volume, file.number or 0, file.name))
+    found: dict[str, str] = {}
+    labels = []
+    for entry in _walk(root):
+        name = _clean(entry.path[start:])
+        if not _is_slice(name):
+            continue
+        if _is_label_map(name):
+            labels.append(name)
+        elif name in found:
+            both = f"{found[name]} and {entry.path}"
+            raise DataError(f"{both} have one name where a backslash is a slash: remove one of them")
+        else:
+            found[name] = entry.path
+        if len(found) + len(labels) > MAX_FILES:
+            raise DataError(f"more than {MAX_FILES} slices are below {root}, label maps counted")
+    return [(path, name) for name, path in found.items()], labels
 
 
 def _walk(root: Path) -> Iterator[os.DirEntry]:
-    """Gives what is no folder, anywhere below `root` but in folders of label maps and hidden ones."""
+    """Gives what is no folder, anywhere below `root` but in hidden folders."""
     folders, seen = [str(root)], set()
     while folders:
         folder = folders.pop()
@@ -385,7 +534,7 @@ def _walk(root: Path) -> Iterator[os.DirEntry]:
                 for entry in entries:
                     if not _is_folder(entry):
                         yield entry
-                    elif not entry.name.lower().startswith(("keras_slices_seg", ".")):
+                    elif not entry.name.startswith("."):
                         folders.append(entry.path)
         except OSError as problem:
             raise DataError(f"cannot read folder {folder}: {problem.strerror}") from problem
@@ -411,14 +560,59 @@ def _describe(found: list[tuple[str, str]]) -> list[_File]:
             bad.append((name, "not a regular file"))
         elif not stat.st_size:
             bad.append((name, "empty"))
-        folder, base = os.path.split(path)
-        match = SLICE_NAME.match(base)
-        case, week, number = match.groups() if match else (None, None, None)
-        volume = (folder, case, week or "") if case else (folder, base)
-        number = int(number) if number else None
-        files.append(_File(path, name, stat.st_size, stat.st_mtime_ns, case, volume, number))
+        files.append(_File(path, name, stat.st_size, stat.st_mtime_ns, *_identify(name)))
     _refuse(bad, len(found))
     return files
+
+
+def _put_into_volumes(files: list[_File]) -> list[_File]:
+    """Sets the volume of each file: the slices of one case and week of a split, in whatever folders.
+
+    But where these hold a slice number twice, or slices without a number in several folders, the folders are different
+    series, and each is a volume. A slice without a case is one alone."""
+    groups: dict[tuple, list[tuple[int, str]]] = {}
+    for row, file in enumerate(files):
+        folder, _, base = file.name.rpartition("/")
+        series = _series_folder(folder, base)
+        groups.setdefault((_splits_above(folder), file.case, file.week), []).append((row, series))
+    volumes: list[tuple[str, ...]] = [()] * len(files)
+    for (_, case, week), group in groups.items():
+        numbers = [files[row].number for row, _ in group if files[row].number is not None]
+        loose = {series for row, series in group if files[row].number is None}
+        together = len(set(numbers)) == len(numbers) and len(loose) < 2
+        first = min(series for _, series in group)
+        for row, series in group:
+            alone = (series, files[row].name.rpartition("/")[2], files[row].name)
+            shared = (first if together else series, case, "" if week is None else f"{week:03}")
+            volumes[row] = shared if case else alone
+    return [file._replace(volume=volume) for file, volume in zip(files, volumes)]
+
+
+@lru_cache(maxsize=4096)
+def _splits_above(folder: str) -> tuple[str, ...]:
+    return tuple(filter(None, map(_split_of, folder.split("/"))))
+
+
+def _series_folder(folder: str, base: str) -> str:
+    """Gives a slice's folder, but for parts that hold it alone: Windows unpacks x.nii.gz to x.nii/x.nii."""
+    series = _without_slices(folder)
+    stem = _stem(base)
+    return "/".join(part for part in series.split("/") if _stem(part) != stem) if stem in series.lower() else series
+
+
+@lru_cache(maxsize=4096)
+def _without_slices(folder: str) -> str:
+    """Leaves out the parts of a path that say a slice number."""
+    return "/".join(part for part in folder.split("/") if _parse(part)[2] is None)
+
+
+def _stem(name: str) -> str:
+    return name.lower().removesuffix(".gz").removesuffix(".nii")
+
+
+def _order(file: _File) -> tuple:
+    """What files are sorted by: folder, case, week, slice number and name."""
+    return file.volume, file.number or 0, file.name
 
 
 def _refuse(bad: list[tuple[str, str]], count: int) -> None:
@@ -436,6 +630,66 @@ def _list_first(items: list[str], most: int, between: str = ", ") -> str:
 def _printable(text: str) -> str:
     """Escapes what would break a line or steer a terminal: file names may hold any character but / and NUL."""
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
+# Names
+
+
+def _words(name: str) -> list[str]:
+    """Splits a name at what is no letter or digit, and where a capital starts a word; gives small letters."""
+    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[0-9])(?=[A-Z][a-z])", " ", name)
+    return re.findall(r"[^\W_]+", spaced.lower())
+
+
+def _is_label_map(name: str) -> bool:
+    """Tells label maps by the names of a file and of the folders that it lies in."""
+    folder, _, base = name.rpartition("/")
+    return _holds_label_maps(folder) or _names_label_map(DIGITS.sub("0", base))
+
+
+@lru_cache(maxsize=4096)  # folders come again with each of their files
+def _holds_label_maps(folder: str) -> bool:
+    said = [_words(part) for part in folder.split("/")]
+    return any(_says_label(words) or "semantic" in words and IMAGE_WORDS.isdisjoint(words) for words in said)
+
+
+@lru_cache(maxsize=4096)  # files differ in their numbers, which are all 0 here
+def _names_label_map(base: str) -> bool:
+    words = _words(base)
+    return _says_label(words) or "semantic" in words
+
+
+def _says_label(words: list[str]) -> bool:
+    bare = {word.strip("0123456789") for word in words}  # as in mask1
+    return any(map(LABEL_WORD.fullmatch, bare)) or {"ground", "truth"} <= bare
+
+
+def _identify(name: str) -> tuple[str | None, int | None, int | None]:
+    """Gives case, week and slice number: what a file's name does not say, its folders may, the deepest first.
+
+    Without a case there is no number, since slices of several patients would have the same."""
+    folder, _, base = name.rpartition("/")
+    case, week, number = (own if own is not None else above for own, above in zip(_parse(base), _parse_all(folder)))
+    return case, week, number if case else None
+
+
+@lru_cache(maxsize=4096)
+def _parse_all(folder: str) -> tuple[str | None, int | None, int | None]:
+    """Gives case, week and slice number of the deepest folder that says each."""
+    said = [_parse(part) for part in reversed(folder.split("/"))]
+    return tuple(next((one for one in of if one is not None), None) for of in zip(*said))
+
+
+def _parse(part: str) -> tuple[str | None, int | None, int | None]:
+    """Gives case, week and slice number of a file's or folder's name; numbers are compared, not their digits."""
+    case, week, number = CASE.search(part), WEEK.search(part), NUMBER.search(part)
+    if case:
+        case = f"{case[1].lower()}_{DIGITS.sub(_pad, case[2].lower())}"
+    return case, week and int(week[1]), number and int(number[1])
+
+
+def _pad(digits: re.Match[str]) -> str:
+    return f"{int(digits[0]):03}"
 
 
 def _positions(files: list[_File]) -> np.ndarray:
@@ -549,7 +803,7 @@ def _fill_cache(
                     file.seek(row * pixels.size)
                     file.write(pixels)
 
-            index = _make_index(files, owners, _decode(files, size, keep, workers), size)
+            index = _make_index(files, owners, _decode(files, size, keep, workers), size, workers)
             file.flush()
             os.fsync(file.fileno())  # before the rename, so that a power cut leaves no cache of empty pages
         body = json.dumps(index._asdict()).encode()
@@ -560,12 +814,16 @@ def _fill_cache(
     return pixels, index
 
 
-def _make_index(files: list[_File], owners: list[str], decoded: list[_Decoded], size: tuple[int, int]) -> _Index:
+def _make_index(
+    files: list[_File], owners: list[str], decoded: list[_Decoded], size: tuple[int, int], workers: int | None
+) -> _Index:
+    _refuse_blank(files, owners, decoded)
     train = decoded[: owners.count("train")]
     volumes = {file.volume: one.scale for file, one in zip(files, train)}
     grids = [one.affine[:3, :3].round(4).tobytes() for one in train]
     common = grids.index(Counter(grids).most_common(1)[0][0])
-    notices = _notices(decoded, size)
+    notices = _twin_notices(files, owners, decoded, workers) + _notices(files, decoded, size)
+    notices += _spacing_notices(decoded, train[common])
     orientations = {nibabel.aff2axcodes(one.affine)[:2] for one in dict(zip(grids, train)).values()}
     if len(orientations) > 1:
         listed = ", ".join(sorted("".join(map(str, codes)) for codes in orientations))
@@ -580,7 +838,52 @@ def _make_index(files: list[_File], owners: list[str], decoded: list[_Decoded], 
     )
 
 
-def _notices(decoded: list[_Decoded], size: tuple[int, int]) -> list[str]:
+def _refuse_blank(files: list[_File], owners: list[str], decoded: list[_Decoded]) -> None:
+    """Raises DataError where no slice of a split shows anything: nothing is learned from it or measured with it."""
+    for split in SPLITS:
+        rows = [row for row, owner in enumerate(owners) if owner == split]
+        if rows and all(decoded[row].constant for row in rows):
+            listed = _list_first([files[row].name for row in rows], 3)
+            raise DataError(
+                f"all {len(rows)} {SPLIT_TITLES[split]} slices hold one value only ({listed}): no split may be blank"
+            )
+
+
+def _twin_notices(files: list[_File], owners: list[str], decoded: list[_Decoded], workers: int | None) -> list[str]:
+    """Says which slices are there twice, whatever their names: in two splits, or in one."""
+    counts = Counter(one.glance for one in decoded)
+    alike = [row for row, one in enumerate(decoded) if one.glance and counts[one.glance] > 1]
+    with ThreadPoolExecutor(workers or THREADS) as pool:  # of all slices it would cost the first pass 5 to 9 %
+        digests = list(pool.map(_digest, [files[row] for row in alike]))
+    found: dict[str, dict[str, list[str]]] = {}
+    for row, digest in zip(alike, digests):
+        found.setdefault(digest, {}).setdefault(owners[row], []).append(files[row].name)
+    notices = []
+    for one, other in combinations(SPLITS, 2):
+        pairs = [f"{names[one][0]} is {names[other][0]}" for names in found.values() if one in names and other in names]
+        if pairs:
+            shared = f"{len(pairs)} slices are in both {one} and {other}, whatever their names"
+            notices.append(f"warning: {shared} ({_list_first(pairs, 2)}): the splits leak")
+    for split in SPLITS:
+        pairs = [f"{name} is {names[split][0]}" for names in found.values() for name in names.get(split, ())[1:]]
+        if pairs:
+            notices.append(f"{len(pairs)} slices of {split} are there twice ({_list_first(pairs, 2)})")
+    return notices
+
+
+def _spacing_notices(decoded: list[_Decoded], common: _Decoded) -> list[str]:
+    """Says that pixel sizes differ, where they do; those of `common` are what samples get."""
+    sizes = np.linalg.norm([one.affine[:3, :2] for one in decoded], axis=1)
+    if (sizes.max(axis=0) <= SAME_SPACING * sizes.min(axis=0)).all():
+        return []
+    order = np.argsort(sizes.prod(axis=1), kind="stable")
+    own = np.linalg.norm(common.affine[:3, :2], axis=0)
+    smallest, largest, usual = (f"{height:.3g}x{width:.3g}" for height, width in (*sizes[order[[0, -1]]], own))
+    kept = f"slices are not resampled, and samples are written with the most common, {usual} mm"
+    return [f"warning: pixel sizes differ, from {smallest} to {largest} mm: {kept}"]
+
+
+def _notices(files: list[_File], decoded: list[_Decoded], size: tuple[int, int]) -> list[str]:
     """Says what became of slices that were brought to `size`."""
     notices = []
     other = Counter(one.shape for one in decoded if one.shape != size)
@@ -594,6 +897,13 @@ def _notices(decoded: list[_Decoded], size: tuple[int, int]) -> list[str]:
     negative = sum(one.negative for one in decoded)
     if negative:
         notices.append(f"warning: {negative} slices have values far below 0, which become black: 0 has to be air's")
+    dark = sum(one.dark for one in decoded)
+    if dark:
+        notices.append(f"warning: {dark} slices are nearly black: a few pixels of their volumes are far brighter")
+    few = [file.name for file, one in zip(files, decoded) if one.few_values]
+    if few:
+        fewer = f"{len(few)} slices hold fewer than {FEWEST_VALUES} whole values each, as label maps do"
+        notices.append(f"warning: {fewer} ({_list_first(few, 2)})")
     return notices
 
 
@@ -672,13 +982,17 @@ def _decode_volume(
     if bad:
         return bad
     scale = _volume_scale([image for image, _, _ in images.values()])
-    decoded = {}
+    decoded, lows, highs, light = {}, [], [], 0
     for row, (image, affine, checksum) in images.items():
+        low, high = image.min(), image.max()
+        lows.append(low)
+        highs.append(high)
         # 256 grey levels, all that a display shows; 255 v / scale is (x + 1) * 127.5 for x in [-1, 1].
         grey = np.clip(image, 0, scale)
         grey /= scale
         grey *= 255
         grey = np.rint(grey, out=grey).astype(np.uint8)
+        light += np.count_nonzero(grey > BLACK)
         starts = [(have - want) // 2 for have, want in zip(image.shape, size)]  # below 0 where the slice is padded
         inside = tuple(slice(max(start, 0), max(start, 0) + want) for start, want in zip(starts, size))
         place = tuple(slice(max(-start, 0), max(-start, 0) + have) for start, have in zip(starts, image.shape))
@@ -687,10 +1001,53 @@ def _decode_volume(
         keep(row, pixels)
         moved = affine.copy()
         moved[:3, 3] += affine[:3, :2] @ starts
-        lowest = image.min()
-        constant, negative = bool(lowest == image.max()), bool(lowest < BELOW * scale)
-        decoded[row] = _Decoded(float(scale), moved, image.shape, constant, negative, checksum)
+        decoded[row] = _Decoded(
+            scale=float(scale),
+            affine=moved,
+            shape=image.shape,
+            constant=bool(low == high),
+            negative=bool(low < BELOW * scale),
+            few_values=bool(low != high) and _has_few_values(image),
+            dark=False,
+            glance=_glance(image) if low != high else "",
+            checksum=checksum,
+        )
+    if min(lows) < max(highs) <= 0:
+        return dict.fromkeys(rows, "its volume has no values above 0: intensities have to start at 0 (air)")
+    if min(lows) != max(highs) and light < FEWEST_LIGHT * held:
+        return {row: one._replace(dark=True) for row, one in decoded.items()}
     return decoded
+
+
+def _has_few_values(image: np.ndarray) -> bool:
+    """Tells label maps and the like: a few different values, all whole numbers."""
+    # Most slices are told by the sample, in no time.
+    return all(np.array_equal(of, np.rint(of)) and len(np.unique(of)) < FEWEST_VALUES for of in (_sample(image), image))
+
+
+def _sample(image: np.ndarray) -> np.ndarray:
+    """Gives some hundred pixels, without a copy."""
+    return image.ravel(order="F")[:: max(1, image.size // SAMPLED)]
+
+
+def _glance(image: np.ndarray) -> str:
+    """Gives a digest of shape and sample."""
+    return _digest_values(image.shape, _sample(image))
+
+
+def _digest(file: _File) -> str:
+    """Gives a digest of shape and values, whatever the file's type and header are."""
+    try:
+        image, _, _ = _read_image(file)
+    except DataError as problem:
+        raise DataError(f"{file.name}: {problem}") from problem
+    return _digest_values(image.shape, image.ravel(order="F"))
+
+
+def _digest_values(shape: tuple[int, int], values: np.ndarray) -> str:
+    digest = hashlib.blake2b(repr(shape).encode(), digest_size=16)
+    digest.update(values + 0)  # so that -0 is 0
+    return digest.hexdigest()
 
 
 def _volume_scale(images: list[np.ndarray]) -> np.float32:
@@ -812,18 +1169,29 @@ def _parse_header(kind: type[nibabel.Nifti1Header], block: bytes, mark: str) -> 
         raise DataError(f"bad header: {problem}") from problem
     if header["magic"].item() != kind.single_magic:
         raise DataError("not a single-file NIfTI")
-    sides = list(shape)
-    while len(sides) > 2 and sides[-1] == 1:
-        sides.pop()
-    if len(sides) != 2:
+    axes = _slice_axes(shape)
+    if not axes:
         raise DataError(f"has shape {shape}: these have to be 2D slices")
+    sides = [shape[axis] for axis in axes]
     if not all(0 < side <= MAX_SIDE for side in sides):
         raise DataError(f"has shape {shape}: each side has to be 1 to {MAX_SIDE} pixels")
     if dtype.kind not in "iuf":
         raise DataError(f"holds {header.get_value_label('datatype')} voxels: they have to be plain numbers")
     if not kind.single_vox_offset <= offset <= MAX_OFFSET:
         raise DataError(f"bad header: pixels at byte {offset}")
+    affine = affine[:, [*axes, 3 - sum(axes), 3]]  # as many pixels on, as many millimetres on
     return _Header((sides[0], sides[1]), dtype, offset, slope, inter, _check_affine(affine))
+
+
+def _slice_axes(shape: tuple[int, ...]) -> list[int]:
+    """Gives the two of the three axes in space that a slice has, all but the one that is a voxel thick: the last of
+    several. Gives [] for the shape of a line, a volume or a series."""
+    if len(shape) < 2 or any(side != 1 for side in shape[3:]):
+        return []
+    if len(shape) == 2 or shape[2] == 1:
+        return [0, 1]
+    axes = [axis for axis in range(3) if shape[axis] != 1]
+    return axes if len(axes) == 2 else []
 
 
 def _check_affine(affine: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dataset import SLICE_NAME, DataError, Dataset, Slices, load_dataset, read_slices, unscale
+from dataset import DataError, Dataset, Slices, load_dataset, read_slices, unscale
 from metrics import (
     SMALLEST_SIDE,
     Nearest,
@@ -458,8 +458,7 @@ def evaluate(options, config: dict, networks: Networks, device: torch.device) ->
 
 def take(slices: Slices, chosen: Sequence[int], device: torch.device) -> Group:
     """Chosen slices and their cases; where a name gives none, the case is None."""
-    matches = [SLICE_NAME.match(Path(slices.names[i]).name) for i in chosen]
-    return Group(slices.batch(chosen).to(device), [match and match[1] for match in matches])
+    return Group(slices.batch(chosen).to(device), [slices.cases[i] for i in chosen])
 
 
 def training_data(options, config: dict, vqvae: VQVAE) -> Dataset:

@@ -11,6 +11,7 @@ import sys
 import time
 import tracemalloc
 import warnings
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -50,7 +51,9 @@ def picture(seed, shape=(8, 6)):
 
 def write(path, image=None, affine=AFFINE, kind=nibabel.Nifti1Image):
     path.parent.mkdir(parents=True, exist_ok=True)
-    nibabel.save(kind(picture(abs(hash(path.name)) % 1000) if image is None else image, affine), path)
+    if image is None:  # another one for each name
+        image = picture(zlib.crc32(os.fsencode(f"{path.parent.name}/{path.name}")))
+    nibabel.save(kind(image, affine), path)
     return path
 
 
@@ -94,6 +97,14 @@ def has_notice(loaded, *words):
         ("train", "validate", "test"),
         ("train", "val", "test"),
         ("Train", "validation", "Test"),
+        ("training", "valid", "testing"),
+        ("TRAIN", "Val", "TEST"),
+        ("train", "dev", "test"),
+        ("imagesTr", "imagesVal", "imagesTs"),
+        ("train_images", "val_images", "test_images"),
+        ("T2w_slices_train", "T2w_slices_dev", "T2w_slices_test"),
+        ("hipmri_train", "hipmri_validate", "HipMRI-test"),
+        ("train set", "validation set", "test set"),
     ],
 )
 def test_split_folders(data, names):
@@ -116,7 +127,226 @@ def test_keras_slices_data_below_is_used_and_label_maps_are_not(data):
     loaded = load_dataset(str(data))
     assert [len(loaded.train), len(loaded.validate), len(loaded.test)] == [6, 2, 2]
     assert not any("seg" in name for name in loaded.train.names)
+    first = "keras_slices_seg_train/case_004_week_0_slice_0.nii"
+    assert loaded.notices == [f"2 label maps are left out ({first} and 1 more)"]
+
+
+@pytest.mark.parametrize(
+    "name", ["test_retest", "training_hospital_A", "train_test", "test_2020", "train1", "constraint", "keras_slices"]
+)
+def test_folders_that_are_no_splits(data, name):
+    write_cases(data / name, (1, 2, 3))
+    write_cases(data / "others", (4,))
+    loaded = load_dataset(str(data))
+    assert loaded.notices == ["split by case with seed 0: 4 train, 2 validate, 2 test slices"]
+
+
+@pytest.mark.parametrize(
+    "above",
+    [
+        "HipMRI_study_keras_slices_data",
+        "keras_slices_data/HipMRI_study_keras_slices_data",
+        "keras_slices_data/keras_slices_data",
+        "download/export/keras_slices_data",
+    ],
+)
+def test_lone_folders_above_the_splits_are_gone_through(data, tmp_path, above):
+    write_splits(tmp_path / "plain")
+    shutil.copytree(tmp_path / "plain", data / above)
+    expected, loaded = load_dataset(str(tmp_path / "plain")), load_dataset(str(data))
+    assert [len(loaded.train), len(loaded.validate), len(loaded.test)] == [6, 2, 2]
+    assert cases_of(loaded.test) == {"case_040"}
+    assert (loaded.files, loaded.fingerprint) == (expected.files, expected.fingerprint)
     assert loaded.notices == []
+    np.testing.assert_array_equal(loaded.train.positions, expected.train.positions)
+
+
+def test_lone_folders_above_a_flat_folder_are_gone_through(data, tmp_path):
+    write_cases(tmp_path / "plain", range(10))
+    shutil.copytree(tmp_path / "plain", data / "a" / "b")
+    expected, loaded = load_dataset(str(tmp_path / "plain")), load_dataset(str(data))
+    assert loaded.fingerprint == expected.fingerprint
+    assert loaded.validate.names == expected.validate.names
+
+
+def test_keras_slices_data_is_used_below_a_lone_folder_too(data):
+    write_splits(data / "HipMRI" / "keras_slices_data")
+    write(data / "HipMRI" / "semantic_MRs_anon" / "Case_004_Week0_LFOV.nii.gz", picture(1, (8, 6, 5)))
+    loaded = load_dataset(str(data))
+    assert loaded.train.names[0] == "keras_slices_train/case_004_week_0_slice_0.nii"
+    assert len(loaded.files) == 10
+
+
+def test_a_lone_split_is_that_split(data):
+    write_cases(data / "train", range(4))
+    loaded = load_dataset(str(data))
+    assert loaded.train.names[0].startswith("train/case_")
+    assert has_notice(loaded, "no validation slices")
+    assert len(loaded.test) == 0
+    (data / "train").rename(data / "test")
+    assert "no training slices" in message(load_dataset, str(data))
+
+
+def test_a_lone_patient_keeps_its_folder(data):
+    for number in range(4):
+        write(data / "case_004" / "week_0" / f"slice_{number}.nii")
+    loaded = load_dataset(str(data))
+    assert all(name.startswith("case_004/week_0/slice_") for name in loaded.files)
+    assert has_notice(loaded, "all slices are of case_004")
+
+
+def test_splits_in_several_places_are_reported(data):
+    for hospital, cases in (("hospital_A", (1, 2, 3)), ("hospital_B", (4, 5, 6))):
+        for split, case in zip(("train", "val", "test"), cases):
+            write_cases(data / hospital / split, (case,))
+    loaded = load_dataset(str(data))
+    start = "warning: folders named like splits are not used as splits (hospital_A/test, hospital_A/train, "
+    assert has_notice(loaded, f"{start}hospital_A/val, hospital_B/test and 2 more): point --data at the folder")
+    assert has_notice(loaded, "split by case")
+
+
+def test_splits_below_a_split_are_reported_where_they_are_others(data):
+    write_cases(data / "train" / "train", (1, 2))
+    write_cases(data / "train" / "images", (3,))
+    write_cases(data / "train" / "val", (4,))
+    write_cases(data / "val", (5,))
+    write_cases(data / "old" / "test", (6,))  # not read
+    loaded = load_dataset(str(data))
+    assert has_notice(loaded, "not used as splits (train/val): point")
+    assert has_notice(loaded, "2 files outside")
+    assert len(loaded.notices) == 2
+
+
+def test_images_and_masks_in_each_split(data):
+    for split, case in (("train", 1), ("val", 2), ("test", 3)):
+        write_cases(data / split / "images", (case,))
+        write_cases(data / split / "masks", (case,))
+    loaded = load_dataset(str(data))
+    assert [len(loaded.train), len(loaded.validate), len(loaded.test)] == [2, 2, 2]
+    assert loaded.train.names[0] == "train/images/case_001_week_0_slice_0.nii"
+    assert loaded.notices == ["6 label maps are left out (test/masks/case_003_week_0_slice_0.nii and 5 more)"]
+
+
+def test_folders_for_training_images_and_labels(data):
+    """As nnU-Net and the Medical Segmentation Decathlon lay data out."""
+    write_cases(data / "imagesTr", (1, 2, 3, 4))
+    write_cases(data / "labelsTr", (1, 2, 3, 4))
+    write_cases(data / "imagesTs", (5,))
+    loaded = load_dataset(str(data))
+    assert [len(loaded.train), len(loaded.validate), len(loaded.test)] == [6, 2, 2]
+    assert cases_of(loaded.test) == {"case_005"}
+    assert has_notice(loaded, "8 label maps are left out (labelsTr/case_001_week_0_slice_0.nii and 7 more)")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "labelsTr/a.nii",
+        "labelstr/a.nii",
+        "Labels/a.nii",
+        "semantic_labels_anon/Case_004_Week0.nii",
+        "semantic/a.nii",
+        "SEMANTIC_2/a.nii",
+        "MR_labels/a.nii",
+        "case_004/ground truth/a.nii",
+        "GT/a.nii",
+        "keras_slices_seg_train/a.nii",
+        "seg_004_week_0_slice_0.nii",
+        "case_004_slice_1_mask.nii",
+        "case_004_slice_1_mask2.nii",
+        "Case_004_Week0_SEMANTIC_LFOV_slice_3.nii.gz",
+        "T2_Seg.nii",
+        "T2Seg.nii",
+        "prostateMask.nii",
+        "Case00_segmentation.nii",
+        "patient001_frame01_gt.nii",
+        "sub-01_desc-prostate_dseg.nii",
+        "bladder-contour.nii",
+        "case_004.annotations.nii",
+        "GroundTruth_004.nii",
+        "export\\labels\\a.nii",
+    ],
+)
+def test_label_maps_are_told_by_name(data, name):
+    write_cases(data, (1, 2))
+    write(data / name)
+    loaded = load_dataset(str(data))
+    assert len(loaded.files) == 4
+    assert has_notice(loaded, f"1 label maps are left out ({name})".replace("\\", "/"))
+    slices, _, notices = read_slices([data], (8, 6))
+    assert len(slices) == 4
+    assert notices == [f"1 label maps are left out ({data.as_posix()}/{name})".replace("\\", "/")]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "semantic_MRs_anon/Case_004_Week0_slice_1.nii",
+        "semantic_images/a.nii",
+        "Segovia/a.nii",
+        "masked_T2/a.nii",
+        "segments/a.nii",
+        "unlabelled/a.nii",
+        "groundwater/a.nii",
+        "case_004_unmasked.nii",
+        "Eggtart.nii",
+        "passegment.nii",
+    ],
+)
+def test_slices_with_names_near_those_of_label_maps(data, name):
+    write_cases(data, (1, 2))
+    write(data / name)
+    assert len(load_dataset(str(data)).files) == 5
+    assert len(read_slices([data / name], (8, 6))[0]) == 1
+
+
+def test_names_above_the_data_folder_say_nothing(data):
+    folder = data / "segmentation" / "train" / "case_9"
+    write_cases(folder, (1, 2))
+    loaded = load_dataset(str(folder))
+    assert loaded.notices == ["split by case with seed 0: 2 train, 2 validate, 0 test slices"]
+    assert len(read_slices([folder], (8, 6))[0]) == 4
+
+
+def test_nothing_but_label_maps(data):
+    write_cases(data / "labels", (1, 2))
+    text = message(load_dataset, str(data))
+    said = "4 files are left out because their names say label map (labels/case_001_week_0_slice_0.nii and 3 more)"
+    assert text == f"no .nii or .nii.gz slices in {data}: {said}; names above the folder that is given do not count"
+    assert "4 files are left out" in message(read_slices, [data], (8, 6))
+    path = data / "labels" / "case_001_week_0_slice_0.nii"
+    assert len(read_slices([path], (8, 6))[0]) == 1  # a folder above says nothing
+    assert "say label map" in message(read_slices, [path.rename(data / "case_001_GT.nii")], (8, 6))
+
+
+def test_names_with_backslashes(data, tmp_path):
+    """As a zip file made on Windows is unpacked elsewhere."""
+    write_splits(tmp_path / "plain")
+    write_cases(tmp_path / "plain" / "keras_slices_seg_train", (4,))
+    (tmp_path / "plain" / "keras_slices_train" / "._case_004_week_0_slice_0.nii").touch()
+    data.mkdir()
+    for number, path in enumerate(sorted((tmp_path / "plain").rglob("*.nii"))):
+        name = str(path.relative_to(tmp_path / "plain")).replace("/", "\\")
+        shutil.copy(path, data / (f".\\keras_slices_data\\{name}" if number % 2 else f"keras_slices_data\\\\{name}"))
+    expected, loaded = load_dataset(str(tmp_path / "plain")), load_dataset(str(data))
+    assert (loaded.files, loaded.fingerprint) == (expected.files, expected.fingerprint)
+    assert (
+        loaded.notices
+        == expected.notices
+        == ["2 label maps are left out (keras_slices_seg_train/case_004_week_0_slice_0.nii and 1 more)"]
+    )
+    np.testing.assert_array_equal(loaded.train.positions, expected.train.positions)
+    slices, *_ = read_slices([data], (8, 6))
+    assert len(slices) == 10
+    assert slices.names[0] == f"{data.as_posix()}/keras_slices_data/keras_slices_test/case_040_week_0_slice_0.nii"
+
+
+def test_two_files_of_one_name_are_refused(data):
+    write_splits(data)
+    twin = write(data / "keras_slices_train\\case_004_week_0_slice_0.nii")
+    text = message(load_dataset, str(data))
+    assert str(twin) in text and str(data / "keras_slices_train" / "case_004_week_0_slice_0.nii") in text
+    assert "have one name" in text
 
 
 def test_missing_test_is_empty_and_loose_files_are_mentioned(data):
@@ -196,6 +426,175 @@ def test_positions_are_ranks_within_the_volume(data):
     assert loaded.train.positions.tolist() == [0, 0.5, 1, 0.5]
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("case_004_week_0_slice_3", ("case_004", 0, 3)),
+        ("Case_004_Week0_LFOV_slice_3", ("case_004", 0, 3)),
+        ("case_4_week_00_slice_003", ("case_004", 0, 3)),
+        ("Case00_slice_3", ("case_000", None, 3)),
+        ("case-1234.week-12.slice-60", ("case_1234", 12, 60)),
+        ("CASE 4 SLICE 3 copy (1)", ("case_004", None, 3)),
+        ("Case4Week2Slice3", ("case_004", 2, 3)),
+        ("case004bWeek2Slice3", ("case_004b", 2, 3)),
+        ("T2_case_004_slice_3", ("case_004", None, 3)),
+        ("sub-001_ses-0_slice-003_T2w", ("sub_001", 0, 3)),
+        ("subject7_visit2_slice9", ("subject_007", 2, 9)),
+        ("sub-A1B2_slice-1", ("sub_a001b002", None, 1)),
+        ("Patient_12_session_3", ("patient_012", 3, None)),
+        ("case_A004_week_0_slice_1", ("case_a004", 0, 1)),
+        ("case_004b_week_0_slice_1", ("case_004b", 0, 1)),
+        ("case_004/week_0/slice_1", ("case_004", 0, 1)),
+        ("case_004/case_005_slice_1", ("case_005", None, 1)),
+        ("case_004/scan/case_005/slice_1", ("case_005", None, 1)),
+        ("week_3/case_004/slice_2/image", ("case_004", 3, 2)),
+        ("case_004/image", ("case_004", None, None)),
+        ("slice_3", (None, None, None)),
+        ("showcase_12_slice_3", (None, None, None)),
+        ("subtle_3", (None, None, None)),
+        ("lowercase12", (None, None, None)),
+        ("case_week_3", (None, 3, None)),
+        ("case_week3", (None, 3, None)),
+        ("case_slice_3", (None, None, None)),
+        ("case_004_multislice_3", ("case_004", None, None)),
+        ("case_004_biweek_3", ("case_004", None, None)),
+        ("keras_slices_3/case_004", ("case_004", None, None)),
+        ("image", (None, None, None)),
+        ("case_" + "9" * 150, ("case_" + "9" * 150, None, None)),
+    ],
+)
+def test_case_week_and_number_of_names(name, expected):
+    assert dataset._identify(f"{name}.nii.gz") == expected
+
+
+def test_cases_are_given_beside_names(data):
+    for name in ("Case_4_slice_0", "case_004_slice_1", "case_5_slice_0", "sub-4_slice_0", "image"):
+        write(data / "train" / f"{name}.nii")
+    write_cases(data / "val", (6,))
+    loaded = load_dataset(str(data))
+    assert dict(zip(loaded.train.names, loaded.train.cases)) == {
+        "train/Case_4_slice_0.nii": "case_004",
+        "train/case_004_slice_1.nii": "case_004",
+        "train/case_5_slice_0.nii": "case_005",
+        "train/sub-4_slice_0.nii": "sub_004",
+        "train/image.nii": None,
+    }
+    assert loaded.validate.cases == ["case_006", "case_006"]
+    assert read_slices([data / "val"], (8, 6))[0].cases == ["case_006", "case_006"]
+
+
+def test_a_patient_is_found_under_other_spellings(data):
+    write(data / "train" / "case_004_week_0_slice_0.nii")
+    write(data / "train" / "case_005_week_0_slice_0.nii")
+    write(data / "val" / "Case_4_Week1_slice_0.nii")
+    write(data / "test" / "case_05" / "slice_0.nii")
+    loaded = load_dataset(str(data))
+    assert has_notice(loaded, "warning: case_004 in both train and validate")
+    assert has_notice(loaded, "warning: case_005 in both train and test")
+    assert len(loaded.notices) == 2
+
+
+def test_the_same_number_under_another_word_is_another_patient(data):
+    write(data / "train" / "case_004_slice_0.nii")
+    write(data / "val" / "sub-004_slice_0.nii")
+    write(data / "test" / "case_004b_slice_0.nii")
+    assert load_dataset(str(data)).notices == []
+
+
+# Volumes
+
+
+def volumes_of(slices):
+    """The names of slices that have one scale; images that differ give scales that do."""
+    names = {}
+    for name, scale in zip(slices.names, slices.scales):
+        names.setdefault(scale, set()).add(name)
+    return sorted(map(sorted, names.values()))
+
+
+@pytest.mark.parametrize("folder", ["{}.nii/{}.nii", "{}/{}.nii.gz", "{}.nii.gz/{}.nii.gz", "{}.nii.gz/{}.nii"])
+def test_files_in_folders_of_their_own_names_are_one_volume(data, folder):
+    """As Windows unpacks x.nii.gz."""
+    for case in (4, 5, 6):
+        for number in range(3):
+            name = f"case_{case:03}_week_0_slice_{number}"
+            write(data / "train" / folder.format(name, name), picture(10 * case + number) * (number + 1))
+    loaded = load_dataset(str(data))
+    assert len(volumes_of(loaded.train)) == 2 and len(volumes_of(loaded.validate)) == 1
+    assert loaded.train.positions.tolist() == [0, 0.5, 1] * 2
+
+
+def test_a_volume_may_lie_in_several_folders(data):
+    for number in range(4):
+        write(data / "train" / f"part_{number % 2}" / f"case_001_week_0_slice_{number}.nii")
+    write_cases(data / "val", (2,))
+    train = load_dataset(str(data)).train
+    assert len(volumes_of(train)) == 1
+    assert [name[-5] for name in train.names] == ["0", "1", "2", "3"]
+    np.testing.assert_allclose(train.positions, [0, 1 / 3, 2 / 3, 1])
+
+
+def test_folders_with_the_same_slices_are_series(data):
+    for series, bright in (("T2", 1), ("ADC", 20)):
+        for number in range(3):
+            name = f"case_001_slice_{number}"
+            write(data / "train" / series / f"{name}.nii" / f"{name}.nii", picture(number) * bright)
+    write_cases(data / "val", (2,))
+    train = load_dataset(str(data)).train
+    assert [{name.split("/")[1] for name in names} for names in volumes_of(train)] == [{"ADC"}, {"T2"}]
+    assert train.positions.tolist() == [0, 0.5, 1] * 2
+
+
+def test_series_in_one_folder_are_reported(data):
+    for case in (1, 2):
+        for series in ("ADC", "T2"):
+            write(data / "train" / f"case_{case}_{series}_slice_0.nii")
+    write_cases(data / "val", (3,))
+    loaded = load_dataset(str(data))
+    names = "train/case_1_T2_slice_0.nii, train/case_2_T2_slice_0.nii"
+    said = "2 slices have the number of another one of their case, week and folder"
+    assert loaded.notices == [f"warning: {said} ({names}): they are scaled together"]
+
+
+def test_folders_of_slices_without_numbers_are_series(data):
+    for number, series in enumerate(("T2", "ADC")):
+        for letter in "ab":
+            write(data / "train" / series / f"case_001_{letter}.nii", picture(number))
+    for letter in "abc":
+        write(data / "val" / f"case_002_{letter}.nii")
+    loaded = load_dataset(str(data))
+    assert [len(names) for names in volumes_of(loaded.train)] == [2, 2]
+    assert [len(names) for names in volumes_of(loaded.validate)] == [3]
+
+
+def test_the_same_case_in_two_splits_is_two_volumes(data):
+    write(data / "train" / "case_001_slice_0.nii", picture(1))
+    write(data / "val" / "case_001_slice_1.nii", picture(2) * 9)
+    loaded = load_dataset(str(data))
+    assert loaded.train.scales[0] == pytest.approx(np.percentile(picture(1), 99.5))
+    assert loaded.validate.scales[0] == pytest.approx(np.percentile(picture(2) * 9, 99.5))
+
+
+def test_one_folder_per_case_and_week(data):
+    for case in (1, 2, 3):
+        for week in (0, 1):
+            for number in (0, 1):
+                image = picture(100 * case + 10 * week + number)
+                write(data / f"case_{case}" / f"week_{week}" / f"slice_{number}.nii", image)
+    loaded = load_dataset(str(data))
+    assert loaded.notices == ["split by case with seed 0: 4 train, 4 validate, 4 test slices"]
+    assert [len(names) for names in volumes_of(loaded.train)] == [2, 2]
+    assert loaded.train.positions.tolist() == [0, 1, 0, 1]
+
+
+def test_read_slices_scales_a_volume_of_files_given_one_by_one(data):
+    paths = [write(data / f"case_1/slice_{number}.nii", picture(number) * (number + 1)) for number in (1, 0)]
+    slices, *_ = read_slices(paths, (8, 6))
+    assert slices.names == [path.as_posix() for path in paths]
+    assert slices.scales[0] == slices.scales[1]
+    assert slices.positions.tolist() == [1, 0]
+
+
 # Pixels
 
 
@@ -225,6 +624,39 @@ def test_trailing_axes_are_dropped(data):
     assert loaded.slice_size == (8, 6)
     np.testing.assert_array_equal(loaded.train.pixels[0], loaded.train.pixels[1])
     np.testing.assert_array_equal(loaded.train.pixels[0], loaded.train.pixels[2])
+
+
+OBLIQUE = np.array([[0.7, 0.2, 0.3, 1], [-0.2, 0.9, 0.1, 2], [0.1, 0.1, 3, 3], [0, 0, 0, 1]])
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes"),
+    [((1, 8, 6), (1, 2)), ((8, 1, 6), (0, 2)), ((8, 6, 1), (0, 1)), ((1, 8, 6, 1), (1, 2)), ((8, 1, 6, 1, 1), (0, 2))],
+)
+def test_a_thin_axis_anywhere_is_dropped_and_pixels_stay_where_they_are(data, shape, axes):
+    path = write(data / "case_001_week_0_slice_0.nii", picture(1).reshape(shape), OBLIQUE)
+    slices, (affine,), _ = read_slices([path], (8, 6))
+    theirs = nibabel.load(path)
+    values = theirs.get_fdata().reshape(8, 6)
+    np.testing.assert_allclose(values_of(slices)[0], np.clip(values, 0, slices.scales[0]), atol=slices.scales[0] / 509)
+    for row, column in ((0, 0), (7, 0), (0, 5), (3, 2)):
+        voxel = np.zeros(3)
+        voxel[list(axes)] = row, column
+        expected = nibabel.affines.apply_affine(theirs.affine, voxel)
+        np.testing.assert_allclose(nibabel.affines.apply_affine(affine, [row, column, 0]), expected, rtol=1e-6)
+    (thin,) = {0, 1, 2} - set(axes)
+    np.testing.assert_allclose(affine[:, 2], theirs.affine[:, thin], rtol=1e-6)
+
+
+def test_the_empty_axis_of_a_thin_slice_is_completed(data):
+    write(data / "a.nii", picture(1, (1, 8, 6)))
+    path = data / "a.nii"
+    raw = path.read_bytes()
+    header = nibabel.Nifti1Header(raw[:348])
+    header["srow_x"], header["srow_y"], header["srow_z"] = [0, 2, 0, 5], [0, 0, 3, 6], [0, 0, 0, 7]
+    path.write_bytes(header.binaryblock + raw[348:])
+    expected = np.array([[2, 0, 0, 5], [0, 3, 0, 6], [0, 0, 1, 7], [0, 0, 0, 1]])
+    np.testing.assert_allclose(read_slices([path], (8, 6))[1][0], expected)
 
 
 def test_crop_and_pad_are_central_and_the_affine_follows(data):
@@ -281,9 +713,9 @@ def test_what_names_do_not_say_is_said(data):
 
 
 def test_slices_far_below_0_are_reported(data):
-    """Normalised to mean 0, or all below 0; not where interpolation goes a little below 0."""
+    """Normalised to mean 0, or one pixel; not where interpolation goes a little below 0."""
     image = picture(1)
-    for number, lowest in enumerate((0, -5, -50, -1000)):
+    for number, lowest in enumerate((0, -5, -50, -40)):
         write(data / f"case_{number:03}_slice_0.nii", image + lowest * (number == 3 or image == image.min()))
     notice = "warning: 2 slices have values far below 0, which become black"
     assert has_notice(load_dataset(str(data)), notice)
@@ -310,11 +742,210 @@ def test_constant_and_empty_slices_are_kept(data):
     write_cases(data / "train", (1,), image=np.full((8, 6), 5, np.float32))
     write_cases(data / "train", (2,), image=np.zeros((8, 6), np.float32))
     write_cases(data / "train", (3,), image=np.full((8, 6), -5, np.float32))
-    write_cases(data / "val", (4,))
+    write_cases(data / "train", (4,), image=picture(1), slices=1)
+    write_cases(data / "val", (5,))
     loaded = load_dataset(str(data))
-    assert has_notice(loaded, "6 slices hold one value")
-    assert loaded.train.pixels[:, 0, 0].tolist() == [255, 255, 0, 0, 0, 0]
-    assert loaded.train.scales.tolist() == [5, 5, 1, 1, 1, 1]
+    assert loaded.notices[0] == "6 slices hold one value only (kept)"
+    assert loaded.train.pixels[:6, 0, 0].tolist() == [255, 255, 0, 0, 0, 0]
+    assert loaded.train.scales[:6].tolist() == [5, 5, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("value", [0, 100, -5])
+@pytest.mark.parametrize(("split", "title"), [("train", "training"), ("validate", "validation"), ("test", "test")])
+def test_a_blank_split_is_refused(data, split, title, value):
+    write_splits(data)
+    for path in (data / f"keras_slices_{split}").iterdir():
+        write(path, np.full((8, 6), value, np.int16))
+    count = 6 if split == "train" else 2
+    text = message(load_dataset, str(data))
+    assert text.startswith(f"all {count} {title} slices hold one value only (keras_slices_{split}/case_")
+    slices, *_ = read_slices([data / f"keras_slices_{split}"], (8, 6))
+    assert len(slices) == count
+
+
+def test_a_volume_without_values_above_0_is_refused(data):
+    """As CT is stored, air at -1024; but where one value is all that it holds."""
+    write_splits(data)
+    for number in range(2):
+        write(data / "keras_slices_test" / f"case_041_slice_{number}.nii", picture(number) - 1024)
+    text = message(load_dataset, str(data))
+    reason = "its volume has no values above 0: intensities have to start at 0 (air)"
+    name = "keras_slices_test/case_041_slice_{}.nii"
+    assert text == f"2 of 12 files cannot be used: {name.format(0)}: {reason}; {name.format(1)}: {reason}"
+    assert "no values above 0" in message(read_slices, [data], (8, 6))
+    write(data / "keras_slices_test" / "case_041_slice_0.nii", picture(0) - picture(0).max())  # at 0 at most
+    assert text == message(load_dataset, str(data))
+    write(data / "keras_slices_test" / "case_041_slice_0.nii", picture(0) - 50)
+    assert has_notice(load_dataset(str(data)), "2 slices have values far below 0")
+
+
+def test_volumes_that_a_few_pixels_make_black_are_reported(data):
+    write_splits(data)
+    for number in range(3):
+        image = picture(number, (40, 30))
+        image[3, :10] = 60_000
+        write(data / "keras_slices_train" / f"case_007_slice_{number}.nii", image)
+    expected = "warning: 3 slices are nearly black: a few pixels of their volumes are far brighter"
+    assert has_notice(load_dataset(str(data)), expected)
+    assert expected in read_slices([data / "keras_slices_train"], (40, 30))[2]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "factor", "offset", "words"),
+    [
+        (np.float32, 0.01, 0, []),
+        (np.float64, 1e-6, 0, []),
+        (np.uint16, 600, 0, []),
+        (np.int64, 10_000, 0, []),
+        (np.float32, 0.02, -1, ["far below 0"]),
+        (np.float32, 0.04, -2, ["far below 0"]),
+    ],
+)
+def test_data_of_any_range(data, dtype, factor, offset, words):
+    for case in range(3):
+        image = (picture(case).astype(np.float64) * factor + offset).astype(dtype)
+        write(data / f"case_{case}_slice_0.nii", image, kind=lambda *of: nibabel.Nifti1Image(*of, dtype=dtype))
+    loaded = load_dataset(str(data))
+    assert [word in notice for word, notice in zip(words, loaded.notices[1:])] == [True] * len(words)
+    assert len(loaded.notices) == 1 + len(words)
+    assert loaded.train.pixels.std() > 40
+
+
+def test_slices_with_few_values_are_reported(data):
+    write_splits(data)
+    labels = np.random.default_rng(0).integers(0, 6, (8, 6))
+    whole = np.random.default_rng(0).integers(0, 30, (8, 6))
+    folder = data / "keras_slices_train"
+    write(folder / "case_007_slice_0.nii", labels.astype(np.uint8))
+    write(folder / "case_007_slice_1.nii", (labels > 2).astype(np.float32) * 255)
+    write(folder / "case_007_slice_2.nii", (labels * 0.3).astype(np.float32))
+    write(folder / "case_007_slice_3.nii", whole.astype(np.int16))
+    start = "warning: 2 slices hold fewer than 12 whole values each, as label maps do"
+    names = [f"keras_slices_train/case_007_slice_{number}.nii" for number in (0, 1)]
+    loaded = load_dataset(str(data))
+    assert loaded.notices == [f"{start} ({', '.join(names)})"]
+    assert set(names) < set(loaded.train.names)
+    *_, notices = read_slices([folder], (8, 6))
+    assert notices == [f"{start} ({', '.join(f'{data.as_posix()}/{name}' for name in names)})"]
+
+
+def test_a_sample_of_few_values_does_not_make_a_label_map(data):
+    image = np.zeros((60, 50), np.int16)
+    image[31, 1::2] = np.arange(25)
+    assert len(np.unique(image.ravel(order="F")[::10])) < 12
+    *_, notices = read_slices([write(data / "a.nii", image)], (60, 50))
+    assert not any("whole values" in notice for notice in notices)
+
+
+def test_pixel_sizes_that_differ_are_reported(data):
+    def scaled(height, width):
+        return np.diag([height, width, 3, 1])
+
+    for case, affine in enumerate((scaled(0.8, 0.8), scaled(0.8, 0.8), scaled(1.5, 1.5), scaled(0.81, 0.8))):
+        write_cases(data / "train", (case,), affine=affine)
+    write_cases(data / "val", (8,), affine=scaled(0.4, 0.4), slices=20)
+    kept = "slices are not resampled, and samples are written with the most common, 0.8x0.8 mm"
+    expected = f"warning: pixel sizes differ, from 0.4x0.4 to 1.5x1.5 mm: {kept}"
+    assert load_dataset(str(data)).notices == [expected]
+    assert load_dataset(str(data)).notices == [expected]  # from the cache
+
+
+def test_pixel_sizes_that_are_rounded_otherwise_are_not_reported(data):
+    turned = AFFINE.copy()
+    turned[:2, :2] = np.array([[0.6, -0.8], [0.8, 0.6]]) @ AFFINE[:2, :2]
+    write_cases(data / "train", (1,))
+    write_cases(data / "train", (2,), affine=AFFINE * [1.01, 1, 1, 1])
+    write_cases(data / "val", (3,), affine=turned)
+    assert not has_notice(load_dataset(str(data)), "pixel sizes")
+
+
+def test_one_axis_of_the_pixels_that_differs_is_reported(data):
+    write_cases(data / "train", (1,))
+    write_cases(data / "val", (2,), affine=AFFINE * [1, 1.1, 1, 1])
+    assert has_notice(load_dataset(str(data)), "from 0.8x0.9 to 0.8x0.99 mm")
+
+
+# Twins
+
+
+def test_equal_slices_in_two_splits_leak_whatever_their_names(data):
+    write_splits(data)
+    for number in range(2):
+        image = nibabel.load(data / "keras_slices_train" / f"case_004_week_0_slice_{number}.nii").get_fdata()
+        write(data / "keras_slices_test" / f"case_050_slice_{number}.nii.gz", image, 2 * AFFINE)  # float64
+    pairs = [
+        f"keras_slices_train/case_004_week_0_slice_{number}.nii is keras_slices_test/case_050_slice_{number}.nii.gz"
+        for number in range(2)
+    ]
+    expected = (
+        f"warning: 2 slices are in both train and test, whatever their names ({', '.join(pairs)}): the splits leak"
+    )
+    loaded = load_dataset(str(data))
+    assert loaded.notices[0] == expected and "pixel sizes" in loaded.notices[1]
+    assert load_dataset(str(data)).notices == loaded.notices  # from the cache
+
+
+def test_equal_slices_in_a_flat_folder_are_reported(data):
+    write_cases(data, range(4), image=picture(1), slices=1)
+    loaded = load_dataset(str(data))
+    for pair in ("train and validate", "train and test", "validate and test"):
+        assert has_notice(loaded, f"warning: 1 slices are in both {pair}, whatever")
+    assert has_notice(loaded, "1 slices of train are there twice (case_00")
+
+
+@pytest.mark.parametrize("name", ["{} copy (1).nii", "{}.nii.gz", "copy/{}.nii"])
+def test_copies_within_a_split_are_reported(data, name):
+    write_splits(data)
+    train = data / "keras_slices_train"
+    original = train / "case_004_week_0_slice_0.nii"
+    image = nibabel.load(original).get_fdata()
+    copy = write(train / name.format("case_004_week_0_slice_0"), image)
+    one, other = sorted(path.relative_to(data).as_posix() for path in (original, copy))
+    notice = load_dataset(str(data)).notices[-1]
+    assert notice in (
+        f"1 slices of train are there twice ({pair})" for pair in (f"{one} is {other}", f"{other} is {one}")
+    )
+
+
+def test_what_is_no_twin(data):
+    """Constant slices, other shapes of the same values, a value changed a little, mirrored, or at another scale."""
+    image = np.arange(48, dtype=np.float32).reshape(8, 6)
+    near = image.copy()
+    near[7, 5] = np.nextafter(near[7, 5], np.float32(0))
+    images = [image, near, image[::-1], image[:, ::-1], image * 2, image[:4], np.zeros((8, 6)), np.zeros((8, 6))]
+    images += [np.pad(image, ((0, 1), (0, 0))), image.ravel(order="F").reshape((6, 8), order="F")]
+    for number, one in enumerate(images):
+        write(data / "train" / f"case_{number}_slice_0.nii", one.astype(np.float32))
+    write_cases(data / "val", (100,))
+    assert not has_notice(load_dataset(str(data)), "twice")
+
+
+def test_a_twin_is_told_whatever_its_type_and_zeros_are(data):
+    image = np.arange(48, dtype=np.float32).reshape(8, 6) % 40
+    zeros = np.where(image == 0, np.float32(-0.0), image)
+    write(data / "train" / "case_1_slice_0.nii", image.astype(np.uint8))
+    write(data / "train" / "case_2_slice_0.nii", zeros, kind=big_endian)
+    write(data / "train" / "case_3_slice_0.nii.gz", image[None].astype(np.float64), kind=nibabel.Nifti2Image)
+    write_cases(data / "val", (100,))
+    assert has_notice(load_dataset(str(data)), "2 slices of train are there twice")
+
+
+def test_slices_that_are_alike_at_a_glance_are_no_twins(data):
+    image = np.zeros((100, 83), np.float32)
+    image[0] = 9
+    images = [image.copy() for _ in range(3)]
+    images[1][50, 41] = images[2][50, 42] = 1
+    assert len({dataset._glance(one) for one in images}) == 1
+    for number, one in enumerate(images):
+        write(data / "train" / f"case_{number}_slice_0.nii", one)
+    write_cases(data / "val", (100,))
+    assert not has_notice(load_dataset(str(data)), "twice")
+
+
+def test_a_slice_that_changes_before_it_is_compared(data, monkeypatch):
+    write_cases(data, (1, 2), image=picture(1), slices=1)
+    monkeypatch.setattr(dataset, "_refuse_blank", lambda files, *_: os.utime(files[0].path, ns=(0, 0)))
+    assert "slice_0.nii: changed while it was read" in message(load_dataset, str(data))
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (7, 1), (7, 1, 1)])
@@ -423,7 +1054,7 @@ def test_read_slices_takes_files_and_folders(data):
 )
 def test_scale_and_unscale_round_trip(values, scale):
     stored = np.rint(np.clip(values, 0, scale) / scale * 255).astype(np.uint8)
-    slices = dataset.Slices(stored[None], ["a"], np.zeros(1), np.array([scale]))
+    slices = dataset.Slices(stored[None], ["a"], [None], np.zeros(1), np.array([scale]))
     back = unscale(slices.batch([0]), scale)
     assert back.dtype == np.float32
     np.testing.assert_allclose(back[0, 0], np.clip(values, 0, scale), atol=scale / 255)
@@ -865,9 +1496,19 @@ def test_damaged_zip(data):
     assert "damaged" in reason(path)
 
 
-@pytest.mark.parametrize("shape", [(8, 6, 5), (8, 6, 1, 3), (1, 8, 6)])
+@pytest.mark.parametrize("shape", [(8, 6, 5), (2, 8, 6), (8, 6, 1, 3), (1, 8, 6, 2), (1, 1, 8, 6), (1, 1, 6)])
 def test_volumes_are_refused(data, shape):
     assert f"shape {shape}: these have to be 2D slices" in reason(write(data / "a.nii.gz", picture(1, shape)))
+
+
+def test_a_single_volume_is_called_a_volume(data):
+    """Not the only slice."""
+    write(data / "semantic_MRs_anon" / "Case_004_Week0_LFOV.nii.gz", picture(1, (8, 6, 5)))
+    text = message(load_dataset, str(data))
+    assert text.startswith("1 of 1 files cannot be used: ")
+    assert text.endswith("Case_004_Week0_LFOV.nii.gz: has shape (8, 6, 5): these have to be 2D slices")
+    write(data / "semantic_MRs_anon" / "Case_004_Week0_LFOV.nii.gz", picture(1))
+    assert "only one slice" in message(load_dataset, str(data))
 
 
 def test_one_dimension_is_refused(data):
@@ -1099,6 +1740,28 @@ def test_names_cannot_steer_the_terminal(data, name, shown):
     assert f"outside the split folders of {moved.with_name(shown)} are not read" in load_dataset(str(moved)).notices[0]
 
 
+@pytest.mark.parametrize(
+    "ending", ["_cost$1_of$2", "_$T2__tse$", "_K\udcf6ln", "_前列腺", "_" + "x" * 210, " copy (1)", "\nx", "\t\x1b[1m"]
+)
+def test_names_of_any_letters(data, ending):
+    for case in range(3):
+        for number in range(2):
+            write(data / f"case_{case:03}_slice_{number}.nii").rename(
+                data / f"case_{case:03}_slice_{number}{ending}.nii"
+            )
+    loaded, again = load_dataset(str(data)), load_dataset(str(data))
+    assert loaded.notices == ["split by case with seed 0: 2 train, 2 validate, 2 test slices"]
+    assert loaded.train.names[0].endswith(f"_slice_0{ending}.nii")
+    assert loaded.train.positions.tolist() == [0, 1]
+    assert (again.files, again.fingerprint) == (loaded.files, loaded.fingerprint)
+
+
+def test_a_name_that_ends_in_a_line_break_is_no_slice(data):
+    write_cases(data, (1, 2))
+    shutil.copy(data / "case_001_week_0_slice_0.nii", data / "case_003_week_0_slice_0.nii\r")
+    assert len(load_dataset(str(data)).files) == 4
+
+
 def test_mutated_files_load_or_are_refused(tmp_path):
     """A short form of `python tests/campaign.py files`."""
     loaded = sum(load_case(make_case(seed, tmp_path / str(seed))) for seed in range(200))
@@ -1126,6 +1789,35 @@ def test_epochs_and_seeds_differ():
     assert first.tolist() == batch_indices(100, 100, 0, 0).tolist()
 
 
+def test_an_epoch_is_permuted_once_for_all_its_updates(monkeypatch):
+    drawn = []
+
+    class Generator:
+        def __init__(self, key):
+            self.key, self.rng = key, default_rng(key)
+
+        def permutation(self, count):
+            drawn.append(self.key)
+            return self.rng.permutation(count)
+
+    default_rng = np.random.default_rng
+    dataset._permutation.cache_clear()
+    expected = np.concatenate([default_rng((7, epoch)).permutation(10) for epoch in range(3)])
+    monkeypatch.setattr(np.random, "default_rng", Generator)
+    batches = [batch_indices(10, 4, 7, update) for update in range(7)]
+    assert drawn == [(7, 0), (7, 1), (7, 2)]
+    np.testing.assert_array_equal(np.concatenate(batches), expected[:28])
+
+
+def test_a_changed_batch_changes_no_other():
+    first = batch_indices(10, 4, 7, 0)
+    expected = first.copy()
+    first[:] = 0
+    np.testing.assert_array_equal(batch_indices(10, 4, 7, 0), expected)
+    with pytest.raises(ValueError, match="read-only"):
+        dataset._permutation(10, 7, 0)[0] = 1
+
+
 # Real slices
 
 
@@ -1134,7 +1826,10 @@ def test_real_slices():
     loaded = load_dataset(str(REAL), multiple=(8, 8))
     assert [len(loaded.train), len(loaded.validate), len(loaded.test)] == [135, 19, 20]
     assert loaded.slice_size == (256, 128)
-    assert loaded.notices == ["38 slices of 256x144 brought to 256x128 by centre crop or zero pad"]
+    cropped, sizes = loaded.notices
+    assert cropped == "38 slices of 256x144 brought to 256x128 by centre crop or zero pad"
+    assert sizes.startswith("warning: pixel sizes differ, from 0.75x0.75 to ")
+    assert loaded.train.cases == [name[19:27] for name in loaded.train.names]
     names = [name for name in loaded.train.names if "case_007" in name]
     volume = np.stack([nibabel.load(REAL / name).get_fdata().reshape(256, 128) for name in names])
     scale = np.percentile(volume, 99.5)

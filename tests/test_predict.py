@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 
 import metrics
 import predict
+from dataset import Slices
 from metrics import reconstruction_metrics
 from modules import Detail, DetailConfig, GatedPixelCNN, PriorConfig
 from utils import RunError, lock, printable, read_config, save_weights
@@ -206,6 +207,15 @@ def test_an_incomplete_run_is_sampled_with_a_warning(call, trained, tmp_path, ca
 def said(call, capsys, **options):
     call(num=1, **options)
     return capsys.readouterr().out
+
+
+def test_slices_are_taken_with_their_cases():
+    pixels = np.arange(3, dtype=np.uint8)[:, None, None] * np.ones((4, 4), np.uint8)
+    cases = ["case_004", None, "sub_001"]
+    slices = Slices(pixels, ["a", "b", "c"], cases, np.zeros(3, np.float32), np.ones(3, np.float32))
+    taken = predict.take(slices, np.array([2, 1]), torch.device("cpu"))
+    assert taken.cases == ["sub_001", None]
+    assert torch.equal(taken.slices, slices.batch([2, 1]))
 
 
 def test_positions_are_drawn_as_in_the_training_data():
