@@ -196,6 +196,8 @@ def load_dataset(
     without it, the training files' most common size is rounded to one. `seed` decides the splits where folders do not.
     Raises DataError for a folder, file or slice size that cannot be used, for a split in which every slice holds one
     value only, and for a cache that cannot be written."""
+    if not data.strip():  # as a path it would be the current folder
+        raise DataError("no folder of slices: its path is empty")
     if slice_size:
         slice_size = tuple(slice_size)
         _check_slice_size(slice_size, multiple)

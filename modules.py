@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 CELLS, GPU_CELLS = 2**21, 2**26  # scores (rows x K) computed at once: in a CPU's caches; in 256 MB of a GPU
+PART_CODES = 8192  # that a network is given at once on a CPU, where what it computes then stays in the caches
 COLDEST = 1e-6  # temperature: logits divided by less are no numbers in the end
 VARIATIONS = 6  # numbers that say how a slice was augmented
 NOT_CODES = 2**32  # added to a seed, which is smaller: random streams that are not those of the codes

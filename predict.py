@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dataset import DataError, Dataset, Slices, load_dataset, read_slices, unscale
+from dataset import SAME_SPACING, DataError, Dataset, Slices, load_dataset, read_slices, unscale
 from metrics import (
     SMALLEST_SIDE,
     Nearest,
@@ -44,7 +44,7 @@ from metrics import (
     two_sample_test,
     wilson_interval,
 )
-from modules import COLDEST, VQVAE, Detail, DetailConfig, GatedPixelCNN, PriorConfig, VQVAEConfig
+from modules import COLDEST, PART_CODES, VQVAE, Detail, DetailConfig, GatedPixelCNN, PriorConfig, VQVAEConfig
 from utils import (
     LIMITS,
     Parser,
@@ -77,7 +77,7 @@ SHOWN = 64  # samples in the figure
 TOP_P = 0.995  # at 1 one of 30 samples has a broken outline
 DIGITS = "[0-9]" * 6  # in the names of files
 LONGEST = 200  # bytes of a slice's own name in that of a file, which may have 255
-DETAIL_AT_ONCE = 64  # slices whose detail is drawn at a time: 0.9 GB of 256x128
+DETAIL_AT_ONCE = 64  # slices whose detail is drawn at a time on a GPU: 0.9 GB of 256x128
 MOST = 10**6  # samples, so that their numbers have six digits
 
 
@@ -251,6 +251,7 @@ def draw_codes(options, prior: GatedPixelCNN, positions: Tensor, device: torch.d
 
 def draw_detail(options, networks: Networks, numbers: Sequence[int], codes: Tensor, device: torch.device) -> Tensor:
     """Slices (N, 1, H, W) of codes (N, h, w), their detail drawn for N sample numbers, on the CPU."""
+    size = DETAIL_AT_ONCE if device.type == "cuda" else max(1, PART_CODES // codes[0].numel())
     with tqdm(total=len(codes), desc="detail", unit="slice", disable=None) as bar:
 
         def draw(part: range) -> Tensor:
@@ -259,7 +260,7 @@ def draw_detail(options, networks: Networks, numbers: Sequence[int], codes: Tens
             bar.update(len(part))
             return slices
 
-        return torch.cat(list(in_memory(draw, len(codes), DETAIL_AT_ONCE)))
+        return torch.cat(list(in_memory(draw, len(codes), size)))
 
 
 def in_memory(compute: Callable[[range], Tensor], count: int, size: int) -> Iterator[Tensor]:
@@ -306,11 +307,24 @@ def sample(options, config: dict, networks: Networks, device: torch.device) -> N
     )
 
 
+def warn_of_spacing(affines: list[np.ndarray], trained: np.ndarray) -> None:
+    """Say so where pixels of slices, by their affines (4, 4), are larger or smaller than those of training slices."""
+    sizes, usual = np.linalg.norm(np.array(affines)[:, :3, :2], axis=1), np.linalg.norm(trained[:3, :2], axis=0)
+    factors = np.maximum(sizes / usual, usual / sizes).max(axis=1)
+    if factors.max() > SAME_SPACING:
+        height, width = sizes[factors.argmax()]
+        say(
+            f"warning: {(factors > SAME_SPACING).sum()} slices have other pixels ({height:.3g}x{width:.3g} mm) than "
+            f"training slices ({usual[0]:.3g}x{usual[1]:.3g} mm): they are not resampled"
+        )
+
+
 def reconstruct(options, config: dict, vqvae: VQVAE, device: torch.device) -> None:
     """Encode and decode given slices; write both, a table of SSIM and PSNR, and a figure."""
     slices, affines, notices = read_slices(options.reconstruct, tuple(config["slice_size"]))
     for notice in notices:
         say(notice)
+    warn_of_spacing(affines, np.array(config["affine"]))
     if any(Path(name).resolve().parent == options.out.resolve() for name in slices.names):
         raise RunError(f"--out {options.out} holds the slices to reconstruct: choose another folder")
     prepare_folder(

@@ -34,7 +34,7 @@ from dataset import (
     load_dataset,
 )
 from metrics import code_counts, codebook_use, reconstruction_metrics
-from modules import VARIATIONS, VQVAE, Detail, DetailConfig, GatedPixelCNN, PriorConfig, VQVAEConfig
+from modules import PART_CODES, VARIATIONS, VQVAE, Detail, DetailConfig, GatedPixelCNN, PriorConfig, VQVAEConfig
 from utils import (
     FORMAT,
     LIMITS,
@@ -84,7 +84,6 @@ MAX_NORM = 1.0  # of a gradient: at the prior's rate a few long ones would undo 
 AVERAGE_DECAY = 0.99  # of averaged weights in the end: a memory of some 100 updates
 SPREAD_SLICES = 256  # from which the spread of detail is measured
 SHARE = 4  # prior and detail learn from a quarter of a batch: small updates teach them more in the same time
-PART_CODES = 8192  # of a batch that a network is given at once on a CPU
 COPIED_SLICES = 4096  # at a time to a GPU's memory: 128 MB of 256x128
 LONG_SECONDS = 1  # an update that takes longer is left on a signal: a checkpoint has to be written in five
 COLLAPSED = (0.1, 500)  # share of codes used, and for how many updates

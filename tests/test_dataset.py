@@ -1449,6 +1449,7 @@ def changed(path, **fields):
 
 def test_bad_folders(data, tmp_path):
     assert message(load_dataset, str(data)) == f"no such folder: {data}"
+    assert message(load_dataset, " ") == "no folder of slices: its path is empty"
     path = write(data / "case_001_week_0_slice_0.nii")
     assert "is a file" in message(load_dataset, str(path))
     assert "only one slice" in message(load_dataset, str(data))

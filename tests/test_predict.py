@@ -683,6 +683,19 @@ def test_slices_of_any_name_are_reconstructed(call, trained, tmp_path, name):
     assert (images / "reconstructions.png").exists()
 
 
+@pytest.mark.parametrize(("side", "warned"), [(1.0, False), (1.015, False), (0.5, True), (2.0, True)])
+def test_slices_with_other_pixels_than_in_training_are_warned_of(call, trained, tmp_path, capsys, side, warned):
+    own = tmp_path / "own"
+    own.mkdir()
+    for number, factor in enumerate((1.0, side)):
+        image = nib.load(next((trained.data / "keras_slices_test").glob("*.nii.gz")))
+        affine = image.affine @ np.diag([factor, factor, 1, 1])
+        nib.save(nib.Nifti1Image(image.get_fdata(), affine), own / f"case_004_week_0_slice_{number}.nii.gz")
+    call("out", reconstruct=own)
+    said = capsys.readouterr().out
+    assert ("warning: 1 slices have other pixels" in said) == warned
+
+
 def test_a_run_of_any_name_is_sampled(trained, tmp_path, capsys):
     run = tmp_path / "K\udcf6ln $a_$"
     shutil.copytree(trained.run, run)
