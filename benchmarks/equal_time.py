@@ -23,10 +23,12 @@ from reference import PaperPixelCNN, nats_per_code
 from torch import Tensor
 from tqdm import tqdm
 
+from checkpoints import load_weights, read_config
 from dataset import Slices, batch_indices, load_dataset
 from modules import VQVAE, GatedPixelCNN, PriorConfig, VQVAEConfig
-from train import MAX_NORM, PRESETS, Average, extract_codes, in_parts
-from utils import filled, load_weights, pick_device, read_config
+from train import PRESETS, extract_codes
+from trainer import MAX_NORM, Average, in_parts
+from utils import filled, pick_device
 
 OURS = 8, PRESETS["full"].prior_learning_rate  # slices an update, as train.py has for the prior, and peak rate
 PUBLIC = 32, 3e-4  # of pixelcnn_baseline.py in github.com/ritheshkumar95/pytorch-vqvae

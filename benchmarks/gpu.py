@@ -24,13 +24,15 @@ import torch
 from common import machine
 from torch import Tensor
 
+import evaluate
 import metrics
 import phantom
 import predict
 import train
+from checkpoints import read_config
 from dataset import load_dataset
 from modules import RowMaker
-from utils import autocast, fail, filled, pick_device, read_config
+from utils import autocast, fail, filled, pick_device
 
 ROOT = Path(__file__).parents[1]
 SIZES = {True: (64, 32), False: (128, 64)}  # of slices, tiny or not
@@ -161,14 +163,14 @@ def share_equal(one: Tensor, other: Tensor) -> float:
     return (one == other).double().mean().item()
 
 
-def run_predict(out: Path, run: Path, device: torch.device, count: int) -> dict:
-    """predict.py with each of its tasks on a copy of the run; gives the evaluation."""
+def run_commands(out: Path, run: Path, device: torch.device, count: int) -> dict:
+    """predict.py with both of its tasks, and evaluate.py, on a copy of the run; gives the evaluation."""
     copied = out / "of_gpu"
     shutil.copytree(run, copied)
-    common = [*arguments(copied, device), "--out", str(out / "slices")]
-    predict.main([*common, "--num", str(count)])
-    predict.main([*common, "--reconstruct", str(out.parent / "slices" / "keras_slices_test")])
-    predict.main([*common, "--evaluate", "--num", str(count)])
+    common, folder = arguments(copied, device), ["--out", str(out / "slices")]
+    predict.main([*common, *folder, "--num", str(count)])
+    predict.main([*common, *folder, "--reconstruct", str(out.parent / "slices" / "keras_slices_test")])
+    evaluate.main([*common, "--num", str(count)])
     return json.loads((copied / "evaluation.json").read_text())
 
 
@@ -225,7 +227,7 @@ def check(out: Path, device: torch.device, tiny: bool) -> dict:
     rows += compare_sampling(networks(device), device, count)
     metrics.CLASSIFIER_UPDATES = 10  # the CPU would take minutes, and devices are compared, not samples
     evaluations = [
-        run_predict(out / name, run, where, count) for name, where in (("cpu", torch.device("cpu")), ("gpu", device))
+        run_commands(out / name, run, where, count) for name, where in (("cpu", torch.device("cpu")), ("gpu", device))
     ]
     rows += compare_evaluations(*evaluations)
     speeds = [] if tiny else [line for script in ("training.py", "sampling.py") for line in benchmark(script, device)]

@@ -20,14 +20,13 @@ from utils import pick_device
 BATCH, GRID = 32, (64, 32)
 PLACES = [(16, 8), (48, 24)]  # where full forwards are timed
 SLICES = {"cpu": (64, 32), "cuda": (1024, 512)}  # how many are sampled and decoded, how many code grids at a time
-POSITIONS = {"quantiles": [0.5, 0.5], "unknown": 0}
 
 
 def sample_and_decode(networks: predict.Networks, device: torch.device) -> torch.Tensor:
     """Slices (N, 1, 256, 128) as predict.py makes them, on the host."""
     count, batch = SLICES[device.type]
     options = predict.parse_options(["--batch-size", str(batch)])
-    return predict.draw_samples(options, {"positions": POSITIONS}, networks, count, device).slices
+    return predict.draw_samples(options, networks, torch.full((count,), 0.5), device).slices
 
 
 def main() -> None:

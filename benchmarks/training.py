@@ -18,6 +18,7 @@ from reference import PaperPixelCNN, TextbookVQVAE
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
+import trainer
 from dataset import load_dataset
 from modules import VQVAE, Detail, DetailConfig, GatedPixelCNN, PriorConfig, VQVAEConfig
 from utils import autocast, pick_device
@@ -35,7 +36,7 @@ def our_vqvae_update(slices: torch.Tensor, codes: int):
     def update():
         with autocast(device):
             reconstructions, embedding_loss, _ = model(slices)
-        descend(optimiser, [F.mse_loss(reconstructions, slices) + embedding_loss], train.MAX_NORM)
+        descend(optimiser, [F.mse_loss(reconstructions, slices) + embedding_loss], trainer.MAX_NORM)
 
     return update
 
@@ -59,7 +60,7 @@ def our_prior_update(size: int, device: torch.device):
     codes, positions = torch.randint(size, (BATCH, *GRID), device=device), torch.rand(BATCH, device=device)
 
     def update():
-        descend(optimiser, train.in_parts(model.nats, codes, positions), train.MAX_NORM)
+        descend(optimiser, trainer.in_parts(model.nats, codes, positions), trainer.MAX_NORM)
 
     return update
 
@@ -98,8 +99,8 @@ def our_detail_update(slices: torch.Tensor, codes: int):
     def update():
         with autocast(slices.device):
             grids = vqvae.encode(slices)
-        parts = train.in_parts(lambda part, of: model.loss(of, part, vqvae), grids, slices)
-        descend(optimiser, parts, train.MAX_NORM)
+        parts = trainer.in_parts(lambda part, of: model.loss(of, part, vqvae), grids, slices)
+        descend(optimiser, parts, trainer.MAX_NORM)
 
     return update
 

@@ -49,8 +49,10 @@ from conftest import DETAIL_TINY, PRIOR_TINY, VQVAE_TINY
 import phantom
 import predict
 import train
+import trainer
+from checkpoints import Run, read_checkpoint
 from dataset import DataError, load_dataset, read_slices
-from utils import Run, RunError, read_checkpoint, writing
+from utils import RunError, writing
 
 # ---------------------------------------------------------------- files: whatever a NIfTI file may hold
 
@@ -378,18 +380,17 @@ class Trainings:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        tqdm.monitor_interval = (
-            0  # a thread of tqdm's could hold a lock at the moment of a fork, which nobody then opens
-        )
+        tqdm.monitor_interval = 0  # its thread could hold a lock at the moment of a fork, which nobody then opens
         os.environ["PROSTATEVQ_CACHE"] = str(folder / "cache")
         torch.set_num_threads(1)
         networks = {"vqvae": VQVAE_TINY, "prior": PRIOR_TINY, "detail": DETAIL_TINY}
         updates = {"updates": 12, "prior_updates": 9, "detail_updates": 6}
         train.PRESETS["tiny"] = replace(train.PRESETS["demo"], **networks, **updates)
-        train.KMEANS_SLICES, train.SPREAD_SLICES, train.LOG_LINES, train.EVALUATIONS = 16, 16, 5, 4
-        for name in ("write_vqvae_figures", "prior_loss_figure", "write_detail_figures", "tensorboard"):
-            setattr(train, name, lambda *_: None)  # they take most of the time of a tiny training
-        predict.samples_figure = train.tensorboard
+        train.KMEANS_SLICES, train.SPREAD_SLICES, trainer.LOG_LINES, trainer.EVALUATIONS = 16, 16, 5, 4
+        # What takes most of the time of a tiny training.
+        trainer.tensorboard = predict.samples_figure = lambda *_: None
+        for name in ("write_vqvae_figures", "prior_loss_figure", "write_detail_figures"):
+            setattr(train, name, lambda *_: None)
         phantom.write_phantom(folder / "data", cases=(3, 1, 1), slices=4, size=(32, 16), workers=1)
         self.reference = folder / "reference"
         with redirect_stdout(io.StringIO()):
@@ -952,10 +953,10 @@ def unread(base: Path) -> set[tuple[str, str]]:
 def resume(arguments: list[str]) -> None:
     """Goes on with a training as far as its first update."""
 
-    def updates(stage: train.Stage):
+    def updates(stage: trainer.Stage):
         raise Resumed
 
-    train.Stage.updates = updates
+    trainer.Stage.updates = updates
     train.main(arguments)
 
 
@@ -976,7 +977,7 @@ def memory_growth(count: int | None, seed: int) -> dict:
     each = updates // len(WEIGHTS)
     with tempfile.TemporaryDirectory() as temporary:
         trainings = Trainings(Path(temporary))
-        train.LOG_LINES = 250
+        trainer.LOG_LINES = 250
         real = train.seed_update
 
         def training(step: Callable[[], None]) -> None:

@@ -10,6 +10,7 @@ import torch
 
 import phantom
 import train
+import trainer
 from modules import DetailConfig, PriorConfig, VQVAEConfig
 
 ROOT = Path(__file__).parents[1]
@@ -52,7 +53,7 @@ def tiny_preset(tmp_path_factory):
         patch.setitem(train.PRESETS, "tiny", tiny)
         patch.setattr(train, "KMEANS_SLICES", 16)
         patch.setattr(train, "SPREAD_SLICES", 16)
-        patch.setattr(train, "LOG_LINES", 5)  # so that a line is a mean over several updates
+        patch.setattr(trainer, "LOG_LINES", 5)  # so that a line is a mean over several updates
         patch.setenv("PROSTATEVQ_CACHE", str(tmp_path_factory.mktemp("cache")))
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # more cost more than they save on pictures this small

@@ -16,9 +16,12 @@ from pretended_gpu import MEMORY, pretended_gpu
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import gpu as gpu_check
 
+import checkpoints
+import evaluate
 import metrics
 import predict
 import train
+import trainer
 import utils
 from dataset import load_dataset
 from utils import RunError
@@ -49,13 +52,13 @@ def without_figures(patch):
 
 def at_updates(patch, act):
     """Call act(stage, update) as each update begins."""
-    real = train.seed_update
+    real = trainer.seed_update
 
     def seed_update(seed, stage, update):
         real(seed, stage, update)
         act(stage, update)
 
-    patch.setattr(train, "seed_update", seed_update)
+    patch.setattr(trainer, "seed_update", seed_update)
 
 
 # ---------------------------------------------------------------- what is pretended
@@ -134,12 +137,12 @@ def test_the_blocker_would_be_seen(gpu, options, monkeypatch):
         return real(stage) | {"counter": {"updates": torch.tensor(0)}}
 
     def state(stage):
-        assert torch.stack([tensor.isfinite().all() for tensor in utils.tensors_in(stage.tensors())]).all()
+        assert torch.stack([tensor.isfinite().all() for tensor in checkpoints.tensors_in(stage.tensors())]).all()
         return {}
 
-    real = train.Stage.tensors
-    monkeypatch.setattr(train.Stage, "tensors", tensors)
-    monkeypatch.setattr(train.Stage, "state", state)
+    real = trainer.Stage.tensors
+    monkeypatch.setattr(trainer.Stage, "tensors", tensors)
+    monkeypatch.setattr(trainer.Stage, "state", state)
     with pytest.raises(RuntimeError, match="stack: expected all tensors to be on the same device"):
         call(train, **options)
 
@@ -150,15 +153,15 @@ def test_an_update_does_not_make_the_host_wait(gpu, options, monkeypatch, memory
     and validated, and, once, the start of the codebook."""
     without_figures(monkeypatch)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (memory, MEMORY))
-    monkeypatch.setattr(train, "EVALUATIONS", 1)
-    monkeypatch.setattr(train, "LOG_LINES", 1)
-    real, waits = train.Stage.note, {}
+    monkeypatch.setattr(trainer, "EVALUATIONS", 1)
+    monkeypatch.setattr(trainer, "LOG_LINES", 1)
+    real, waits = trainer.Stage.note, {}
 
     def note(stage, **losses):
         real(stage, **losses)
         waits[stage.name, stage.update] = list(gpu.waits)
 
-    monkeypatch.setattr(train.Stage, "note", note)
+    monkeypatch.setattr(trainer.Stage, "note", note)
     at_updates(monkeypatch, lambda stage, update: gpu.waits.clear())
     call(train, **options)
     assert len(waits) == sum(UPDATES.values())
@@ -184,7 +187,8 @@ def measure(patch, trained, folder, device):
     call(predict, **given, reconstruct=trained.data / "keras_slices_test")
     table = (folder / "reconstructions.csv").read_text()
     given = [str(text) for name, value in given.items() for text in (f"--{name}", value)]
-    predict.main([*given, "--evaluate", "--num", "6"])
+    predict_out = given.index("--out")
+    evaluate.main([*given[:predict_out], *given[predict_out + 2 :], "--num", "6"])
     return json.loads((folder / "run" / "evaluation.json").read_text()), table
 
 
@@ -217,7 +221,7 @@ def test_slices_stay_on_the_host_where_the_gpu_has_no_room(gpu, slices_folder, m
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_, free=free: (free, MEMORY))
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_, cached=cached: cached + 7)
         monkeypatch.setattr(torch.cuda, "memory_allocated", lambda *_: 7)
-        feed = train.Feed(data, options, torch.device("cuda", 0))
+        feed = trainer.Feed(data, options, torch.device("cuda", 0))
         assert (feed.pixels is not None) == resident
         slices, positions, _ = feed(1)
         assert slices.is_cuda

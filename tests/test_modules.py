@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import checkpoints
 import modules
-import utils
 from modules import (
     VQVAE,
     Codebook,
@@ -703,7 +703,7 @@ def test_detail_has_other_random_numbers_than_the_codes():
         generator = torch.Generator().manual_seed(stream_seed(seed, number))
         of_codes = torch.empty_like(noise).normal_(generator=generator)
         assert (noise - of_codes).abs().mean() > 0.5
-    assert utils.LIMITS["seed"][1] < modules.NOT_CODES
+    assert checkpoints.LIMITS["seed"][1] < modules.NOT_CODES
 
 
 def test_detail_of_a_simple_distribution_is_learnt():

@@ -24,12 +24,14 @@ from matplotlib.image import imread
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+import evaluate
 import metrics
 import predict
-from dataset import Slices
+from checkpoints import lock, read_config, save_weights
+from dataset import Slices, load_dataset
 from metrics import reconstruction_metrics
 from modules import Detail, DetailConfig, GatedPixelCNN, PriorConfig
-from utils import RunError, lock, printable, read_config, save_weights
+from utils import RunError, printable
 
 ROOT = Path(__file__).parents[1]
 
@@ -213,7 +215,7 @@ def test_slices_are_taken_with_their_cases():
     pixels = np.arange(3, dtype=np.uint8)[:, None, None] * np.ones((4, 4), np.uint8)
     cases = ["case_004", None, "sub_001"]
     slices = Slices(pixels, ["a", "b", "c"], cases, np.zeros(3, np.float32), np.ones(3, np.float32))
-    taken = predict.take(slices, np.array([2, 1]), torch.device("cpu"))
+    taken = evaluate.take(slices, np.array([2, 1]), torch.device("cpu"))
     assert taken.cases == ["sub_001", None]
     assert torch.equal(taken.slices, slices.batch([2, 1]))
 
@@ -410,19 +412,19 @@ def quick():
 def evaluated(tmp_path_factory, trained, quick):
     """The folder of figures, evaluation.json and the printed lines of one evaluation of a copy of the run."""
 
-    def evaluate(draw=False, **options):
+    def run(draw=False, **options):
         folder = tmp_path_factory.mktemp("evaluated")
         shutil.copytree(trained.run, folder / "run")
         given = {"run": folder / "run", "images": folder / "images", "device": "cpu"} | options
         with contextlib.redirect_stdout(io.StringIO()) as printed, pytest.MonkeyPatch.context() as patch:
             for figure in ("evaluation_figure", "write_copying_figure"):
                 if not draw:  # half of the time
-                    patch.setattr(predict, figure, lambda *given: None)
-            predict.main(["--evaluate", *arguments(**given)])
+                    patch.setattr(evaluate, figure, lambda *given: None)
+            evaluate.main(arguments(**given))
         results = json.loads((folder / "run" / "evaluation.json").read_text(), parse_constant=pytest.fail)
         return folder / "images", results, printed.getvalue()
 
-    return evaluate
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -507,7 +509,7 @@ def test_validation_slices_of_data_that_have_moved(evaluated, trained, tmp_path,
     lines = map(json.loads, (trained.run / "metrics.jsonl").read_text().splitlines())
     logged = [line["nats_per_code"] for line in lines if (line["stage"], line["split"]) == ("prior", "validate")]
     shutil.copytree(trained.data, tmp_path / "moved")
-    monkeypatch.setattr(predict, "DEFAULT_NUM", 1)
+    monkeypatch.setattr(evaluate, "DEFAULT_NUM", 1)
     _, results, _ = evaluated(split="validate", data=tmp_path / "moved")
     assert (results["settings"]["split"], results["settings"]["samples"]) == ("validate", 4)
     assert results["prior"]["nats_per_code"] == pytest.approx(min(logged), rel=0.01)
@@ -522,7 +524,7 @@ def test_an_evaluation_is_the_same_at_every_batch_size(evaluation, evaluated):
 
 
 def test_temperature_and_seed_reach_an_evaluation(evaluated, evaluation, monkeypatch):
-    monkeypatch.setattr(predict, "DEFAULT_NUM", 5)  # where held-out slices are fewer
+    monkeypatch.setattr(evaluate, "DEFAULT_NUM", 5)  # where held-out slices are fewer
     _, results, _ = evaluated(temperature=1e-6, seed=7)
     assert results["settings"] | {"seed": 7, "temperature": 1e-6, "samples": 5} == results["settings"]
     assert results["samples"]["ms_ssim_diversity"] != evaluation[1]["samples"]["ms_ssim_diversity"]
@@ -530,13 +532,13 @@ def test_temperature_and_seed_reach_an_evaluation(evaluated, evaluation, monkeyp
 
 def test_copies_are_found_out(evaluated, trained, monkeypatch):
     """A model whose samples are training slices, mirrored and moved."""
-    data = predict.load_dataset(str(trained.data), (64, 32), (4, 4), 0)
+    data = load_dataset(str(trained.data), (64, 32), (4, 4), 0)
     copies = data.train.batch(range(6)).roll((3, -2), (2, 3)).flip(2)
 
-    def draw_samples(options, config, networks, count, device):
+    def draw_samples(options, networks, positions, device):
         return predict.Samples(copies, torch.zeros(6, 16, 8, dtype=torch.int64), torch.linspace(0, 1, 6), (1.0, 1.0))
 
-    monkeypatch.setattr(predict, "draw_samples", draw_samples)
+    monkeypatch.setattr(evaluate, "draw_samples", draw_samples)
     _, results, _ = evaluated(num=6)
     assert results["copying"]["median_distance"] == 0
     for part in (results, results["prior_alone"]):
@@ -566,11 +568,11 @@ def test_each_column_compares_what_it_says(evaluated, trained, monkeypatch):
         return 0.0
 
     for replaced in (two_sample_test, nearest, copying_statistic):
-        monkeypatch.setattr(predict, replaced.__name__, replaced)
+        monkeypatch.setattr(evaluate, replaced.__name__, replaced)
     _, results, table = evaluated(num=14, batch_size=5)  # two more than training slices
     assert (results["settings"]["samples"], results["settings"]["samples_compared"]) == (14, 12)
     assert "14 samples, of which all but the lines on copying take the first 12" in table
-    data = predict.load_dataset(str(trained.data), (64, 32), (4, 4), 0)
+    data = load_dataset(str(trained.data), (64, 32), (4, 4), 0)
     vqvae, detail = load_decoders(trained.run)
     real, training = data.test.batch(range(4)), data.train.batch(range(12))
     decoded, decoded_training = (  # with detail, and not that of a sample
@@ -597,7 +599,7 @@ def test_other_data_are_refused(trained, tmp_path, complaint):
     shutil.copytree(trained.data, other)
     next((other / "keras_slices_train").iterdir()).unlink()
     given = {"run": trained.run, "images": tmp_path / "images", "data": other}
-    error = complaint("predict.py", ["--evaluate", *arguments(**given)])
+    error = complaint("evaluate.py", arguments(**given))
     assert f"{other} does not hold the data" in error
     assert "--data" in error
     assert not (trained.run / "evaluation.json").exists()
@@ -609,23 +611,23 @@ def test_data_that_are_not_there_are_said(trained, tmp_path, complaint):
     config = read_config(run)
     config["options"]["data"] = "gone"
     (run / "config.json").write_text(json.dumps(config))
-    error = complaint("predict.py", ["--evaluate", *arguments(run=run, images=tmp_path / "images")])
+    error = complaint("evaluate.py", arguments(run=run, images=tmp_path / "images"))
     assert "are not in gone: say where they are with --data" in error
 
 
 @pytest.mark.parametrize(
     ("given", "part"),
     [
-        ({"num": 3}, "--evaluate needs --num 4 at least"),
-        ({"position": 0.5}, "held-out slices are of every height"),
+        ({"num": 3}, "argument --num: 3 is not at least 4"),
+        ({"position": 0.5}, "unrecognized arguments: --position 0.5"),
         ({"split": "train"}, "argument --split: invalid choice: 'train'"),
-        ({"reconstruct": ["a"]}, "argument --reconstruct: not allowed with argument --evaluate"),
+        ({"data": ""}, "argument --data: it is empty"),
         ({"data": "nowhere"}, "nowhere"),
     ],
 )
 def test_a_mistake_in_an_evaluation_is_one_line(trained, tmp_path, monkeypatch, complaint, given, part):
     monkeypatch.chdir(tmp_path)
-    assert part in complaint("predict.py", ["--evaluate", *arguments(**{"run": trained.run} | given)])
+    assert part in complaint("evaluate.py", arguments(**{"run": trained.run} | given))
     assert not (trained.run / "evaluation.json").exists()
     assert not list(tmp_path.iterdir())
 
@@ -642,21 +644,21 @@ def test_what_an_evaluation_cannot_write_is_found_out_before_it_begins(trained, 
         return real(dir=dir)
 
     monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
-    monkeypatch.setattr(predict, "evaluate", lambda *_: pytest.fail("began"))
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_: pytest.fail("began"))
     with pytest.raises(RunError, match=f"--{option} .* cannot be written: Read-only file system"):
-        predict.main(["--evaluate", *arguments(**given)])
+        evaluate.main(arguments(**given))
 
 
 def test_an_evaluation_is_json_that_every_reader_takes(evaluated, monkeypatch):
     """A figure that is no number is null: NaN is not JSON."""
-    monkeypatch.setattr(predict, "ms_ssim_diversity", lambda _: math.nan)
+    monkeypatch.setattr(evaluate, "ms_ssim_diversity", lambda _: math.nan)
     _, results, _ = evaluated(num=6)
     assert results["samples"]["ms_ssim_diversity"] is None
     assert results["floor"]["samples"]["coverage"] >= 0
 
 
 def test_a_split_without_slices_is_refused(evaluated, trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(predict, "FEWEST", 5)
+    monkeypatch.setattr(evaluate, "FEWEST", 5)
     with pytest.raises(RunError, match="fewer than 5 training or test slices: choose another --split"):
         evaluated(num=6)
 
@@ -730,7 +732,6 @@ def test_a_run_of_any_name_is_sampled(trained, tmp_path, capsys):
         ({"run": ""}, "argument --run: it is empty"),
         ({"out": ""}, "argument --out: it is empty"),
         ({"images": " "}, "argument --images: it is empty"),
-        ({"data": ""}, "argument --data: it is empty"),
         ({"reconstruct": ""}, "argument --reconstruct: it is empty"),
         ({"out": "/proc/1/samples"}, "--out /proc/1/samples cannot be written"),
         ({"images": "/proc/1/images"}, "--images /proc/1/images cannot be written"),
@@ -827,8 +828,8 @@ def test_what_a_run_that_trains_has_not_come_to(copied, trained, tmp_path, compl
         (copied / name).unlink()
     handle = lock(copied)
     given = {"run": copied, "out": tmp_path / "out", "images": tmp_path / "images", "device": "cpu"}
-    for mode in ([], ["--evaluate"]):
-        error = complaint("predict.py", [*mode, *arguments(**given)])
+    for script in ("predict.py", "evaluate.py"):
+        error = complaint(script, arguments(**{name: given[name] for name in ("run", "images", "device")}))
         assert f"{copied / missing[-1]} does not exist: train.py has not come that far, or the run is of an" in error
     assert not (tmp_path / "out").exists()
     predict.main(arguments(**given, reconstruct=[trained.data / "keras_slices_test"]))

@@ -26,18 +26,21 @@ from campaign import CHECKPOINT_CALLS, WEIGHTS, half_done, judge_run, resume, ta
 from matplotlib.image import imread
 from safetensors.torch import load_file
 
+import checkpoints
 import phantom
 import train
+import trainer
 import utils
+from checkpoints import load_weights
 from dataset import DataError, load_dataset
 from modules import VQVAE, Detail, DetailConfig, GatedPixelCNN, PriorConfig, VQVAEConfig
-from utils import RunError, load_weights
+from utils import RunError
 
 ROOT = Path(__file__).parents[1]
 REAL = ROOT.parent / "shared" / "hipmri_like"
 FIGURES = {"vqvae_loss.png", "prior_loss.png", "detail_loss.png"}
 FIGURES |= {"codebook_usage.png", "reconstructions.png", "detail.png"}
-FILES = set(utils.FILES)
+FILES = set(checkpoints.FILES)
 VQVAE_LOSSES = {"reconstruction_loss", "embedding_loss", "total_loss"}
 VQVAE_METRICS = VQVAE_LOSSES | {"ssim", "psnr", "codes_used", "perplexity"}
 PRIOR_LOSSES = {"nats_per_code", "bits_per_code"}
@@ -62,7 +65,8 @@ def select(lines, stage, split):
 
 def make_quick(patch):
     """Without figures and TensorBoard, which take most of the time of a tiny training."""
-    for name in ("write_vqvae_figures", "prior_loss_figure", "write_detail_figures", "tensorboard"):
+    patch.setattr(trainer, "tensorboard", lambda *_: None)
+    for name in ("write_vqvae_figures", "prior_loss_figure", "write_detail_figures"):
         patch.setattr(train, name, lambda *_: None)
 
 
@@ -103,7 +107,7 @@ def test_the_config_says_what_was_trained_on_what(trained):
 
 def test_the_config_is_written_before_anything_is_trained(options, monkeypatch):
     def stop(*_):
-        assert utils.read_config(options["run"])["options"]["batch_size"] == 5
+        assert checkpoints.read_config(options["run"])["options"]["batch_size"] == 5
         raise ZeroDivisionError
 
     monkeypatch.setattr(train, "VQVAE", stop)
@@ -255,7 +259,7 @@ def test_later_stages_get_the_best_vqvae(options, monkeypatch):
 
 
 def test_a_training_line_is_the_mean_since_the_line_before(options, trained, monkeypatch):
-    monkeypatch.setattr(train, "LOG_LINES", 250)
+    monkeypatch.setattr(trainer, "LOG_LINES", 250)
     train.main(arguments(**options))
     for stage, name in (("vqvae", "total_loss"), ("prior", "nats_per_code"), ("detail", "flow_loss")):
         each = {line["update"]: line[name] for line in select(lines_of(options["run"]), stage, "train")}
@@ -271,7 +275,7 @@ def test_losses_fall(options, monkeypatch):
     faster = {"learning_rate": 5e-3, "prior_learning_rate": 1e-2, "detail_learning_rate": 1e-2}
     faster = replace(train.PRESETS["tiny"], **faster)
     monkeypatch.setitem(train.PRESETS, "tiny", faster)
-    monkeypatch.setattr(train, "LOG_LINES", 250)
+    monkeypatch.setattr(trainer, "LOG_LINES", 250)
     lengths = {"updates": 150, "prior_updates": 150, "detail_updates": 100, "batch_size": 20}
     train.main(arguments(**options | lengths))
     lines = lines_of(options["run"])
@@ -292,7 +296,7 @@ def test_losses_fall(options, monkeypatch):
 
 def test_the_rate_rises_and_falls_to_nothing():
     weight = torch.nn.Linear(1, 1)
-    stage = train.Stage(None, "vqvae", weight, 400, 0.5, train.parse_options([]))
+    stage = trainer.Stage(None, "vqvae", weight, 400, 0.5, train.parse_options([]))
     rates = []
     for stage.update in range(1, 401):
         stage.step([weight(torch.ones(1)).square().sum()])
@@ -308,15 +312,15 @@ def test_the_rate_rises_and_falls_to_nothing():
 
 def test_a_batch_in_parts_has_the_loss_and_the_gradient_of_the_whole(monkeypatch):
     """Five slices of 16 codes in parts of 2, 2 and 1, without autocast, whose rounding would differ."""
-    monkeypatch.setattr(train, "autocast", lambda device: torch.autocast(device.type, enabled=False))
+    monkeypatch.setattr(trainer, "autocast", lambda device: torch.autocast(device.type, enabled=False))
     prior = GatedPixelCNN(PriorConfig(grid=(4, 4), codes=7, channels=8, dropout=0.0, head=8))
     codes, positions = torch.randint(7, (5, 4, 4)), torch.rand(5)
     whole = F.cross_entropy(prior(codes, positions), codes)
     expected = torch.autograd.grad(whole, list(prior.parameters()), allow_unused=True)
     for size, count in ((33, 3), (8, 5), (80, 1)):
-        monkeypatch.setattr(train, "PART_CODES", size)
+        monkeypatch.setattr(trainer, "PART_CODES", size)
         prior.zero_grad()
-        losses = list(train.in_parts(prior.nats, codes, positions))
+        losses = list(trainer.in_parts(prior.nats, codes, positions))
         assert len(losses) == count
         sum(losses).backward()
         assert sum(losses).item() == pytest.approx(whole.item(), rel=1e-5)
@@ -411,14 +415,14 @@ def test_detail_is_learnt_of_slices_as_they_are(options, monkeypatch):
 
     Of the batch's five slices each update of prior and detail sees two, a quarter rounded up.
     """
-    seen, real = [], train.Feed.__call__
+    seen, real = [], trainer.Feed.__call__
 
     def call(feed, update, share=1, augmentation=0.0):
         made = real(feed, update, share, augmentation)
         seen.append((len(made[0]), augmentation))
         return made
 
-    monkeypatch.setattr(train.Feed, "__call__", call)
+    monkeypatch.setattr(trainer.Feed, "__call__", call)
     train.main(arguments(**options))
     assert seen == [(5, 0.0)] * UPDATES["vqvae"] + [(2, 1.0)] * UPDATES["prior"] + [(2, 0.0)] * UPDATES["detail"]
 
@@ -435,19 +439,19 @@ def test_mirror_turns_about_half_of_the_slices_round():
     torch.manual_seed(0)
     slices = torch.arange(8.0).view(1, 1, 4, 2).repeat(200, 1, 1, 1)
     for axis in (2, 3):
-        mirrored = train.mirror(slices, axis)
+        mirrored = trainer.mirror(slices, axis)
         turned = (mirrored == slices.flip(axis)).flatten(1).all(1)
         kept = (mirrored == slices).flatten(1).all(1)
         assert (turned ^ kept).all()
         assert 60 < turned.sum() < 140
-    assert torch.equal(train.mirror(slices, None), slices)
+    assert torch.equal(trainer.mirror(slices, None), slices)
 
 
 def test_averaged_weights_forget_the_first_ones_soon():
     """Weights that are 1 after a start at 0: by hand, and nearly there after a few updates."""
     layer = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.zeros_(layer.weight)
-    average = train.Average(layer)
+    average = trainer.Average(layer)
     torch.nn.init.ones_(layer.weight)
     expected = 0.0
     for update in range(1, 2000):
@@ -464,7 +468,7 @@ def test_averaged_weights_forget_the_first_ones_soon():
 def test_a_step_cuts_long_gradients_of_all_weights_together(length, kept):
     """The gradient's length is that of both weights; Adam's first moment is a tenth of it after the first step."""
     layer = torch.nn.Linear(1, 1)
-    stage = train.Stage(None, "prior", layer, 400, 8e-3, train.parse_options([]))
+    stage = trainer.Stage(None, "prior", layer, 400, 8e-3, train.parse_options([]))
     stage.update = 1
     stage.step([0.6 * length * layer.weight.sum(), 0.8 * length * layer.bias.sum()])  # of two parts of a batch
     moments = [stage.optimiser.state[weight]["exp_avg"].item() for weight in layer.parameters()]
@@ -474,8 +478,8 @@ def test_a_step_cuts_long_gradients_of_all_weights_together(length, kept):
 def test_a_stage_averages_the_weights_that_it_is_asked_to():
     layer = torch.nn.Linear(3, 1)
     options = train.parse_options([])
-    stage = train.Stage(None, "detail", layer, 400, 0.5, options, averaged=True)
-    expected = train.Average(layer)
+    stage = trainer.Stage(None, "detail", layer, 400, 0.5, options, averaged=True)
+    expected = trainer.Average(layer)
     for stage.update in range(1, 6):
         stage.step([layer(torch.ones(3)).square().sum()])
         expected.follow(stage.update)
@@ -483,13 +487,13 @@ def test_a_stage_averages_the_weights_that_it_is_asked_to():
         assert same_weights(averaged.state_dict(), expected.network.state_dict())
     assert not same_weights(averaged.state_dict(), layer.state_dict())
     assert stage.tensors().keys() == {"model", "averaged", "optimiser"}
-    assert train.Stage(None, "vqvae", layer, 400, 0.5, options).tensors().keys() == {"model", "optimiser"}
+    assert trainer.Stage(None, "vqvae", layer, 400, 0.5, options).tensors().keys() == {"model", "optimiser"}
 
 
 def test_varied_slices_are_slices_each_changed_a_little(slices_folder):
     torch.manual_seed(0)
     slices = load_dataset(str(slices_folder)).train.batch(range(12))
-    varied = train.vary(slices, torch.randn(12, 6))
+    varied = trainer.vary(slices, torch.randn(12, 6))
     assert varied.shape == slices.shape
     assert varied.min() >= -1
     assert varied.max() <= 1
@@ -498,7 +502,7 @@ def test_varied_slices_are_slices_each_changed_a_little(slices_folder):
     assert (change > 0).all()
     assert change.mean() < other.mean()
     assert len(change.unique()) == 12
-    torch.testing.assert_close(train.vary(slices, torch.zeros(12, 6)), slices)
+    torch.testing.assert_close(trainer.vary(slices, torch.zeros(12, 6)), slices)
 
 
 def test_what_comes_in_from_outside_is_what_lies_at_the_edge():
@@ -507,9 +511,9 @@ def test_what_comes_in_from_outside_is_what_lies_at_the_edge():
     variation = 2 * torch.randn(50, 6)
     variation[:, 5] = 0  # contrast stays
     slices = torch.full((50, 1, 32, 16), -0.5)
-    torch.testing.assert_close(train.vary(slices, variation), slices)
+    torch.testing.assert_close(trainer.vary(slices, variation), slices)
     columns = torch.linspace(-1, 1, 20).expand(1, 1, 8, 20)
-    moved = train.vary(columns, torch.tensor([[0.0, 0, 0, 10, 0, 0]]))  # by 0.15 of the width, 3 columns
+    moved = trainer.vary(columns, torch.tensor([[0.0, 0, 0, 10, 0, 0]]))  # by 0.15 of the width, 3 columns
     expected = torch.cat([columns[..., 3:], columns[..., 17:].flip(3)], 3)  # a mirror image
     torch.testing.assert_close(moved, expected, rtol=0, atol=1e-4)
 
@@ -538,7 +542,7 @@ def test_strength_scales_what_is_done_to_slices():
 
     def places(strength):
         torch.manual_seed(0)
-        light = (train.vary(slices, strength * torch.randn(400, 6))[:, 0] + 1).double()
+        light = (trainer.vary(slices, strength * torch.randn(400, 6))[:, 0] + 1).double()
         light = light / light.sum((1, 2), keepdim=True)
         rows = (light.sum(2) * torch.arange(32)).sum(1)
         columns = (light.sum(1) * torch.arange(64)).sum(1)
@@ -557,12 +561,12 @@ def test_strength_scales_what_is_done_to_slices():
 def test_slices_in_the_memory_of_a_gpu_are_the_same(options, slices_folder, monkeypatch):
     """The path of a GPU, on the CPU."""
     given = train.parse_options(arguments(**options))
-    feed = train.Feed(load_dataset(str(slices_folder)), given, torch.device("cpu"))
-    monkeypatch.setattr(train, "COPIED_SLICES", 5)  # of 12
+    feed = trainer.Feed(load_dataset(str(slices_folder)), given, torch.device("cpu"))
+    monkeypatch.setattr(trainer, "COPIED_SLICES", 5)  # of 12
     for update in (1, 2, 9):
         torch.manual_seed(update)
         slices, *told = feed(update, augmentation=1.0)
-        feed.pixels = train.to_device(feed.train.pixels, feed.device)
+        feed.pixels = trainer.to_device(feed.train.pixels, feed.device)
         torch.manual_seed(update)
         resident, *told_again = feed(update, augmentation=1.0)
         feed.pixels = None
@@ -593,14 +597,14 @@ def assert_same_run(run, other):
 
 def at_updates(monkeypatch, hooks):
     """Call each hook once, as its (stage, update) begins."""
-    real = train.seed_update
+    real = trainer.seed_update
 
     def seed_update(seed, stage, update):
         real(seed, stage, update)
         if (stage, update) in hooks:
             hooks.pop((stage, update))()
 
-    monkeypatch.setattr(train, "seed_update", seed_update)
+    monkeypatch.setattr(trainer, "seed_update", seed_update)
 
 
 def send(kind):
@@ -646,7 +650,7 @@ def test_resuming_does_not_measure_the_spread_of_detail_again(options, trained, 
 
 
 def test_a_signal_waits_for_the_end_of_a_short_update(options, monkeypatch):
-    monkeypatch.setattr(train, "EVALUATIONS", 2)
+    monkeypatch.setattr(trainer, "EVALUATIONS", 2)
     train.main(arguments(**options | {"run": options["run"].with_name("unbroken")}))
     places = [("vqvae", 4), ("vqvae", 8), ("prior", 3), ("detail", 2)]
     stops = dict(zip(places, map(send, (signal.SIGTERM, signal.SIGINT) * 2)))
@@ -663,15 +667,15 @@ def test_a_signal_waits_for_the_end_of_a_short_update(options, monkeypatch):
 @pytest.mark.parametrize("place", [("vqvae", 4), ("prior", 9), ("detail", 2)])
 def test_a_second_termination_does_not_cost_the_checkpoint(options, monkeypatch, place):
     """torchrun and Slurm send SIGTERM twice: here in an update, in a long one (the last), and while it is saved."""
-    monkeypatch.setattr(train, "EVALUATIONS", 2)
-    real = utils.write_tensors
+    monkeypatch.setattr(trainer, "EVALUATIONS", 2)
+    real = checkpoints.write_tensors
 
     def write_tensors(*given):
         send(signal.SIGTERM)()
         real(*given)
 
     def stop():
-        monkeypatch.setattr(utils, "write_tensors", write_tensors)
+        monkeypatch.setattr(checkpoints, "write_tensors", write_tensors)
         send(signal.SIGTERM)()
         send(signal.SIGTERM)()
 
@@ -700,18 +704,18 @@ def at_call(monkeypatch, place, name, call, act):
     [
         (train, "encoder_vectors", 1, ("vqvae", 2), signal.SIGTERM),
         (train, "evaluate_vqvae", 3, ("vqvae", 4), signal.SIGINT),
-        (train, "save_weights", 1, ("vqvae", 2), signal.SIGTERM),
+        (trainer, "save_weights", 1, ("vqvae", 2), signal.SIGTERM),
         (train, "write_vqvae_figures", 1, ("vqvae", 11), signal.SIGTERM),
         (train, "load_weights", 1, ("vqvae", 12), signal.SIGINT),
         (train, "extract_codes", 1, ("vqvae", 12), signal.SIGTERM),
-        (train, "Clock", 4, ("prior", 0), signal.SIGINT),  # each stage has two, the second after its first checkpoint
+        (train, "Clock", 2, ("prior", 0), signal.SIGINT),  # after its first checkpoint
         (train, "evaluate_prior", 5, ("prior", 4), signal.SIGTERM),
-        (train.Stage, "keep_best", 13, ("prior", 2), signal.SIGINT),  # of ten validations of stage 1 and then nine
+        (trainer.Stage, "keep_best", 13, ("prior", 2), signal.SIGINT),  # of ten validations of stage 1 and then nine
         (train, "prior_loss_figure", 1, ("prior", 8), signal.SIGTERM),
         (train, "lossy_slices", 1, ("prior", 9), signal.SIGINT),
-        (train, "Clock", 6, ("detail", 0), signal.SIGTERM),
+        (train, "Clock", 3, ("detail", 0), signal.SIGTERM),
         (train, "evaluate_detail", 3, ("detail", 2), signal.SIGINT),
-        (train.Stage, "keep_best", 24, ("detail", 4), signal.SIGTERM),
+        (trainer.Stage, "keep_best", 24, ("detail", 4), signal.SIGTERM),
         (train, "write_detail_figures", 1, ("detail", 5), signal.SIGINT),
     ],
 )
@@ -747,8 +751,8 @@ def test_a_validation_of_a_minute_delays_no_stop(options, monkeypatch):
 
 def test_an_update_of_a_minute_delays_no_stop(options, monkeypatch):
     """The first one is left in any case, a later one where the one before it took long."""
-    monkeypatch.setattr(train, "EVALUATIONS", 1)
-    monkeypatch.setattr(train, "LONG_SECONDS", 0.2)
+    monkeypatch.setattr(trainer, "EVALUATIONS", 1)
+    monkeypatch.setattr(trainer, "LONG_SECONDS", 0.2)
     seconds = iter([0.0, 0.3, 60])
     at_updates(monkeypatch, {("vqvae", 3): lambda: threading.Timer(0.3, send(signal.SIGINT)).start()})
     real = train.F.mse_loss
@@ -763,8 +767,8 @@ def test_an_update_of_a_minute_delays_no_stop(options, monkeypatch):
 
 def test_checkpoints_are_made_every_so_many_updates(options, monkeypatch):
     saved = []
-    real = utils.Run.save
-    monkeypatch.setattr(utils.Run, "save", lambda run, **state: (saved.append(state), real(run, **state)))
+    real = checkpoints.Run.save
+    monkeypatch.setattr(checkpoints.Run, "save", lambda run, **state: (saved.append(state), real(run, **state)))
     train.main(arguments(**options, checkpoint_every=5))
     places = [(state["stage"], state.get("update")) for state in saved]
     expected = {"vqvae": (5, 10, 12), "prior": (0, 5, 9), "detail": (0, 5, 6), "done": (None,)}
@@ -772,11 +776,11 @@ def test_checkpoints_are_made_every_so_many_updates(options, monkeypatch):
 
 
 def test_without_the_option_a_checkpoint_is_made_in_at_most_two_minutes():
-    assert train.CHECKPOINT_SECONDS <= 120
-    stage = train.Stage(None, "vqvae", torch.nn.Linear(1, 1), 1000, 0.5, train.parse_options([]))
+    assert trainer.CHECKPOINT_SECONDS <= 120
+    stage = trainer.Stage(None, "vqvae", torch.nn.Linear(1, 1), 1000, 0.5, train.parse_options([]))
     stage.update = 7
     assert not stage.checkpoint_due()
-    stage.clock.last -= train.CHECKPOINT_SECONDS
+    stage.clock.last -= trainer.CHECKPOINT_SECONDS
     assert stage.checkpoint_due()
 
 
@@ -822,8 +826,8 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(options, trained, monkeyp
 @pytest.mark.parametrize(("stage", "update"), [("prior", 5), ("detail", 3)])
 def test_a_kill_between_log_line_and_checkpoint(options, trained, monkeypatch, stage, update):
     """The line of the unfinished update is there, half of the next too; neither is there twice in the end."""
-    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 0)  # a checkpoint after each update
-    real = utils.Run.log
+    monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", 0)  # a checkpoint after each update
+    real = checkpoints.Run.log
 
     def log(run, *given):
         real(run, *given)
@@ -833,7 +837,7 @@ def test_a_kill_between_log_line_and_checkpoint(options, trained, monkeypatch, s
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(utils.Run, "log", log)
+        patch.setattr(checkpoints.Run, "log", log)
         with pytest.raises(Killed):
             train.main(arguments(**options))
     state = torch.load(options["run"] / "training.pt", weights_only=True)
@@ -853,7 +857,7 @@ def count_writes(monkeypatch, act):
 @pytest.mark.parametrize("number", [2, 60, 254, 416])
 def test_a_kill_in_the_middle_of_a_write(options, trained, monkeypatch, number):
     """A short form of `python tests/campaign.py kills`."""
-    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", 0)
 
     def act(now, real, given):
         if now == number:
@@ -874,7 +878,7 @@ def test_a_kill_in_the_middle_of_a_write(options, trained, monkeypatch, number):
 @pytest.mark.parametrize("number", [31, 256, 411])
 def test_a_full_disk_is_one_line_and_loses_nothing(options, trained, monkeypatch, number):
     """A short form of `python tests/campaign.py disk`."""
-    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", 0)
 
     def act(now, real, given):
         if now < number or real.__name__ in ("read_bytes", "log"):
@@ -913,8 +917,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(options, st
 def test_a_loss_that_is_not_finite_ends_the_run_and_the_checkpoint_stays(
     options, monkeypatch, stage, place, name, loss
 ):
-    monkeypatch.setattr(train, "EVALUATIONS", 1)
-    monkeypatch.setattr(train, "LOG_LINES", 1)
+    monkeypatch.setattr(trainer, "EVALUATIONS", 1)
+    monkeypatch.setattr(trainer, "LOG_LINES", 1)
     real, calls = getattr(place, name), itertools.count(1)
     with monkeypatch.context() as patch:
         patch.setattr(place, name, lambda *given: real(*given) * (1 if next(calls) < 4 else torch.nan))
@@ -924,7 +928,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_the_checkpoint_stays(
     assert "--batch-size" in str(error.value)
     state = torch.load(options["run"] / "training.pt", weights_only=True)
     assert (state["stage"], state["update"]) == (stage, 2)
-    assert all(tensor.isfinite().all() for tensor in utils.tensors_in(state["model"]))
+    assert all(tensor.isfinite().all() for tensor in checkpoints.tensors_in(state["model"]))
     train.main(arguments(**options))
     assert all(math.isfinite(value) for line in lines_of(options["run"]) for value in list(line.values())[2:])
 
@@ -943,8 +947,8 @@ def test_a_validation_that_is_not_finite_ends_the_run(options, monkeypatch, stag
 @pytest.mark.parametrize(("place", "value"), [("weight", math.nan), ("moment", -math.inf)])
 def test_what_is_not_finite_is_never_saved(tmp_path, value, place):
     linear = torch.nn.Linear(2, 2)
-    with utils.Run(tmp_path / "run", {"options": {}}, {}) as run:
-        stage = train.Stage(run, "vqvae", linear, 400, 0.5, train.parse_options([]))
+    with checkpoints.Run(tmp_path / "run", {"options": {}}, {}) as run:
+        stage = trainer.Stage(run, "vqvae", linear, 400, 0.5, train.parse_options([]))
         stage.update = 7
         with torch.no_grad():
             weight = linear.weight
@@ -967,8 +971,8 @@ def test_what_is_not_finite_is_never_saved(tmp_path, value, place):
 def test_a_collapsing_codebook_is_told_of_once(tmp_path, used, warned):
     """Validated every 100 updates."""
     said = []
-    with utils.Run(tmp_path / "run", {"options": {}}, {}) as run:
-        stage = train.Stage(run, "vqvae", torch.nn.Linear(1, 1), 5000, 0.5, train.parse_options([]))
+    with checkpoints.Run(tmp_path / "run", {"options": {}}, {}) as run:
+        stage = trainer.Stage(run, "vqvae", torch.nn.Linear(1, 1), 5000, 0.5, train.parse_options([]))
         stage.bar, stage.started, stage.start = SimpleNamespace(write=said.append), 0, 0
         for number, share in enumerate(used, 1):
             stage.update = 100 * number
@@ -1074,7 +1078,7 @@ def test_a_checkpoint_of_no_stage_is_refused(options, stopped):
 def test_a_vqvae_of_another_run_is_refused(options, request, run):
     shutil.copytree(request.getfixturevalue(run), options["run"])
     other = VQVAE(replace(train.PRESETS["tiny"].vqvae, codes=8))
-    utils.save_weights(options["run"] / "vqvae.safetensors", other)
+    checkpoints.save_weights(options["run"] / "vqvae.safetensors", other)
     with pytest.raises(RunError, match=r"vqvae\.safetensors is not of this run"):
         train.main(arguments(**options))
     (options["run"] / "vqvae.safetensors").unlink()
@@ -1084,7 +1088,7 @@ def test_a_vqvae_of_another_run_is_refused(options, request, run):
 
 def test_run_directories_that_were_tampered_with(half_way, nearly_done, options, monkeypatch, tmp_path):
     """A short form of `python tests/campaign.py runs`."""
-    monkeypatch.setattr(train.Stage, "updates", train.Stage.updates)  # which `resume` replaces
+    monkeypatch.setattr(trainer.Stage, "updates", trainer.Stage.updates)  # which `resume` replaces
     canary, outcomes = tmp_path / "canary", Counter()
     (tmp_path / "outside").write_text("not the run's")
     for seed in range(40):
@@ -1171,7 +1175,7 @@ def test_changed_data_are_named_and_may_be_allowed(options, slices_folder, tmp_p
 
 def test_a_run_that_another_process_trains_is_refused(options):
     utils.make_folder(options["run"])
-    handle = utils.lock(options["run"])
+    handle = checkpoints.lock(options["run"])
     with pytest.raises(RunError, match="is in use by process"):
         train.main(arguments(**options))
     assert [path.name for path in options["run"].iterdir()] == ["lock"]
@@ -1283,7 +1287,7 @@ def test_detail_sees_no_more_slices_than_the_vqvae_where_its_updates_are_not_giv
 
 
 def test_config_json_has_a_check_for_each_option(tiny_preset):
-    assert vars(train.parse_options([])).keys() == utils.CONFIG["options"].keys()
+    assert vars(train.parse_options([])).keys() == checkpoints.CONFIG["options"].keys()
 
 
 # ---------------------------------------------------------------- as it is typed
@@ -1346,18 +1350,18 @@ def test_the_embedded_phantom(options, monkeypatch):
     monkeypatch.setattr(phantom, "write_phantom", lambda folder, **given: real(folder, (2, 1, 1), slices=2, **given))
     given = options | {"data": "phantom", "updates": 2, "prior_updates": 1, "detail_updates": 1}
     train.main(arguments(**given, slice_size="32 16"))
-    assert utils.read_config(options["run"])["slice_size"] == [32, 16]
+    assert checkpoints.read_config(options["run"])["slice_size"] == [32, 16]
     monkeypatch.setitem(train.PRESETS, "tiny", replace(train.PRESETS["tiny"], phantom_size=(48, 24)))
     other = options["run"].parent / "other"
     train.main(arguments(**given | {"run": other}))
-    assert utils.read_config(other)["slice_size"] == [48, 24]
+    assert checkpoints.read_config(other)["slice_size"] == [48, 24]
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="needs the HipMRI-like slices beside the project")
 def test_real_slices(options):
     sizes = {"updates": 2, "prior_updates": 2, "detail_updates": 2, "batch_size": 4}
     train.main(arguments(**options | {"data": REAL} | sizes))
-    config = utils.read_config(options["run"])
+    config = checkpoints.read_config(options["run"])
     assert config["slice_size"] == [256, 128]
     prior = load_weights(options["run"] / "prior.safetensors", GatedPixelCNN, PriorConfig)
     assert prior.config.grid == (64, 32)

@@ -24,8 +24,11 @@ from matplotlib.image import imread
 from matplotlib.patches import Rectangle
 from torch import nn
 
+import checkpoints
+import plots
 import utils
-from utils import Clock, Parser, Run, RunError, StopSignals, load_weights, number, save_weights, seed_update
+from checkpoints import Run, load_weights, save_weights
+from utils import Clock, Parser, RunError, StopSignals, number, seed_update
 
 FILES = {"a.nii": "00000001", "b.nii": "00000002"}
 
@@ -33,7 +36,7 @@ FILES = {"a.nii": "00000001", "b.nii": "00000002"}
 def config_of(**options):
     options = {"data": "somewhere", "run": "r", "images": "i", "device": "cpu", "batch_size": 32, "seed": 0} | options
     return {
-        "format": utils.FORMAT,
+        "format": checkpoints.FORMAT,
         "options": options,
         "slice_size": (64, 32),
         "intensity": {"percentile": 99.5, "scale": 700.0},
@@ -260,20 +263,20 @@ def test_write_file_flushes_the_file_before_and_the_folder_after_the_rename(tmp_
 
 def test_what_reads_other_than_it_was_written_takes_no_place(tmp_path, monkeypatch):
     path, before = tmp_path / "file", tmp_path / "before"
-    utils.write_tensors(path, b"old", before)
+    checkpoints.write_tensors(path, b"old", before)
     with monkeypatch.context() as patch:
         patch.setattr(Path, "read_bytes", lambda path: b"torn")
         with pytest.raises(RunError, match="it reads other than it was written"):
-            utils.write_tensors(path, b"new", before)
+            checkpoints.write_tensors(path, b"new", before)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"file": b"old"}
-    utils.write_tensors(path, b"new", before)
+    checkpoints.write_tensors(path, b"new", before)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"file": b"new", "before": b"old"}
 
 
 def test_what_would_not_be_read_again_is_not_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(utils, "MAX_TENSORS", 2)
+    monkeypatch.setattr(checkpoints, "MAX_TENSORS", 2)
     with pytest.raises(RunError, match="would have 3 bytes"):
-        utils.write_tensors(tmp_path / "file", b"new")
+        checkpoints.write_tensors(tmp_path / "file", b"new")
     assert not list(tmp_path.iterdir())
 
 
@@ -297,10 +300,10 @@ def test_a_new_run_has_its_config_the_data_and_an_empty_log(tmp_path):
     config = config_of()
     path = tmp_path / "deep" / "run"
     with Run(path, config, FILES) as run:
-        assert run.config == utils.read_config(path)
+        assert run.config == checkpoints.read_config(path)
         assert run.files() == FILES
-    written = utils.read_config(path)
-    assert written["libraries"].keys() == set(utils.LIBRARIES)
+    written = checkpoints.read_config(path)
+    assert written["libraries"].keys() == set(checkpoints.LIBRARIES)
     assert written["libraries"]["torch"].startswith(torch.__version__.partition("+")[0])
     assert {name: written[name] for name in config} == config | {"slice_size": [64, 32]}
     assert (path / "metrics.jsonl").read_text() == ""
@@ -375,7 +378,7 @@ def test_other_options_are_refused_by_name(tmp_path):
 def test_options_that_change_no_result_may_differ(tmp_path):
     begin(tmp_path)
     begin(tmp_path, run="elsewhere", images="pictures", device="cuda", data="moved", checkpoint_every=7)
-    assert utils.read_config(tmp_path)["options"]["images"] == "i"
+    assert checkpoints.read_config(tmp_path)["options"]["images"] == "i"
 
 
 def test_tuples_and_lists_are_no_difference(tmp_path):
@@ -387,17 +390,17 @@ def test_tuples_and_lists_are_no_difference(tmp_path):
 
 def test_a_missing_config_is_a_run_error(tmp_path):
     with pytest.raises(RunError, match="not a run directory"):
-        utils.read_config(tmp_path / "nothing")
+        checkpoints.read_config(tmp_path / "nothing")
     (tmp_path / "config.json").mkdir()
     with pytest.raises(RunError, match=r"config\.json cannot be used"):
-        utils.read_config(tmp_path)
+        checkpoints.read_config(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"{}", b"[]", b"[" * 10_000, b"9" * 9000])
 def test_a_damaged_config_is_a_run_error(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(RunError, match=r"config\.json cannot be used"):
-        utils.read_config(tmp_path)
+        checkpoints.read_config(tmp_path)
     with pytest.raises(RunError, match=r"config\.json cannot be used"):
         begin(tmp_path)
 
@@ -405,7 +408,7 @@ def test_a_damaged_config_is_a_run_error(tmp_path, content):
 @pytest.mark.parametrize(
     ("place", "value", "message"),
     [
-        (("format",), utils.FORMAT + 1, f"of format {utils.FORMAT + 1}, of a newer version than this one"),
+        (("format",), checkpoints.FORMAT + 1, f"of format {checkpoints.FORMAT + 1}, of a newer version than this one"),
         (("format",), 0, "format cannot be 0"),
         (("colour",), "blue", "colour is unknown to this version"),
         (("options", "colour"), "blue", "options.colour is unknown to this version"),
@@ -431,7 +434,7 @@ def test_a_damaged_config_is_a_run_error(tmp_path, content):
 )
 def test_a_config_is_checked_field_by_field(tmp_path, place, value, message):
     begin(tmp_path)
-    config = utils.read_config(tmp_path)
+    config = checkpoints.read_config(tmp_path)
     *above, last = place
     part = config
     for name in above:
@@ -439,15 +442,15 @@ def test_a_config_is_checked_field_by_field(tmp_path, place, value, message):
     part[last] = value
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(RunError, match=rf"config\.json cannot be used: .*{message}"):
-        utils.read_config(tmp_path)
+        checkpoints.read_config(tmp_path)
 
 
 def test_a_field_that_is_missing_is_named(tmp_path):
     begin(tmp_path)
-    config = utils.read_config(tmp_path)
+    config = checkpoints.read_config(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({name: config[name] for name in config if name != "affine"}))
     with pytest.raises(RunError, match="affine is missing"):
-        utils.read_config(tmp_path)
+        checkpoints.read_config(tmp_path)
 
 
 def test_an_error_is_one_line_that_is_safe_to_print():
@@ -462,7 +465,7 @@ def test_damaged_names_of_the_data_are_a_run_error(run, content):
 
 
 def test_too_many_files_are_not_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(utils, "MAX_DATA", 10)
+    monkeypatch.setattr(checkpoints, "MAX_DATA", 10)
     with Run(tmp_path, config_of(), FILES) as run:
         assert run.files() == {}
 
@@ -489,7 +492,7 @@ def in_child(task):
 
 def test_a_second_process_is_refused(run):
     refused = f"{run.path} is in use by process {os.getpid()} on "
-    assert in_child(lambda: f"got {utils.lock(run.path)}").startswith(refused)
+    assert in_child(lambda: f"got {checkpoints.lock(run.path)}").startswith(refused)
     with pytest.raises(RunError, match=refused):
         begin(run.path)
 
@@ -498,7 +501,7 @@ def test_a_killed_process_leaves_no_lock(tmp_path):
     begin(tmp_path)
     child = os.fork()
     if child == 0:
-        utils.lock(tmp_path)
+        checkpoints.lock(tmp_path)
         os.kill(os.getpid(), signal.SIGKILL)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     begin(tmp_path)
@@ -521,7 +524,7 @@ def test_a_place_that_cannot_be_locked_is_used_and_it_says_so(tmp_path, monkeypa
 
 
 def test_a_run_can_be_read_while_it_is_held(run):
-    assert utils.read_config(run.path)["options"]["seed"] == 0
+    assert checkpoints.read_config(run.path)["options"]["seed"] == 0
 
 
 # ---------------------------------------------------------------- checkpoints and the log
@@ -822,7 +825,7 @@ def test_restore_copies_into_what_is_there():
     live = {"model": {"w": torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last)}}
     tensor = live["model"]["w"]
     values = torch.randn(2, 3, 4, 5)
-    utils.restore(live, {"model": {"w": values}})
+    checkpoints.restore(live, {"model": {"w": values}})
     assert live["model"]["w"] is tensor
     assert torch.equal(tensor, values)
     assert tensor.is_contiguous(memory_format=torch.channels_last)
@@ -847,8 +850,8 @@ def test_restore_copies_into_what_is_there():
 )
 def test_what_does_not_fit_is_named_and_nothing_is_copied(saved, message):
     with pytest.raises(ValueError, match=message):
-        utils.restore(LIVE, saved)
-    assert not any(tensor.any() for tensor in utils.tensors_in(LIVE))
+        checkpoints.restore(LIVE, saved)
+    assert not any(tensor.any() for tensor in checkpoints.tensors_in(LIVE))
 
 
 # ---------------------------------------------------------------- weights
@@ -921,7 +924,7 @@ def claiming_a_long_header(path):
 
 
 def with_a_long_header(path):
-    header = b"{" + b" " * (utils.MAX_HEADER + 1) + b"}"
+    header = b"{" + b" " * (checkpoints.MAX_HEADER + 1) + b"}"
     path.write_bytes(struct.pack("<Q", len(header)) + header)
 
 
@@ -1039,14 +1042,14 @@ def read_png(path, width, height):
 def test_vqvae_loss_figure(tmp_path):
     path = tmp_path / "new" / "folder" / "loss.png"
     curves = curves_of("reconstruction_loss", "embedding_loss", "total_loss", "ssim")
-    utils.vqvae_loss_figure(path, curves)
+    plots.vqvae_loss_figure(path, curves)
     read_png(path, 1440, 384)
 
 
 def test_a_figure_that_cannot_be_written_is_a_warning(tmp_path, capsys):
     """A training of hours does not end because a folder of pictures was removed or is full."""
     (tmp_path / "images").write_text("mine")
-    utils.prior_loss_figure(tmp_path / "images" / "loss.png", curves_of("bits_per_code"), 512)
+    plots.prior_loss_figure(tmp_path / "images" / "loss.png", curves_of("bits_per_code"), 512)
     assert capsys.readouterr().out.startswith(f"warning: {tmp_path / 'images'} cannot be written: ")
     assert (tmp_path / "images").read_text() == "mine"
 
@@ -1079,37 +1082,37 @@ def test_figures_of_one_name_are_written_by_two_at_once(tmp_path):
 def test_any_name_can_stand_in_a_figure(tmp_path, name):
     """Names are not markup, need not be Unicode, and may have letters that the font lacks; no warning, no traceback."""
     slices = np.zeros((1, 32, 16))
-    title = f"{utils.caption(f'folder/{name}.nii.gz')}\nSSIM 0.9"
+    title = f"{plots.caption(f'folder/{name}.nii.gz')}\nSSIM 0.9"
     assert len(title) < 60
     assert title.count("\n") == 1
-    utils.reconstructions_figure(tmp_path / "reconstructions.png", slices, slices, [title])
-    utils.detail_figure(tmp_path / "detail.png", {"slice": slices}, [title])
+    plots.reconstructions_figure(tmp_path / "reconstructions.png", slices, slices, [title])
+    plots.detail_figure(tmp_path / "detail.png", {"slice": slices}, [title])
     assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_prior_loss_figure(tmp_path):
     path = tmp_path / "new" / "loss.png"
-    utils.prior_loss_figure(path, curves_of("bits_per_code"), 512)
+    plots.prior_loss_figure(path, curves_of("bits_per_code"), 512)
     read_png(path, 720, 432)
 
 
 def test_detail_loss_figure(tmp_path):
     path = tmp_path / "new" / "loss.png"
-    utils.detail_loss_figure(path, curves_of("flow_loss"))
+    plots.detail_loss_figure(path, curves_of("flow_loss"))
     read_png(path, 720, 432)
 
 
 @pytest.mark.parametrize(
     ("draw", "name", "kept"),
     [
-        (lambda curves: utils.detail_loss_figure("loss.png", curves), "flow_loss", "kept: 1.000"),
-        (lambda curves: utils.prior_loss_figure("loss.png", curves, 512), "bits_per_code", "kept: 1.00 bits"),
+        (lambda curves: plots.detail_loss_figure("loss.png", curves), "flow_loss", "kept: 1.000"),
+        (lambda curves: plots.prior_loss_figure("loss.png", curves, 512), "bits_per_code", "kept: 1.00 bits"),
     ],
 )
 def test_loss_figures_mark_the_weights_that_are_kept(monkeypatch, draw, name, kept):
     """Those of the lowest validation loss."""
     drawn = []
-    monkeypatch.setattr(utils, "save_figure", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.append(figure))
     draw(curves_of(name))
     (axes,) = drawn[0].axes
     (marked,) = (line for line in axes.lines if line.get_label() == kept)
@@ -1119,7 +1122,7 @@ def test_loss_figures_mark_the_weights_that_are_kept(monkeypatch, draw, name, ke
 
 def test_codebook_figure(tmp_path):
     path = tmp_path / "new" / "codebook.png"
-    utils.codebook_figure(path, curves_of("perplexity"), np.array([0, 5, 1, 9]))
+    plots.codebook_figure(path, curves_of("perplexity"), np.array([0, 5, 1, 9]))
     read_png(path, 1200, 408)
 
 
@@ -1127,14 +1130,14 @@ def test_figures_hold_no_state_of_pyplot(tmp_path):
     import matplotlib.pyplot as plt
 
     before = plt.get_fignums()
-    utils.prior_loss_figure(tmp_path / "loss.png", curves_of("bits_per_code"), 512)
+    plots.prior_loss_figure(tmp_path / "loss.png", curves_of("bits_per_code"), 512)
     assert plt.get_fignums() == before
 
 
 def test_draw_curves_draws_both_splits():
     axes = Figure().subplots()
     curves = curves_of("total_loss", "ssim")
-    utils.draw_curves(axes, curves, "total_loss", "title", "unit")
+    plots.draw_curves(axes, curves, "total_loss", "title", "unit")
     drawn = {line.get_label(): ([*line.get_xdata()], [*line.get_ydata()]) for line in axes.lines}
     assert drawn == {"training": curves["train", "total_loss"], "validation": curves["validate", "total_loss"]}
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("update", "unit")
@@ -1142,14 +1145,14 @@ def test_draw_curves_draws_both_splits():
 
 def test_draw_curves_leaves_out_what_was_not_logged():
     axes = Figure().subplots()
-    utils.draw_curves(axes, curves_of("ssim"), "ssim", "title", "unit")
+    plots.draw_curves(axes, curves_of("ssim"), "ssim", "title", "unit")
     assert [line.get_label() for line in axes.lines] == ["validation"]
 
 
 def test_upright_puts_the_front_on_top_and_row_0_left():
     slices = np.zeros((2, 6, 4))
     slices[1, 5, 0] = 1  # last row, first column: the front, at the other side
-    pictures = utils.upright(slices)
+    pictures = plots.upright(slices)
     assert pictures.shape == (2, 4, 6)
     assert np.argwhere(pictures).tolist() == [[1, 0, 5]]
 
@@ -1164,7 +1167,7 @@ def marked_slice(height, width, value, mark):
 def sheet_of(path, slices, columns):
     """The sheet without its title, a pixel of the figure a pixel of a slice; and the first slice in it."""
     count, height, width = slices.shape
-    utils.samples_figure(path, slices, "a title", columns)
+    plots.samples_figure(path, slices, "a title", columns)
     picture = imread(path)[..., :3]
     assert (picture == picture[..., :1]).all()
     across, down = min(columns, count), -(-count // columns)
@@ -1186,15 +1189,15 @@ def test_samples_are_upright_and_black_is_black(tmp_path):
 
 def test_small_samples_are_drawn_larger(tmp_path):
     slices = np.stack([marked_slice(64, 32, -1.0, 1.0)])
-    utils.samples_figure(tmp_path / "samples.png", slices, "a title")
+    plots.samples_figure(tmp_path / "samples.png", slices, "a title")
     shown = imread(tmp_path / "samples.png")[-128:, :256, 0]  # four times as large
     np.testing.assert_allclose(shown[3:28, 3:60], 1, atol=0.01)
     np.testing.assert_allclose(shown[36:-3, 3:-3], 0, atol=0.01)
 
 
 def test_spread_is_even_and_within():
-    assert utils.spread(60, 6).tolist() == [5, 15, 25, 35, 45, 55]
-    assert utils.spread(3, 6).tolist() == [0, 1, 2]
+    assert plots.spread(60, 6).tolist() == [5, 15, 25, 35, 45, 55]
+    assert plots.spread(3, 6).tolist() == [0, 1, 2]
 
 
 def test_grey_levels_are_those_of_the_slice_whatever_is_beside_it(tmp_path):
@@ -1213,7 +1216,7 @@ def test_reconstructions_figure(tmp_path):
     """Row by row: the slice, upright and in its grey; the reconstruction; their difference, in colour."""
     path = tmp_path / "new" / "reconstructions.png"
     slices = np.stack([marked_slice(64, 32, 0.0, -1.0)] * 2)
-    utils.reconstructions_figure(path, slices, np.ones_like(slices), ["one", "two"])
+    plots.reconstructions_figure(path, slices, np.ones_like(slices), ["one", "two"])
     picture = read_png(path, 2.4 * 2 * 120, (2.4 * 3 / 2 + 0.5) * 120)
     upper, middle, lower = np.array_split(picture, 3)
     grey = (np.abs(upper - 0.5) < 0.02).all(-1)
@@ -1234,11 +1237,11 @@ def test_detail_figure(tmp_path, monkeypatch):
     """A row a strip, under its name; a column a slice, under its title; upright, -1 black and 1 white."""
     strips = {"slice": np.stack([marked_slice(64, 32, 0.0, 1.0)] * 3), "decoded": np.zeros((3, 64, 32))}
     path = tmp_path / "new" / "detail.png"
-    utils.detail_figure(path, strips, ["one", "two", "three"])
+    plots.detail_figure(path, strips, ["one", "two", "three"])
     read_png(path, 2.4 * 3 * 120, (2.4 * 2 / 2 + 0.4) * 120)
     drawn = []
-    monkeypatch.setattr(utils, "save_figure", lambda figure, path: drawn.append(figure))
-    utils.detail_figure(path, strips, ["one", "two", "three"])
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.append(figure))
+    plots.detail_figure(path, strips, ["one", "two", "three"])
     rows = np.reshape(drawn[0].axes, (2, 3))
     assert [[axes.get_title() for axes in row] for row in rows] == [["one", "two", "three"], ["", "", ""]]
     assert [row[0].get_ylabel() for row in rows] == ["slice", "decoded"]
@@ -1281,13 +1284,13 @@ def test_evaluation_figure(tmp_path, coverage):
     strips = {"slices": np.stack([marked_slice(64, 32, 0.0, 1.0)] * 4), "samples": np.full((4, 64, 32), 0.5)}
     distances = {name: np.random.default_rng(0).random(20) for name in ("samples", "reconstructions", "slices")}
     path = tmp_path / "new" / "evaluation.png"
-    utils.evaluation_figure(path, evaluated(coverage=coverage), strips, distances, "a title")
+    plots.evaluation_figure(path, evaluated(coverage=coverage), strips, distances, "a title")
     read_png(path, 1440, (2 * 11.6 / 4 / 2 + 5.2) * 120)
 
 
 def test_bars_stand_in_order_with_their_numbers():
     axes = Figure().subplots()
-    utils.draw_bars(axes, {"one": 0.25, "other": 2.0}, ("black", "red"), ".1f", "a title", "lower is better")
+    plots.draw_bars(axes, {"one": 0.25, "other": 2.0}, ("black", "red"), ".1f", "a title", "lower is better")
     assert [bar.get_width() for bar in axes.patches] == [0.25, 2.0]
     assert [text.get_text() for text in axes.texts] == ["0.2", "2.0"]
     assert [tick.get_text() for tick in axes.get_yticklabels()] == ["one", "other"]
@@ -1298,7 +1301,7 @@ def test_bars_stand_in_order_with_their_numbers():
 def test_histograms_of_distances_are_shares_on_the_same_bins():
     axes = Figure().subplots()
     distances = {"samples": np.array([0.1, 0.2, 0.2, 0.9]), "slices": np.array([0.5, 0.5])}
-    utils.draw_distances(axes, distances, "a title")
+    plots.draw_distances(axes, distances, "a title")
     outlines = [patch.get_xy() for patch in axes.patches if not isinstance(patch, Rectangle)]
     assert [outline[:, 1].max() for outline in outlines] == pytest.approx([0.5, 1.0])
     assert outlines[0][:, 0].tolist() == pytest.approx(outlines[1][:, 0].tolist())
