@@ -40,7 +40,7 @@ FREE_OPTIONS = ("run", "images", "device", "data", "checkpoint_every", "allow_ch
 LIMITS = {
     "updates": (1, 10_000_000),  # the losses since the last log line, of which there are 250, are kept in memory
     "prior_updates": (1, 10_000_000),
-    "detail_updates": (1, 10_000_000),
+    "refiner_updates": (1, 10_000_000),
     "batch_size": (1, 65_536),  # 8 GB of slices of 256x128
     "checkpoint_every": (1, 10_000_000),
     "seed": (0, 2**32 - 1),
@@ -165,11 +165,11 @@ def is_series(value: object) -> bool:
     return all(isinstance(numbers, list) and numbers and all(map(real(-1e300, 1e300), numbers)) for numbers in lists)
 
 
-FORMAT = 1  # of a run directory; raise it when an older version would misread what this one writes
+FORMAT = 2  # of a run directory; raise it when this version and an older one would misread each other's
 SIDE = whole(1, 4096)  # pixels: longer than any slice that dataset.py reads
 FLOAT32 = np.finfo(np.float32)
 CONFIG = {
-    "format": optional(whole(1, FORMAT)),  # none before there were several
+    "format": whole(FORMAT, FORMAT),
     "options": {
         **{name: optional(whole(*limits)) for name, limits in LIMITS.items()},
         **{name: optional(text) for name in ("data", "run", "images", "preset", "device")},
@@ -186,18 +186,19 @@ CONFIG = {
 }
 
 
-def refuse_newer(config: object) -> None:
-    """Raise ValueError where a config says that it is of a newer version."""
-    newer = config.get("format") if isinstance(config, dict) else None
-    if type(newer) is int and newer > FORMAT:
-        raise ValueError(f"it is of format {str(newer):.20}, of a newer version than this one, which knows {FORMAT}")
+def check_format(config: object) -> None:
+    """Raise ValueError where a config says that it is of another version's format, or says none, as the first did."""
+    given = config.get("format", 1) if isinstance(config, dict) else FORMAT
+    if type(given) is int and given != FORMAT:
+        age = "a newer" if given > FORMAT else "an older"
+        raise ValueError(f"it is of run format {str(given):.20}, of {age} version than this one, which reads {FORMAT}")
 
 
 def read_config(path: Path) -> dict:
     """A run's config.json, checked field by field. Raises RunError where there is none or it cannot be used."""
     try:
         config = json.loads(read_bytes(path / "config.json", MAX_CONFIG))
-        refuse_newer(config)
+        check_format(config)
         check_fields(config, CONFIG)
         if not config["positions"]["quantiles"] and config["positions"]["unknown"] < 1:
             raise ValueError("positions.quantiles is empty")
@@ -210,10 +211,10 @@ def read_config(path: Path) -> dict:
 
 # ---------------------------------------------------------------- run directory
 
-STAGES = ("vqvae", "prior", "detail", "done")
+STAGES = ("vqvae", "prior", "refiner", "done")
 # The first three are written in this order, so that where there is a config, the run's beginning is complete.
 FILES = ("lock", "data.json", "config.json", "metrics.jsonl", "training.pt", "training.pt.before")
-FILES += ("vqvae.safetensors", "prior.safetensors", "detail.safetensors")
+FILES += ("vqvae.safetensors", "prior.safetensors", "refiner.safetensors")
 
 
 class Run:
@@ -538,10 +539,10 @@ def read_network(file: safetensors.safe_open, network: Callable[..., nn.Module],
     if "config" not in header:
         raise ValueError("it holds no config of a network")
     fields = json.loads(header["config"])
-    refuse_newer(fields)
+    check_format(fields)
     kinds = get_type_hints(config)
-    checks = {name: LAYERS if name in ("blocks", "cycles") else KINDS[kinds[name]] for name in kinds}
-    check_fields(fields, checks | {"format": optional(whole(1, FORMAT)), "checksum": optional(text)})
+    checks = {name: LAYERS if name in ("residual_blocks", "dilation_cycles") else KINDS[kinds[name]] for name in kinds}
+    check_fields(fields, checks | {"format": whole(FORMAT, FORMAT), "checksum": optional(text)})
     expected = fields.pop("checksum", None)
     fields = {name: fields[name] for name in kinds}
     given = config(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})

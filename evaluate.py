@@ -40,18 +40,18 @@ from metrics import (
     wilson_interval,
 )
 from modules import VQVAE
-from plots import caption, evaluation_figure, reconstructions_figure, spread
+from plots import caption, evaluation_figure, evenly_spaced, reconstructions_figure
 from predict import (
     DEFAULT_NUM,
     MOST,
     Networks,
     add_sampling_options,
     describe_sampling,
-    draw_detail,
     draw_positions,
     draw_samples,
     load_networks,
     load_vqvae,
+    refine,
     sampling_device,
     warn_of_incomplete_run,
 )
@@ -101,14 +101,14 @@ class Group(NamedTuple):
 def evaluate(options, config: dict, networks: Networks, device: torch.device) -> None:
     """Measure a run on held-out slices: a table, RUN/evaluation.json, images/evaluation.png and images/copying.png.
 
-    A sample may be unlike a real slice because of the decoder and its detail or because of the prior. So what is
-    measured of samples is measured four times, and reconstructions have their detail drawn anew, as samples do:
+    Samples may differ from real slices because of the decoder and the refiner or because of the prior. To separate
+    these, each metric of samples is reported for four comparisons. Reconstructions are refined, as samples are:
 
     samples        Samples beside held-out slices.
     decoder_alone  Reconstructions in the samples' place: they owe nothing to the prior. They are of training slices,
                    so that none lies beside its own original; for copying of the held-out slices, which no network has
                    seen.
-    prior_alone    Samples beside reconstructions of the held-out slices: both are decoded and given detail. Copying is
+    prior_alone    Samples beside reconstructions of the held-out slices: both are decoded and refined. Copying is
                    to be judged here, because a slice smoother than real ones is nearer to every other slice, and a
                    rougher one farther.
     floor          Training slices in their place: how much real slices of other patients differ. For copying half of
@@ -141,7 +141,7 @@ def evaluate(options, config: dict, networks: Networks, device: torch.device) ->
             "seed": options.seed,
             "temperature": options.temperature,
             "top_p": options.top_p,
-            "detail": options.detail,
+            "refiner_noise": options.refiner_noise,
         },
         **network_figures(networks, real, decoded, codes, held_out.positions, options.batch_size),
         "training": network_figures(
@@ -180,11 +180,11 @@ def evaluate(options, config: dict, networks: Networks, device: torch.device) ->
 
     print_table(results)
     write_file(options.run / "evaluation.json", lambda part: part.write_text(strict_json(results)))
-    by_height = np.argsort(held_out.positions)[spread(len(held_out))]
+    by_height = np.argsort(held_out.positions)[evenly_spaced(len(held_out))]
     strips = {
         f"{options.split} slices": real.slices[by_height],
         "reconstructions": reconstructions.slices[by_height],
-        "samples": samples.slices[drawn.positions.argsort()[spread(count)]],
+        "samples": samples.slices[drawn.positions.argsort()[evenly_spaced(count)]],
     }
     distances = {"samples": near, f"reconstructions of {options.split} slices": near_decoded}
     distances[f"{options.split} slices"] = near_real
@@ -224,14 +224,14 @@ def training_data(options, config: dict, vqvae: VQVAE) -> Dataset:
 
 
 def reconstruct_all(networks: Networks, group: Group, options) -> tuple[Tensor, Group, Group]:
-    """Codes (N, h, w) of slices, their reconstructions, and these with detail."""
+    """Return codes (N, h, w) of slices, their reconstructions, and their refined reconstructions."""
     vqvae, device = networks.vqvae, group.slices.device
     codes = [vqvae.encode(batch) for batch in group.slices.split(options.batch_size)]
     decoded = torch.cat([vqvae.decode(batch) for batch in codes])
     codes = torch.cat(codes)
-    numbers = range(MOST, MOST + len(codes))  # other detail than that of samples
-    detailed = draw_detail(options, networks, numbers, codes, device).to(device)
-    return codes, *(Group(quantise(slices), group.cases) for slices in (decoded, detailed))
+    numbers = range(MOST, MOST + len(codes))  # other random streams than those of samples
+    refined = refine(options, networks, numbers, codes, device).to(device)
+    return codes, *(Group(quantise(slices), group.cases) for slices in (decoded, refined))
 
 
 @torch.no_grad()
@@ -243,16 +243,16 @@ def network_figures(
     positions: np.ndarray,
     batch_size: int,
 ) -> dict[str, dict[str, float]]:
-    """What is measured of the VQ-VAE and the prior on slices: of reconstructions without detail, of codes (N, h, w)."""
+    """Return the metrics of the VQ-VAE, without the refiner, and of the prior, on slices and their codes (N, h, w)."""
     metrics = all_reconstruction_metrics(originals.slices.shape[2:]).to(codes.device)
     for pair in zip(reconstructions.slices.split(batch_size), originals.slices.split(batch_size)):
         metrics.update(*pair)
-    size = networks.vqvae.config.codes
+    size = networks.vqvae.config.codebook_size
     rate = bits_per_pixel(codes.shape[1:], size, originals.slices.shape[2:])
     used, perplexity = codebook_use(code_counts(codes, size))
     places = torch.from_numpy(positions).to(codes.device)
     total = sum(
-        networks.prior.nats(batch, place).item() * batch.numel()
+        networks.prior.nll(batch, place).item() * batch.numel()
         for batch, place in zip(codes.split(batch_size), places.split(batch_size))
     )
     nats = total / codes.numel()
@@ -325,8 +325,8 @@ SAMPLE_LINES = (
 )
 COLUMNS = """
 samples        samples beside held-out slices
-decoder alone  reconstructions with detail in their place (of training slices; for copying of held-out slices)
-prior alone    samples beside reconstructions of held-out slices with detail; the column to judge copying by
+decoder alone  refined reconstructions in their place (of training slices; for copying of held-out slices)
+prior alone    samples beside refined reconstructions of held-out slices; the column to judge copying by
 floor          training slices in their place (for copying half of the held-out cases beside the other half)
 """
 

@@ -26,7 +26,7 @@ def upright(slices: np.ndarray) -> np.ndarray:
     return slices.swapaxes(-1, -2)
 
 
-def spread(count: int, most: int = 6) -> np.ndarray:
+def evenly_spaced(count: int, most: int = 6) -> np.ndarray:
     """At most `most` indices evenly spread over [0, count): what a figure shows of many."""
     return np.unique(((np.arange(most) + 0.5) * count / most).astype(int))
 
@@ -94,11 +94,11 @@ def prior_loss_figure(path: Path, curves: dict, codes: int) -> None:
     save_figure(figure, path)
 
 
-def detail_loss_figure(path: Path, curves: dict) -> None:
+def refiner_loss_figure(path: Path, curves: dict) -> None:
     """The loss of stage 3, in units in which plain noise of the right spread has 1.74."""
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.subplots()
-    draw_curves(axes, curves, "flow_loss", "loss of the detail", "mean squared error of the velocity")
+    draw_curves(axes, curves, "flow_loss", "loss of the refiner", "MSE of the velocity")
     updates, losses = curves["validate", "flow_loss"]
     best = int(np.argmin(losses))
     axes.plot(updates[best], losses[best], "o", color=VALIDATE, label=f"kept: {losses[best]:.3f}")
@@ -141,7 +141,7 @@ def draw_strips(figure: Figure | SubFigure, strips: dict[str, np.ndarray]) -> No
             axes.spines[:].set_visible(False)
 
 
-def detail_figure(path: Path, strips: dict[str, np.ndarray], titles: Sequence[str]) -> None:
+def refinement_figure(path: Path, strips: dict[str, np.ndarray], titles: Sequence[str]) -> None:
     """Strips of slices (n, H, W) in [-1, 1], each under its name, and a title over each column."""
     count, height, width = upright(next(iter(strips.values()))).shape
     figure = Figure(figsize=(2.4 * count, 2.4 * len(strips) * height / width + 0.4), layout="constrained")
@@ -234,7 +234,7 @@ def evaluation_figure(
         draw_bars(axes, values, COMPARED.values(), form, panel, better)
         axes.axvline(values["floor"], color="black", linewidth=0.8, linestyle=":", zorder=0)
     middle.supxlabel(
-        "samples: beside held-out slices  ·  decoder alone: reconstructions of training slices, with detail"
+        "samples: beside held-out slices  ·  decoder alone: refined reconstructions of training slices"
         "  ·  prior alone: samples beside such reconstructions of held-out slices  ·  floor: training slices",
         fontsize=8,
     )

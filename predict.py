@@ -22,8 +22,17 @@ from tqdm import tqdm
 from checkpoints import LIMITS, is_complete, load_weights, read_config
 from dataset import SAME_SPACING, DataError, read_slices, unscale
 from metrics import reconstruction_metrics
-from modules import COLDEST, PART_CODES, VQVAE, Detail, DetailConfig, GatedPixelCNN, PriorConfig, VQVAEConfig
-from plots import caption, reconstructions_figure, samples_figure, spread
+from modules import (
+    MICRO_BATCH_CODES,
+    MIN_TEMPERATURE,
+    VQVAE,
+    GatedPixelCNN,
+    PriorConfig,
+    Refiner,
+    RefinerConfig,
+    VQVAEConfig,
+)
+from plots import caption, evenly_spaced, reconstructions_figure, samples_figure
 from utils import (
     Parser,
     RunError,
@@ -42,7 +51,7 @@ SHOWN = 64  # samples in the figure
 TOP_P = 0.995  # at 1 one of 30 samples has a broken outline
 DIGITS = "[0-9]" * 6  # in the names of files
 LONGEST = 200  # bytes of a slice's own name in that of a file, which may have 255
-DETAIL_AT_ONCE = 64  # slices whose detail is drawn at a time on a GPU: 0.9 GB of 256x128
+REFINER_BATCH = 64  # slices refined at a time on a GPU: 0.9 GB of 256x128
 MOST = 10**6  # samples, so that their numbers have six digits
 
 
@@ -83,7 +92,7 @@ def add_sampling_options(parser: ArgumentParser) -> None:
     add("--images", type=filled(Path), default=Path("images"), help="folder of figures (default: %(default)s)")
     add(
         "--temperature",
-        type=number(float, COLDEST, 100),
+        type=number(float, MIN_TEMPERATURE, 100),
         default=1.0,
         metavar="T",
         help="1e-6 to 100; below 1 the likelier codes are drawn more often (default: 1.0)",
@@ -97,11 +106,11 @@ def add_sampling_options(parser: ArgumentParser) -> None:
         "breaks an outline (default: 0.995)",
     )
     add(
-        "--detail",
+        "--refiner-noise",
         type=number(float, 0, 1),
         default=1.0,
         metavar="D",
-        help="noise that detail is made from, 0 to 1: less is smoother, and clears samples of short runs (default: 1)",
+        help="scale of the refiner's initial noise, 0 to 1: less gives smoother slices, for short runs (default: 1)",
     )
     add(
         "--batch-size",
@@ -161,7 +170,7 @@ class Networks(NamedTuple):
 
     vqvae: VQVAE
     prior: GatedPixelCNN
-    detail: Detail
+    refiner: Refiner
 
 
 class Samples(NamedTuple):
@@ -176,13 +185,13 @@ class Samples(NamedTuple):
 def draw_samples(options, networks: Networks, positions: Tensor, device: torch.device) -> Samples:
     """Samples 0 to N - 1 at positions (N,), the same ones at every batch size."""
     start = time.perf_counter()
-    codes = draw_codes(options, networks.prior, positions, device)
+    codes = sample_codes(options, networks.prior, positions, device)
     drawn = time.perf_counter()
-    slices = draw_detail(options, networks, range(len(codes)), codes, device)
+    slices = refine(options, networks, range(len(codes)), codes, device)
     return Samples(slices, codes, positions, (drawn - start, time.perf_counter() - drawn))
 
 
-def draw_codes(options, prior: GatedPixelCNN, positions: Tensor, device: torch.device) -> Tensor:
+def sample_codes(options, prior: GatedPixelCNN, positions: Tensor, device: torch.device) -> Tensor:
     """Code grids (N, h, w) of samples 0 to N - 1 at positions (N,), on the CPU."""
     settings = options.seed, options.temperature, options.top_p
     with tqdm(total=len(positions) * prior.config.grid[0], desc="codes", unit="row", disable=None) as bar:
@@ -194,14 +203,14 @@ def draw_codes(options, prior: GatedPixelCNN, positions: Tensor, device: torch.d
         return torch.cat(list(in_memory(draw, len(positions), options.batch_size)))
 
 
-def draw_detail(options, networks: Networks, numbers: Sequence[int], codes: Tensor, device: torch.device) -> Tensor:
-    """Slices (N, 1, H, W) of codes (N, h, w), their detail drawn for N sample numbers, on the CPU."""
-    size = DETAIL_AT_ONCE if device.type == "cuda" else max(1, PART_CODES // codes[0].numel())
-    with tqdm(total=len(codes), desc="detail", unit="slice", disable=None) as bar:
+def refine(options, networks: Networks, numbers: Sequence[int], codes: Tensor, device: torch.device) -> Tensor:
+    """Decode codes (N, h, w) and refine them for N sample ids: slices (N, 1, H, W), on the CPU."""
+    size = REFINER_BATCH if device.type == "cuda" else max(1, MICRO_BATCH_CODES // codes[0].numel())
+    with tqdm(total=len(codes), desc="refining", unit="slice", disable=None) as bar:
 
         def draw(part: range) -> Tensor:
             given = numbers[part.start : part.stop], codes[part.start : part.stop].to(device)
-            slices = networks.detail.sample(*given, networks.vqvae, options.seed, options.detail).cpu()
+            slices = networks.refiner.sample(*given, networks.vqvae, options.seed, options.refiner_noise).cpu()
             bar.update(len(part))
             return slices
 
@@ -237,8 +246,8 @@ def sampling_device(options) -> torch.device:
 
 def describe_sampling(options) -> str:
     """The options that samples depend on, for a title."""
-    told = f"temperature {options.temperature:g}, top-p {options.top_p:g}, detail {options.detail:g}"
-    return f"{told}, seed {options.seed}"
+    drawn = f"temperature {options.temperature:g}, top-p {options.top_p:g}, refiner noise {options.refiner_noise:g}"
+    return f"{drawn}, seed {options.seed}"
 
 
 def sample(options, config: dict, networks: Networks, device: torch.device) -> None:
@@ -306,7 +315,7 @@ def reconstruct(options, config: dict, vqvae: VQVAE, device: torch.device) -> No
         writer = csv.DictWriter(file, ("slice", "ssim", "psnr"))
         writer.writeheader()
         writer.writerows(rows)
-    chosen = spread(len(slices))
+    chosen = evenly_spaced(len(slices))
     titles = [f"{caption(slices.names[i])}\nSSIM {rows[i]['ssim']:.3f}" for i in chosen]
     reconstructions_figure(options.images / "reconstructions.png", originals[chosen], reconstructions[chosen], titles)
     figures = {name: value.item() for name, value in overall.compute().items()}
@@ -326,15 +335,18 @@ def load_vqvae(run: Path, config: dict, device: torch.device) -> VQVAE:
 def load_networks(run: Path, config: dict, vqvae: VQVAE, device: torch.device) -> Networks:
     """All of a run's networks. Raises RunError where one cannot be used, or where they are not of one training."""
     prior = load_weights(run / "prior.safetensors", GatedPixelCNN, PriorConfig).to(device)
-    detail = load_weights(run / "detail.safetensors", Detail, DetailConfig)
-    detail.to(device, memory_format=torch.channels_last)  # twice as fast on a CPU
+    refiner = load_weights(run / "refiner.safetensors", Refiner, RefinerConfig)
+    refiner.to(device, memory_format=torch.channels_last)  # twice as fast on a CPU
     own = vqvae.config
     grid = tuple(side // own.downsampling for side in config["slice_size"])
-    if (prior.config.grid, prior.config.codes) != (grid, own.codes):
+    if (prior.config.grid, prior.config.codebook_size) != (grid, own.codebook_size):
         raise RunError(f"{run}: prior.safetensors and vqvae.safetensors are of different runs: their codes differ")
-    if any(getattr(detail.config, name) != getattr(own, name) for name in ("downsampling", "codes", "code_dim")):
-        raise RunError(f"{run}: detail.safetensors and vqvae.safetensors are of different runs: their codes differ")
-    return Networks(vqvae, prior, detail)
+    if any(
+        getattr(refiner.config, name) != getattr(own, name)
+        for name in ("downsampling", "codebook_size", "embedding_dim")
+    ):
+        raise RunError(f"{run}: refiner.safetensors and vqvae.safetensors are of different runs: their codes differ")
+    return Networks(vqvae, prior, refiner)
 
 
 def refuse_unknown_position(options, config: dict) -> None:

@@ -1,4 +1,4 @@
-"""Train the VQ-VAE on slices, then the gated PixelCNN on their codes, then what gives decoded slices their detail.
+"""Train the VQ-VAE on slices, the gated PixelCNN prior on their codes, and the flow-matching refiner on decoded slices.
 
     python train.py --preset demo                       # the phantom, some minutes on two CPU cores
     python train.py --data keras_slices_data --run runs/hipmri
@@ -20,18 +20,18 @@ from torch import Tensor
 from checkpoints import FORMAT, LIMITS, Run, load_weights
 from dataset import MAX_SIDE, PERCENTILE, DataError, Dataset, Slices, batch_indices, changed_files, load_dataset
 from metrics import code_counts, codebook_use, reconstruction_metrics
-from modules import VQVAE, Detail, DetailConfig, GatedPixelCNN, PriorConfig, VQVAEConfig
+from modules import VQVAE, GatedPixelCNN, PriorConfig, Refiner, RefinerConfig, VQVAEConfig
 from plots import (
     caption,
     codebook_figure,
-    detail_figure,
-    detail_loss_figure,
+    evenly_spaced,
     prior_loss_figure,
     reconstructions_figure,
-    spread,
+    refinement_figure,
+    refiner_loss_figure,
     vqvae_loss_figure,
 )
-from trainer import CHECKPOINT_SECONDS, Feed, Stage, in_parts
+from trainer import CHECKPOINT_SECONDS, BatchLoader, Stage, micro_batches
 from utils import (
     Clock,
     Parser,
@@ -51,9 +51,9 @@ from utils import (
 )
 
 KMEANS_SLICES = 128
-SPREAD_SLICES = 256  # from which the spread of detail is measured
-SHARE = 4  # prior and detail learn from a quarter of a batch: small updates teach them more in the same time
-LEARNED = 0.95  # of the nats that cost the codes by their frequencies alone: a prior has to need less
+STD_SLICES = 256  # from which the standard deviation of residuals is estimated
+BATCH_DIVISOR = 4  # prior and refiner learn from a quarter of a batch: more, smaller updates in the same time
+UNIGRAM_SHARE = 0.95  # of the nats that cost the codes by their frequencies alone: a prior has to need less
 SMALLEST_SIDE = 8  # pixels; SSIM's window needs 6
 
 
@@ -64,36 +64,36 @@ class Preset:
 
     vqvae: VQVAEConfig
     prior: PriorConfig
-    detail: DetailConfig
+    refiner: RefinerConfig
     phantom_size: tuple[int, int]
     updates: int
     prior_updates: int
-    detail_updates: int
+    refiner_updates: int
     augmentation: float
     learning_rate: float = 1e-3
     prior_learning_rate: float = 8e-3
-    detail_learning_rate: float = 4e-3
+    refiner_learning_rate: float = 4e-3
 
 
 PRESETS = {
     "full": Preset(
-        VQVAEConfig(codes=2048),
+        VQVAEConfig(codebook_size=2048),
         PriorConfig(),
-        DetailConfig(),
+        RefinerConfig(),
         (256, 128),
         updates=5000,
         prior_updates=20000,
-        detail_updates=20000,
+        refiner_updates=20000,
         augmentation=1.0,
     ),
     "demo": Preset(
         VQVAEConfig(),
-        PriorConfig(cycles=1),
-        DetailConfig(),
+        PriorConfig(dilation_cycles=1),
+        RefinerConfig(),
         (128, 64),
         updates=1000,
         prior_updates=1600,
-        detail_updates=3000,
+        refiner_updates=3000,
         augmentation=0.0,
     ),
 }
@@ -131,17 +131,17 @@ def parse_options(arguments: Sequence[str] | None):
         help="updates of the prior, of a quarter of a batch (default: the preset's)",
     )
     parser.add_argument(
-        "--detail-updates",
-        type=limited["detail_updates"],
+        "--refiner-updates",
+        type=limited["refiner_updates"],
         metavar="N",
-        help="updates of the detail, of a quarter of a batch (default: the preset's, at most 4 times --updates)",
+        help="updates of the refiner, of a quarter of a batch (default: the preset's, at most 4 times --updates)",
     )
     parser.add_argument(
         "--batch-size",
         type=limited["batch_size"],
         default=32,
         metavar="N",
-        help="slices an update of the VQ-VAE; prior and detail have a quarter (default: 32)",
+        help="slices per update of the VQ-VAE; prior and refiner take a quarter (default: 32)",
     )
     parser.add_argument(
         "--slice-size",
@@ -173,12 +173,12 @@ def parse_options(arguments: Sequence[str] | None):
     preset = PRESETS[options.preset]
     options.updates = options.updates or preset.updates
     options.prior_updates = options.prior_updates or preset.prior_updates
-    options.detail_updates = options.detail_updates or min(SHARE * options.updates, preset.detail_updates)
+    options.refiner_updates = options.refiner_updates or min(BATCH_DIVISOR * options.updates, preset.refiner_updates)
     options.augmentation = preset.augmentation if options.augmentation is None else options.augmentation
     return options
 
 
-def train_vqvae(run: Run, state: dict, data: Dataset, options, preset: Preset, feed: Feed) -> None:
+def train_vqvae(run: Run, state: dict, data: Dataset, options, preset: Preset, feed: BatchLoader) -> None:
     """Stage 1: the VQ-VAE, its best weights to vqvae.safetensors."""
     device = feed.device
     seed_update(options.seed, "vqvae", 0)
@@ -191,8 +191,8 @@ def train_vqvae(run: Run, state: dict, data: Dataset, options, preset: Preset, f
 
     for update in stage.updates():
         if update == warm_up + 1:
-            model.codebook.fit(encoder_vectors(model, data.train, options, device))
-        slices, _, _ = feed(update)  # not varied: interpolation smooths, which made SSIM lower
+            model.codebook.kmeans_init(encode_latents(model, data.train, options, device))
+        slices, _, _ = feed(update)  # not augmented: interpolation smooths, which lowered SSIM
         with autocast(device):
             reconstructions, embedding_loss, _ = model(slices, quantise=update > warm_up)
         reconstruction_loss = F.mse_loss(reconstructions, slices)
@@ -209,7 +209,7 @@ def train_vqvae(run: Run, state: dict, data: Dataset, options, preset: Preset, f
                 write_vqvae_figures(run, model, data.validate, counts, options.images, device)
 
 
-def describe_mirroring(affine: np.ndarray) -> str:
+def describe_flip(affine: np.ndarray) -> str:
     """Along which axis slices are mirrored, for a user who knows whether it is the right one."""
     axis = left_right_axis(affine)
     if axis is None:
@@ -225,12 +225,12 @@ def drawn_batches(train: Slices, count: int, options, device: torch.device) -> I
 
 
 @torch.no_grad()
-def encoder_vectors(model: VQVAE, train: Slices, options, device: torch.device) -> Tensor:
+def encode_latents(model: VQVAE, train: Slices, options, device: torch.device) -> Tensor:
     """Vectors (65536 at most, D) of training slices drawn at random, for k-means."""
     vectors = []
     for batch in drawn_batches(train, KMEANS_SLICES, options, device):
         with autocast(device):
-            z = model.vectors(batch)
+            z = model.latents(batch)
         vectors.append(z.flatten(0, 2))
     vectors = torch.cat(vectors)
     return vectors[torch.randperm(len(vectors), device=device)[:65536]]
@@ -243,14 +243,14 @@ def evaluate_vqvae(
     """Losses, SSIM, PSNR and codebook use over a split, and how often each code was used (K,)."""
     model.eval()
     figures = reconstruction_metrics().to(device)
-    counts = torch.zeros(model.config.codes, dtype=torch.int64, device=device)
+    counts = torch.zeros(model.config.codebook_size, dtype=torch.int64, device=device)
     sums = np.zeros(2)
     for batch in slices.batches(batch_size):
         batch = batch.to(device, memory_format=torch.channels_last)
         with autocast(device):
             reconstructions, embedding_loss, codes = model(batch)
         sums += len(batch) * np.array([F.mse_loss(reconstructions, batch).item(), embedding_loss.item()])
-        counts += code_counts(codes, model.config.codes)
+        counts += code_counts(codes, model.config.codebook_size)
         figures.update(reconstructions, batch)
     model.train()
     reconstruction_loss, embedding_loss = (sums / len(slices)).tolist()
@@ -272,7 +272,7 @@ def write_vqvae_figures(
     curves = run.curves("vqvae")
     vqvae_loss_figure(images / "vqvae_loss.png", curves)
     codebook_figure(images / "codebook_usage.png", curves, counts.cpu().numpy())
-    chosen = spread(len(slices))
+    chosen = evenly_spaced(len(slices))
     batch = slices.batch(chosen).to(device)
     reconstructions = model.decode(model.encode(batch))
     ssim = [
@@ -293,42 +293,42 @@ def extract_codes(model: VQVAE, slices: Slices, batch_size: int, device: torch.d
     return torch.cat(codes)
 
 
-def train_prior(run: Run, state: dict, vqvae: VQVAE, data: Dataset, options, preset: Preset, feed: Feed) -> None:
+def train_prior(run: Run, state: dict, vqvae: VQVAE, data: Dataset, options, preset: Preset, feed: BatchLoader) -> None:
     """Stage 2: the prior on the codes of the training slices, its best weights to prior.safetensors."""
     device = feed.device
     validation_codes = extract_codes(vqvae, data.validate, options.batch_size, device)
     validation_positions = torch.from_numpy(data.validate.positions).to(device)
     seed_update(options.seed, "prior", 0)
-    config = replace(preset.prior, grid=tuple(validation_codes.shape[1:]), codes=vqvae.config.codes)
+    config = replace(preset.prior, grid=tuple(validation_codes.shape[1:]), codebook_size=vqvae.config.codebook_size)
     model = GatedPixelCNN(config).to(device, memory_format=torch.channels_last)
-    model.know_codes(vqvae.codebook.embeddings)
+    model.init_embedding(vqvae.codebook.embeddings)
     stage = Stage(run, "prior", model, options.prior_updates, preset.prior_learning_rate, options, averaged=True)
-    averaged = stage.average.network
+    averaged = stage.ema.network
     stage.resume(state)
     stage.checkpoint()  # from here on stage 1 need not be looked at again
     figures_due = Clock(CHECKPOINT_SECONDS)
 
     for update in stage.updates():
-        slices, positions, variation = feed(update, SHARE, options.augmentation)
+        slices, positions, variation = feed(update, BATCH_DIVISOR, options.augmentation)
         with autocast(device):
             codes = vqvae.encode(slices)  # anew for each update: a mirrored slice has other codes
-        loss = stage.step(in_parts(model.nats, codes, positions, variation))
-        stage.note(**in_bits(loss))
+        loss = stage.step(micro_batches(model.nll, codes, positions, variation))
+        stage.note(**nats_and_bits(loss))
 
         # At even intervals and after the last update: validation of the averaged weights; the best so far are kept.
         if stage.validation_due():
             nats = evaluate_prior(averaged, validation_codes, validation_positions, options.batch_size)
-            stage.log("validate", in_bits(nats))
+            stage.log("validate", nats_and_bits(nats))
             stage.keep_best(nats, averaged)
             if figures_due.due() or update == options.prior_updates:
-                prior_loss_figure(options.images / "prior_loss.png", run.curves("prior"), config.codes)
-    warn_of_ignorance(stage.best, validation_codes, config.codes)
+                prior_loss_figure(options.images / "prior_loss.png", run.curves("prior"), config.codebook_size)
+    warn_if_unigram(stage.best, validation_codes, config.codebook_size)
 
 
-def warn_of_ignorance(nats: float, codes: Tensor, size: int) -> None:
+def warn_if_unigram(nats: float, codes: Tensor, size: int) -> None:
     """Say so where a prior has learned no more of codes (N, h, w) of K = `size` than how often each is used."""
     _, perplexity = codebook_use(code_counts(codes, size))
-    if codes.numel() > 4 * size and nats > LEARNED * math.log(perplexity):
+    if codes.numel() > 4 * size and nats > UNIGRAM_SHARE * math.log(perplexity):
         say(
             f"warning: the prior has learned hardly more than how often each code is used ({nats:.2f} nats a code): "
             "samples will be noise; try more --prior-updates, or a lower rate in train.py's PRESETS"
@@ -342,7 +342,7 @@ def describe_positions(positions: np.ndarray) -> dict:
     return {"quantiles": quantiles, "unknown": 1 - len(known) / len(positions)}
 
 
-def in_bits(nats: Tensor | float) -> dict[str, Tensor | float]:
+def nats_and_bits(nats: Tensor | float) -> dict[str, Tensor | float]:
     """A loss under both its names."""
     return {"nats_per_code": nats, "bits_per_code": nats / np.log(2)}
 
@@ -353,47 +353,54 @@ def evaluate_prior(model: GatedPixelCNN, codes: Tensor, positions: Tensor, batch
     model.eval()
     total = 0.0
     for batch in zip(codes.split(batch_size), positions.split(batch_size)):
-        total += sum(in_parts(model.nats, *batch)).item() * batch[0].numel()
+        total += sum(micro_batches(model.nll, *batch)).item() * batch[0].numel()
     model.train()
     return total / codes.numel()
 
 
-def train_detail(run: Run, state: dict, vqvae: VQVAE, data: Dataset, options, preset: Preset, feed: Feed) -> None:
-    """Stage 3: the detail that decoded training slices lack, its best weights to detail.safetensors."""
+def train_refiner(
+    run: Run, state: dict, vqvae: VQVAE, data: Dataset, options, preset: Preset, feed: BatchLoader
+) -> None:
+    """Stage 3: the refiner on training slices and their decodings, its best weights to refiner.safetensors."""
     device = feed.device
-    seed_update(options.seed, "detail", 0)
+    seed_update(options.seed, "refiner", 0)
     given = vqvae.config
-    config = replace(preset.detail, downsampling=given.downsampling, codes=given.codes, code_dim=given.code_dim)
-    model = Detail(config).to(device, memory_format=torch.channels_last)
-    if state.get("stage") != "detail":
-        model.measure(*lossy_slices(vqvae, data.train, options, device))
-    stage = Stage(run, "detail", model, options.detail_updates, preset.detail_learning_rate, options, averaged=True)
-    averaged = stage.average.network
+    config = replace(
+        preset.refiner,
+        downsampling=given.downsampling,
+        codebook_size=given.codebook_size,
+        embedding_dim=given.embedding_dim,
+    )
+    model = Refiner(config).to(device, memory_format=torch.channels_last)
+    if state.get("stage") != "refiner":
+        model.fit_residual_std(*reconstruct_subset(vqvae, data.train, options, device))
+    stage = Stage(run, "refiner", model, options.refiner_updates, preset.refiner_learning_rate, options, averaged=True)
+    averaged = stage.ema.network
     stage.resume(state)
     stage.checkpoint()  # from here on stage 2 need not be looked at again
     figures_due = Clock(CHECKPOINT_SECONDS)
 
     for update in stage.updates():
-        slices, _, _ = feed(update, SHARE)  # not varied: interpolated slices lack detail
+        slices, _, _ = feed(update, BATCH_DIVISOR)  # not augmented: interpolated slices lack detail
         with autocast(device):
             codes = vqvae.encode(slices)
-        loss = stage.step(in_parts(lambda part, of: model.loss(of, part, vqvae), codes, slices))
+        loss = stage.step(micro_batches(lambda part, of: model.loss(of, part, vqvae), codes, slices))
         stage.note(flow_loss=loss)
 
         # At even intervals and after the last update: validation of the averaged weights; the best so far are kept.
         if stage.validation_due():
-            flow_loss = evaluate_detail(averaged, vqvae, data.validate, options, device)
+            flow_loss = evaluate_refiner(averaged, vqvae, data.validate, options, device)
             stage.log("validate", {"flow_loss": flow_loss})
             stage.keep_best(flow_loss, averaged)
-            if figures_due.due() or update == options.detail_updates:
-                write_detail_figures(run, averaged, vqvae, data.validate, options.images, device)
+            if figures_due.due() or update == options.refiner_updates:
+                write_refiner_figures(run, averaged, vqvae, data.validate, options.images, device)
 
 
 @torch.no_grad()
-def lossy_slices(vqvae: VQVAE, train: Slices, options, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def reconstruct_subset(vqvae: VQVAE, train: Slices, options, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Training slices drawn at random, what they are decoded to (N, 1, H, W), and their codes (N, h, w)."""
     parts = []
-    for batch in drawn_batches(train, SPREAD_SLICES, options, device):
+    for batch in drawn_batches(train, STD_SLICES, options, device):
         with autocast(device):
             codes = vqvae.encode(batch)
             parts.append((batch, vqvae.decode(codes), codes))
@@ -401,9 +408,9 @@ def lossy_slices(vqvae: VQVAE, train: Slices, options, device: torch.device) -> 
 
 
 @torch.no_grad()
-def evaluate_detail(model: Detail, vqvae: VQVAE, slices: Slices, options, device: torch.device) -> float:
+def evaluate_refiner(model: Refiner, vqvae: VQVAE, slices: Slices, options, device: torch.device) -> float:
     """Mean loss over a split, for the same noise and times whenever it is called."""
-    seed_update(options.seed, "detail validation", 0)
+    seed_update(options.seed, "refiner validation", 0)
     total = 0.0
     for batch in slices.batches(options.batch_size):
         batch = batch.to(device, memory_format=torch.channels_last)
@@ -412,18 +419,18 @@ def evaluate_detail(model: Detail, vqvae: VQVAE, slices: Slices, options, device
     return total / len(slices)
 
 
-def write_detail_figures(
-    run: Run, model: Detail, vqvae: VQVAE, slices: Slices, images: Path, device: torch.device
+def write_refiner_figures(
+    run: Run, model: Refiner, vqvae: VQVAE, slices: Slices, images: Path, device: torch.device
 ) -> None:
-    """The loss curve, and six slices spread over the split: as they are, decoded, and with detail drawn twice."""
-    detail_loss_figure(images / "detail_loss.png", run.curves("detail"))
-    chosen = spread(len(slices))
+    """The loss curve, and six slices spread over the split: original, decoded, and refined twice."""
+    refiner_loss_figure(images / "refiner_loss.png", run.curves("refiner"))
+    chosen = evenly_spaced(len(slices))
     batch = slices.batch(chosen).to(device)
     codes = vqvae.encode(batch)
     drawn = [model.sample(range(len(batch)), codes, vqvae, seed) for seed in (0, 1)]
-    strips = dict(zip(("slice", "decoded", "with detail", "with other detail"), (batch, vqvae.decode(codes), *drawn)))
+    strips = dict(zip(("slice", "decoded", "refined", "refined again"), (batch, vqvae.decode(codes), *drawn)))
     titles = [caption(slices.names[i]) for i in chosen]
-    detail_figure(images / "detail.png", {name: of[:, 0].cpu().numpy() for name, of in strips.items()}, titles)
+    refinement_figure(images / "refinement.png", {name: of[:, 0].cpu().numpy() for name, of in strips.items()}, titles)
 
 
 def describe_run(options, data: Dataset) -> dict:
@@ -474,7 +481,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             state = run.load()
             sizes = f"{len(data.train)} training, {len(data.validate)} validation and {len(data.test)} test slices"
             say(f"{sizes} of {data.slice_size[0]}x{data.slice_size[1]} on {device}; run directory {options.run}")
-            say(describe_mirroring(data.affine))
+            say(describe_flip(data.affine))
             train_stages(run, state, data, options, preset, device)
 
 
@@ -484,16 +491,16 @@ def train_stages(run: Run, state: dict, data: Dataset, options, preset: Preset, 
         say(f"{options.run} is complete: nothing to do")
         return
     make_folder(options.images)
-    feed = Feed(data, options, device)
+    feed = BatchLoader(data, options, device)
     if state.get("stage", "vqvae") == "vqvae":
         train_vqvae(run, state, data, options, preset, feed)
     vqvae = load_weights(run.path / "vqvae.safetensors", VQVAE, VQVAEConfig)
     if vqvae.config != preset.vqvae:
         raise RunError(f"{run.path / 'vqvae.safetensors'} is not of this run: choose another --run")
     vqvae.to(device, memory_format=torch.channels_last)
-    if state.get("stage") != "detail":
+    if state.get("stage") != "refiner":
         train_prior(run, state, vqvae, data, options, preset, feed)
-    train_detail(run, state, vqvae, data, options, preset, feed)
+    train_refiner(run, state, vqvae, data, options, preset, feed)
     run.save(stage="done")
     say(f"{options.run} is complete: figures in {options.images}; sample with: python predict.py --run {options.run}")
 

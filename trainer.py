@@ -17,14 +17,14 @@ from tqdm import tqdm
 
 from checkpoints import Run, check_fields, is_series, real, restore, save_weights, tensors_in, text, whole
 from dataset import Dataset, batch_indices, intensities
-from modules import PART_CODES, VARIATIONS
+from modules import AUGMENTATIONS, MICRO_BATCH_CODES
 from utils import Clock, RunError, autocast, left_right_axis, seed_update, writing
 
 EVALUATIONS = 20  # a stage
 LOG_LINES = 250  # of the training losses, a stage
 CHECKPOINT_SECONDS = 60
-MAX_NORM = 1.0  # of a gradient: at the prior's rate a few long ones would undo what was learned, for good
-AVERAGE_DECAY = 0.99  # of averaged weights in the end: a memory of some 100 updates
+GRADIENT_CLIP = 1.0  # of a gradient: at the prior's rate a few long ones would undo what was learned, for good
+EMA_DECAY = 0.99  # of averaged weights in the end: a memory of some 100 updates
 COPIED_SLICES = 4096  # at a time to a GPU's memory: 128 MB of 256x128
 LONG_SECONDS = 1  # an update that takes longer is left on a signal: a checkpoint has to be written in five
 COLLAPSED = (0.1, 500)  # share of codes used, and for how many updates
@@ -33,7 +33,7 @@ COLLAPSED = (0.1, 500)  # share of codes used, and for how many updates
 # ---------------------------------------------------------------- updates
 
 
-class Average:
+class EMA:
     """The moving average of a network's weights, a network itself. Its memory grows to some 100 updates."""
 
     def __init__(self, network: nn.Module):
@@ -44,7 +44,7 @@ class Average:
     @torch.no_grad()
     def follow(self, update: int) -> None:
         """One step of the average, after an update, counted from 1."""
-        decay = min(AVERAGE_DECAY, update / (update + 9))
+        decay = min(EMA_DECAY, update / (update + 9))
         torch._foreach_lerp_(*self.weights, 1 - decay)
 
 
@@ -62,10 +62,10 @@ class Stage:
         averaged: bool = False,
     ):
         self.run, self.name, self.total, self.seed = run, name, updates, options.seed
-        self.average = Average(model) if averaged else None
+        self.ema = EMA(model) if averaged else None
         self.networks = {"model": model}  # what a checkpoint holds the weights of
         if averaged:
-            self.networks["averaged"] = self.average.network
+            self.networks["averaged"] = self.ema.network
         self.optimiser = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
         for weight in model.parameters():  # as its first step would make them, so that a checkpoint has its place
             step = torch.zeros((), device=weight.device)
@@ -143,7 +143,7 @@ class Stage:
             signals.release()
 
     def step(self, losses: Iterable[Tensor]) -> Tensor:
-        """One step down the gradient of the sum of losses, which it gives; a longer gradient is cut to MAX_NORM.
+        """One step down the gradient of the sum of losses, which it gives; a longer gradient is cut to GRADIENT_CLIP.
 
         The rate rises over 50 updates, then falls to 0 along a cosine.
         """
@@ -156,10 +156,10 @@ class Stage:
         for loss in losses:
             loss.backward()
             total = total + loss.detach()
-        nn.utils.clip_grad_norm_(self.networks["model"].parameters(), MAX_NORM)
+        nn.utils.clip_grad_norm_(self.networks["model"].parameters(), GRADIENT_CLIP)
         self.optimiser.step()
-        if self.average:
-            self.average.follow(self.update)
+        if self.ema:
+            self.ema.follow(self.update)
         return total
 
     def keep_best(self, loss: float, network: nn.Module) -> None:
@@ -265,7 +265,7 @@ def close_tensorboard(writer) -> None:
 # ---------------------------------------------------------------- batches
 
 
-class Feed:
+class BatchLoader:
     """The training slices of each update, mirrored and varied at random, and their positions.
 
     On a GPU their pixels lie in its memory, where they leave half of it free, and a batch is one gather there; else the
@@ -281,14 +281,14 @@ class Feed:
 
     def __call__(self, update: int, share: int = 1, augmentation: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
         """Of a `share`-th of a batch: slices (N, 1, H, W), positions (N,) and how the slices were varied
-        (N, VARIATIONS), on the device."""
+        (N, AUGMENTATIONS), on the device."""
         chosen = batch_indices(len(self.train), -(-self.batch_size // share), self.seed, update - 1)
         indices = self.send(torch.from_numpy(chosen))
         pixels = self.send(torch.from_numpy(self.train.pixels[chosen])) if self.pixels is None else self.pixels[indices]
-        variation = augmentation * torch.randn(len(chosen), VARIATIONS, device=self.device)
-        slices = mirror(intensities(pixels), self.left_right)
+        variation = augmentation * torch.randn(len(chosen), AUGMENTATIONS, device=self.device)
+        slices = random_flip(intensities(pixels), self.left_right)
         if augmentation:
-            slices = vary(slices, variation)
+            slices = augment(slices, variation)
         return slices.contiguous(memory_format=torch.channels_last), self.positions[indices], variation
 
     def send(self, values: Tensor) -> Tensor:
@@ -311,20 +311,24 @@ def to_device(pixels: np.ndarray, device: torch.device) -> Tensor:
     return there
 
 
-def in_parts(loss_of: Callable[..., Tensor], codes: Tensor, *others: Tensor) -> Iterator[Tensor]:
-    """What adds up to the loss of a batch: loss_of(codes, *others), a mean over slices, of its parts, each weighted.
+def micro_batches(loss_of: Callable[..., Tensor], codes: Tensor, *others: Tensor) -> Iterator[Tensor]:
+    """Yield the losses of micro-batches, weighted so that their sum is the loss of the batch.
 
-    codes (N, h, w), others (N, ...). On a CPU a part has some PART_CODES codes, so that what is kept for its gradient
-    stays in the caches.
+    On a CPU a micro-batch has some MICRO_BATCH_CODES codes, so that its activations stay in the caches.
+
+    Args:
+        loss_of: Maps codes and others to a mean over slices.
+        codes: (N, h, w).
+        others: Tensors (N, ...), split alike.
     """
-    size = len(codes) if codes.is_cuda else max(1, PART_CODES // codes[0].numel())
+    size = len(codes) if codes.is_cuda else max(1, MICRO_BATCH_CODES // codes[0].numel())
     for part in zip(*(of.split(size) for of in (codes, *others))):
         with autocast(codes.device):
             loss = loss_of(*part) * (len(part[0]) / len(codes))
         yield loss
 
 
-def mirror(slices: Tensor, axis: int | None) -> Tensor:
+def random_flip(slices: Tensor, axis: int | None) -> Tensor:
     """Slices (N, 1, H, W), each mirrored along the axis by the toss of a coin: a mirrored pelvis is one too."""
     if axis is None:
         return slices
@@ -332,7 +336,7 @@ def mirror(slices: Tensor, axis: int | None) -> Tensor:
     return torch.where(heads, slices.flip(axis), slices)
 
 
-def vary(slices: Tensor, variation: Tensor) -> Tensor:
+def augment(slices: Tensor, variation: Tensor) -> Tensor:
     """Slices (N, 1, H, W), each turned, stretched, shifted and changed in contrast a little, as patients differ.
 
     variation: (N, 6), of which 1 stands for 3.4 degrees, 5 % along either axis, 1.5 % of either side, and 15 % of the

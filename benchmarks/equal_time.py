@@ -27,7 +27,7 @@ from checkpoints import load_weights, read_config
 from dataset import Slices, batch_indices, load_dataset
 from modules import VQVAE, GatedPixelCNN, PriorConfig, VQVAEConfig
 from train import PRESETS, extract_codes
-from trainer import MAX_NORM, Average, in_parts
+from trainer import EMA, GRADIENT_CLIP, micro_batches
 from utils import filled, pick_device
 
 OURS = 8, PRESETS["full"].prior_learning_rate  # slices an update, as train.py has for the prior, and peak rate
@@ -42,14 +42,14 @@ class Contender:
     def __init__(self, network: torch.nn.Module, batch: int, rate: float):
         self.network, self.batch, self.rate = network, batch, rate
         self.ours = isinstance(network, GatedPixelCNN)
-        self.average = Average(network) if self.ours else None
+        self.ema = EMA(network) if self.ours else None
         self.optimiser = torch.optim.AdamW(network.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
         self.seconds, self.updates, self.looks = 0.0, 0, []
 
     def loss_of(self, network: torch.nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
         """Of codes and positions: nats a code."""
         if self.ours:
-            return network.nats
+            return network.nll
         return lambda codes, _: nats_per_code(network(codes), codes)
 
     def learn(self, codes: Tensor, positions: Tensor, share: float) -> None:
@@ -57,10 +57,10 @@ class Contender:
         start = time.perf_counter()
         for group in self.optimiser.param_groups:
             group["lr"] = self.rate * min(1.0, (self.updates + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * share))
-        descend(self.optimiser, in_parts(self.loss_of(self.network), codes, positions), MAX_NORM)
+        descend(self.optimiser, micro_batches(self.loss_of(self.network), codes, positions), GRADIENT_CLIP)
         self.updates += 1
-        if self.average:
-            self.average.follow(self.updates)
+        if self.ema:
+            self.ema.follow(self.updates)
         if codes.is_cuda:
             torch.cuda.synchronize()  # else the next update, whoever's it is, pays for this one
         self.seconds += time.perf_counter() - start
@@ -68,7 +68,7 @@ class Contender:
     @torch.no_grad()
     def look(self, codes: Tensor, positions: Tensor) -> None:
         """Bits a held-out code, float32, without dropout."""
-        network = (self.average.network if self.average else self.network).eval()
+        network = (self.ema.network if self.ema else self.network).eval()
         parts = zip(codes.split(PART), positions.split(PART))
         nats = sum(self.loss_of(network)(*part).item() * len(part[0]) for part in parts)
         network.train()
@@ -108,13 +108,13 @@ def main() -> None:
     training, held_out = (codes_and_positions(vqvae, of, device) for of in (data.train, getattr(data, options.split)))
 
     torch.manual_seed(options.seed)
-    config = PriorConfig(grid=tuple(training[0].shape[1:]), codes=vqvae.config.codes)
+    config = PriorConfig(grid=tuple(training[0].shape[1:]), codebook_size=vqvae.config.codebook_size)
     prior = GatedPixelCNN(config).to(device, memory_format=torch.channels_last)
-    prior.know_codes(vqvae.codebook.embeddings)
+    prior.init_embedding(vqvae.codebook.embeddings)
     contenders = {
         "ours": Contender(prior, *OURS),
-        "reference": Contender(PaperPixelCNN(vqvae.config.codes).to(device), *OURS),
-        "public": Contender(PaperPixelCNN(vqvae.config.codes).to(device), *PUBLIC),
+        "reference": Contender(PaperPixelCNN(vqvae.config.codebook_size).to(device), *OURS),
+        "public": Contender(PaperPixelCNN(vqvae.config.codebook_size).to(device), *PUBLIC),
     }
     contend(list(contenders.values()), training, held_out, 60 * options.minutes, options.seed)
 

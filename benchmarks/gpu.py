@@ -31,7 +31,7 @@ import predict
 import train
 from checkpoints import read_config
 from dataset import load_dataset
-from modules import RowMaker
+from modules import RowSampler
 from utils import autocast, fail, filled, pick_device
 
 ROOT = Path(__file__).parents[1]
@@ -72,7 +72,7 @@ def arguments(run: Path, device: torch.device) -> list[str]:
 
 def train_options(out: Path, device: torch.device, tiny: bool) -> list[str]:
     """A training of the demo's networks."""
-    names = ("--updates", "--prior-updates", "--detail-updates")
+    names = ("--updates", "--prior-updates", "--refiner-updates")
     updates = [text for name, count in zip(names, UPDATES[tiny]) for text in (name, str(count))]
     return [*arguments(out / "run", device), "--data", str(out.parent / "slices"), "--preset", "demo", *updates]
 
@@ -105,7 +105,7 @@ def compare_trainings(out: Path) -> Iterator[Row]:
         ("vqvae", "reconstruction_loss", 0.15),
         ("vqvae", "ssim", 0.05),
         ("prior", "bits_per_code", 0.05),
-        ("detail", "flow_loss", 0.05),
+        ("refiner", "flow_loss", 0.05),
     ):
         cpu, gpu = (of[stage][name] for of in last)
         yield Row(f"trained: {stage}, {name}", cpu, gpu, share * abs(cpu))
@@ -125,15 +125,17 @@ def compare_networks(networks: Callable, slices: Tensor, device: torch.device) -
     yield Row("SSIM of the same pictures", ssim, ssim_there, 1e-4)
     positions = torch.linspace(0, 1, len(slices))
     given = codes.to(device), positions.to(device)
-    nats = on_cpu.prior.nats(codes, positions).item()
-    yield Row("prior, nats per code", nats, on_gpu.prior.nats(*given).item(), 1e-3)
+    nats = on_cpu.prior.nll(codes, positions).item()
+    yield Row("prior, nats per code", nats, on_gpu.prior.nll(*given).item(), 1e-3)
     with autocast(device):
-        yield Row("prior, nats per code, as in training", nats, on_gpu.prior.nats(*given).item(), 2e-2)
+        yield Row("prior, nats per code, as in training", nats, on_gpu.prior.nll(*given).item(), 2e-2)
     torch.manual_seed(0)
     x, times = torch.randn(slices.shape), torch.linspace(0, 1, len(slices))
     velocities = [
-        of.detail(
-            x.to(where), times.to(where), of.detail.told(codes.to(where), of.vqvae.decode(codes.to(where)), of.vqvae)
+        of.refiner(
+            x.to(where),
+            times.to(where),
+            of.refiner.condition(codes.to(where), of.vqvae.decode(codes.to(where)), of.vqvae),
         )
         for of, where in ((on_cpu, "cpu"), (on_gpu, device))
     ]
@@ -149,11 +151,11 @@ def compare_sampling(networks: predict.Networks, device: torch.device, count: in
     """Rows that were recorded and replayed with rows computed one by one; all at once with one at a time."""
     prior, positions = networks.prior, torch.linspace(0, 1, count, device=device)
     recorded = prior.sample(range(count), positions, top_p=predict.TOP_P)
-    record, RowMaker.recorded = RowMaker.recorded, lambda maker: maker.make_row
+    record, RowSampler.capture_graph = RowSampler.capture_graph, lambda maker: maker.sample_row
     try:
         computed = prior.sample(range(count), positions, top_p=predict.TOP_P)
     finally:
-        RowMaker.recorded = record
+        RowSampler.capture_graph = record
     yield Row("share of codes that a recorded row draws alike", 1.0, share_equal(recorded, computed), 0.0)
     single = [prior.sample([n], positions[n : n + 1], top_p=predict.TOP_P) for n in range(4)]
     yield Row("share of codes drawn alike alone", 1.0, share_equal(recorded[:4], torch.cat(single)), 1e-2)

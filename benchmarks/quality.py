@@ -53,7 +53,7 @@ def train_ours(model: VQVAE, slices: Tensor, options) -> None:
         if update == warm_up:
             with torch.no_grad():
                 start = slices[torch.from_numpy(batch_indices(len(slices), 128, options.seed, 0))]
-                model.codebook.fit(model.vectors(start).flatten(0, 2))
+                model.codebook.kmeans_init(model.latents(start).flatten(0, 2))
         with autocast(slices.device):
             reconstructions, embedding_loss, _ = model(batch, quantise=update >= warm_up)
         return F.mse_loss(reconstructions, batch) + embedding_loss
@@ -132,7 +132,7 @@ def main() -> None:
     codes, heldout_codes = (torch.cat([ours.encode(b) for b in x.split(BATCH)]) for x in (slices, heldout))
     places, heldout_places = (torch.from_numpy(x.positions).to(device) for x in (data.train, data.validate))
     prior = GatedPixelCNN(PriorConfig(grid=tuple(codes.shape[1:]))).to(device, memory_format=torch.channels_last)
-    prior.know_codes(ours.codebook.embeddings)
+    prior.init_embedding(ours.codebook.embeddings)
     paper = PaperPixelCNN().to(device)
     nats = (
         best_nats(

@@ -14,7 +14,7 @@ from peers import sampling_steps
 from reference import sample_by_full_forwards
 
 import predict
-from modules import VQVAE, Detail, DetailConfig, GatedPixelCNN, PriorConfig, VQVAEConfig
+from modules import VQVAE, GatedPixelCNN, PriorConfig, Refiner, RefinerConfig, VQVAEConfig
 from utils import pick_device
 
 BATCH, GRID = 32, (64, 32)
@@ -40,9 +40,11 @@ def main() -> None:
     device = pick_device(options.device)
     size = options.codes
     torch.manual_seed(0)
-    prior = GatedPixelCNN(PriorConfig(grid=GRID, codes=size)).to(device, memory_format=torch.channels_last).eval()
-    vqvae = VQVAE(VQVAEConfig(codes=size)).to(device, memory_format=torch.channels_last).eval()
-    detail = Detail(DetailConfig(codes=size)).to(device, memory_format=torch.channels_last).eval()
+    prior = (
+        GatedPixelCNN(PriorConfig(grid=GRID, codebook_size=size)).to(device, memory_format=torch.channels_last).eval()
+    )
+    vqvae = VQVAE(VQVAEConfig(codebook_size=size)).to(device, memory_format=torch.channels_last).eval()
+    refiner = Refiner(RefinerConfig(codebook_size=size)).to(device, memory_format=torch.channels_last).eval()
     positions = torch.rand(BATCH, device=device)
     codes = torch.randint(size, (BATCH, *GRID), device=device)
     steps = sampling_steps(GRID, size, device)
@@ -51,9 +53,9 @@ def main() -> None:
             "batch": lambda: prior.sample(range(BATCH), positions, top_p=predict.TOP_P),
             "one": lambda: prior.sample(range(1), positions[:1], top_p=predict.TOP_P),
             "forwards": lambda: sample_by_full_forwards(lambda c: prior(c, positions), codes, PLACES),
-            "slices": lambda: sample_and_decode(predict.Networks(vqvae, prior, detail), device),
+            "slices": lambda: sample_and_decode(predict.Networks(vqvae, prior, refiner), device),
             "decoding": lambda: vqvae.decode(codes),
-            "detail": lambda: detail.sample(range(BATCH), codes, vqvae),
+            "refiner": lambda: refiner.sample(range(BATCH), codes, vqvae),
             **steps,
         },
         options.rounds,
@@ -71,7 +73,7 @@ def main() -> None:
     report("sampling_over_one_forward", seconds["batch"] / forward, "times", **settings)
     report("sampled_and_decoded_seconds", seconds["slices"], "s", **settings, slices=count)
     report("decoding_seconds", seconds["decoding"], "s", **settings)
-    report("detail_seconds", seconds["detail"], "s", **settings)
+    report("refiner_seconds", seconds["refiner"], "s", **settings)
     for name in steps:
         whole = seconds[name] * GRID[0] * GRID[1]
         report(f"sampling_one_grid_seconds_{name}", whole, "s", **one, extrapolated_from=1)
@@ -81,7 +83,7 @@ def main() -> None:
         f"On {settings['machine']}: {BATCH} grids of {GRID[0]}x{GRID[1]} codes take {seconds['batch']:.1f} s, "
         f"{seconds['batch'] / forward:.1f} times one forward over them and {speedup:.0f} times as fast as a forward "
         f"a code; one grid takes {seconds['one']:.2f} s; decoding {BATCH} takes {seconds['decoding']:.2f} s, "
-        f"with detail {seconds['detail']:.1f} s; {count} whole slices {seconds['slices']:.1f} s."
+        f"refined {seconds['refiner']:.1f} s; {count} whole slices {seconds['slices']:.1f} s."
     )
 
 

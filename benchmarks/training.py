@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import train
 import trainer
 from dataset import load_dataset
-from modules import VQVAE, Detail, DetailConfig, GatedPixelCNN, PriorConfig, VQVAEConfig
+from modules import VQVAE, GatedPixelCNN, PriorConfig, Refiner, RefinerConfig, VQVAEConfig
 from utils import autocast, pick_device
 
 BATCH, SIZE, GRID = 32, (256, 128), (64, 32)
@@ -29,14 +29,14 @@ BATCH, SIZE, GRID = 32, (256, 128), (64, 32)
 def our_vqvae_update(slices: torch.Tensor, codes: int):
     """One update of stage 1 as train.py makes it, with K codes in use."""
     device = slices.device
-    model = VQVAE(VQVAEConfig(codes=codes)).to(device, memory_format=torch.channels_last)
+    model = VQVAE(VQVAEConfig(codebook_size=codes)).to(device, memory_format=torch.channels_last)
     optimiser = torch.optim.AdamW(model.parameters(), fused=True)
     slices = slices.contiguous(memory_format=torch.channels_last)
 
     def update():
         with autocast(device):
             reconstructions, embedding_loss, _ = model(slices)
-        descend(optimiser, [F.mse_loss(reconstructions, slices) + embedding_loss], trainer.MAX_NORM)
+        descend(optimiser, [F.mse_loss(reconstructions, slices) + embedding_loss], trainer.GRADIENT_CLIP)
 
     return update
 
@@ -55,12 +55,12 @@ def textbook_vqvae_update(slices: torch.Tensor, codes: int):
 
 def our_prior_update(size: int, device: torch.device):
     """One update of stage 2 as train.py makes it, but of 32 slices and without the encoding, for K = `size`."""
-    model = GatedPixelCNN(PriorConfig(grid=GRID, codes=size)).to(device, memory_format=torch.channels_last)
+    model = GatedPixelCNN(PriorConfig(grid=GRID, codebook_size=size)).to(device, memory_format=torch.channels_last)
     optimiser = torch.optim.AdamW(model.parameters(), fused=True)
     codes, positions = torch.randint(size, (BATCH, *GRID), device=device), torch.rand(BATCH, device=device)
 
     def update():
-        descend(optimiser, trainer.in_parts(model.nats, codes, positions), trainer.MAX_NORM)
+        descend(optimiser, trainer.micro_batches(model.nll, codes, positions), trainer.GRADIENT_CLIP)
 
     return update
 
@@ -90,17 +90,17 @@ def convolution(device: torch.device):
     return update
 
 
-def our_detail_update(slices: torch.Tensor, codes: int):
-    """One update of the detail as train.py makes it, but of 32 slices, which are encoded and decoded anew."""
-    vqvae = VQVAE(VQVAEConfig(codes=codes)).to(slices.device, memory_format=torch.channels_last).eval()
-    model = Detail(DetailConfig(codes=codes)).to(slices.device, memory_format=torch.channels_last)
+def our_refiner_update(slices: torch.Tensor, codes: int):
+    """One update of the refiner as train.py makes it, but of 32 slices, which are encoded and decoded anew."""
+    vqvae = VQVAE(VQVAEConfig(codebook_size=codes)).to(slices.device, memory_format=torch.channels_last).eval()
+    model = Refiner(RefinerConfig(codebook_size=codes)).to(slices.device, memory_format=torch.channels_last)
     optimiser = torch.optim.AdamW(model.parameters(), fused=True)
 
     def update():
         with autocast(slices.device):
             grids = vqvae.encode(slices)
-        parts = trainer.in_parts(lambda part, of: model.loss(of, part, vqvae), grids, slices)
-        descend(optimiser, parts, trainer.MAX_NORM)
+        parts = trainer.micro_batches(lambda part, of: model.loss(of, part, vqvae), grids, slices)
+        descend(optimiser, parts, trainer.GRADIENT_CLIP)
 
     return update
 
@@ -121,7 +121,7 @@ def recipe(device: torch.device) -> tuple[float, float]:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         start = time.perf_counter()
-        train.main([*options, "--prior-updates", "1", "--detail-updates", "1"])
+        train.main([*options, "--prior-updates", "1", "--refiner-updates", "1"])
         return time.perf_counter() - start, torch.cuda.max_memory_allocated(device) / 2**30
 
 
@@ -142,7 +142,7 @@ def main() -> None:
     for name, ours, others in (
         ("vqvae", our_vqvae_update(slices, size), {"reference": textbook_vqvae_update(slices, size), **peers}),
         ("prior", our_prior_update(size, device), {"reference": paper_prior_update(size, device)}),
-        ("detail", our_detail_update(slices, size), {}),
+        ("refiner", our_refiner_update(slices, size), {}),
     ):
         seconds = interleave({"ours": ours, "convolution": limit, **others}, options.rounds)
         share = flops(ours) / seconds["ours"] / (flops(limit) / seconds["convolution"])

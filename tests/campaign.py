@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the project's files are not installed
 
-from conftest import DETAIL_TINY, PRIOR_TINY, VQVAE_TINY
+from conftest import PRIOR_TINY, REFINER_TINY, VQVAE_TINY
 
 import phantom
 import predict
@@ -367,8 +367,8 @@ CHECKPOINT_CALLS = (  # all through which a run's files are written, and read ba
     (os, "truncate"),
     (Run, "log"),
 )
-WEIGHTS = ("vqvae.safetensors", "prior.safetensors", "detail.safetensors")
-IN_STAGES = ("in_vqvae", "in_prior", "in_detail")
+WEIGHTS = ("vqvae.safetensors", "prior.safetensors", "refiner.safetensors")
+IN_STAGES = ("in_vqvae", "in_prior", "in_refiner")
 STOP_SECONDS = 5
 LOAD_SECONDS = 5
 MOST_LOAD_MEGABYTES = 300  # above the process that loads
@@ -383,13 +383,13 @@ class Trainings:
         tqdm.monitor_interval = 0  # its thread could hold a lock at the moment of a fork, which nobody then opens
         os.environ["PROSTATEVQ_CACHE"] = str(folder / "cache")
         torch.set_num_threads(1)
-        networks = {"vqvae": VQVAE_TINY, "prior": PRIOR_TINY, "detail": DETAIL_TINY}
-        updates = {"updates": 12, "prior_updates": 9, "detail_updates": 6}
+        networks = {"vqvae": VQVAE_TINY, "prior": PRIOR_TINY, "refiner": REFINER_TINY}
+        updates = {"updates": 12, "prior_updates": 9, "refiner_updates": 6}
         train.PRESETS["tiny"] = replace(train.PRESETS["demo"], **networks, **updates)
-        train.KMEANS_SLICES, train.SPREAD_SLICES, trainer.LOG_LINES, trainer.EVALUATIONS = 16, 16, 5, 4
+        train.KMEANS_SLICES, train.STD_SLICES, trainer.LOG_LINES, trainer.EVALUATIONS = 16, 16, 5, 4
         # What takes most of the time of a tiny training.
         trainer.tensorboard = predict.samples_figure = lambda *_: None
-        for name in ("write_vqvae_figures", "prior_loss_figure", "write_detail_figures"):
+        for name in ("write_vqvae_figures", "prior_loss_figure", "write_refiner_figures"):
             setattr(train, name, lambda *_: None)
         phantom.write_phantom(folder / "data", cases=(3, 1, 1), slices=4, size=(32, 16), workers=1)
         self.reference = folder / "reference"
@@ -535,7 +535,7 @@ def stage_of(run: Path) -> str:
     """The last stage that a run has logged anything of."""
     log = run / "metrics.jsonl"
     logged = log.read_text() if log.exists() else ""
-    return next((stage for stage in ("detail", "prior") if f'"{stage}"' in logged), "vqvae")
+    return next((stage for stage in ("refiner", "prior") if f'"{stage}"' in logged), "vqvae")
 
 
 def stops(count: int | None, seed: int) -> dict:
@@ -906,7 +906,7 @@ def runs(count: int | None, seed: int) -> dict:
     totals["longest_seconds"] = 0.0
     with tempfile.TemporaryDirectory() as temporary, tqdm(total=count, desc="runs", unit="run") as bar:
         trainings = Trainings(Path(temporary))
-        places = (("vqvae", 7), ("prior", 6), ("detail", 4))
+        places = (("vqvae", 7), ("prior", 6), ("refiner", 4))
         bases = [*(half_way(trainings, *place) for place in places), trainings.reference]
         run, canary, out = (Path(temporary, name) for name in ("tampered", "canary", "out"))
         (canary.with_name("outside")).write_text("not the run's")
@@ -918,7 +918,7 @@ def runs(count: int | None, seed: int) -> dict:
             shutil.copytree(base, run)
             name, evil = tamper(rng, run, canary)
             loads = {"train.py": lambda: resume(given)}
-            if (base / "detail.safetensors").exists():
+            if (base / "refiner.safetensors").exists():
                 loads["predict.py"] = lambda: predict.main([*map(str, sampling)])
             totals["tried"] += 1
             totals["evil"] += evil
@@ -946,7 +946,7 @@ def runs(count: int | None, seed: int) -> dict:
 
 def unread(base: Path) -> set[tuple[str, str]]:
     """Which files a command does not look at in a run that has come so far."""
-    read = ["vqvae.safetensors"] if base.name in ("prior", "detail") else []
+    read = ["vqvae.safetensors"] if base.name in ("prior", "refiner") else []
     return {("train.py", name) for name in WEIGHTS if name not in read}
 
 
@@ -982,7 +982,7 @@ def memory_growth(count: int | None, seed: int) -> dict:
 
         def training(step: Callable[[], None]) -> None:
             train.seed_update = lambda *place: (real(*place), step() if place[-1] else None)  # 0 is before the first
-            lengths = {"updates": each, "prior_updates": each, "detail_updates": each}
+            lengths = {"updates": each, "prior_updates": each, "refiner_updates": each}
             train.main(trainings.arguments(trainings.folder / "long", **lengths, seed=seed))
 
         def sampling(step: Callable[[], None]) -> None:
@@ -996,7 +996,7 @@ def memory_growth(count: int | None, seed: int) -> dict:
         parts = {
             "megabytes_vqvae": seen[:each],
             "megabytes_prior": seen[each : 2 * each],
-            "megabytes_detail": seen[2 * each :],
+            "megabytes_refiner": seen[2 * each :],
             "megabytes_sampling": memory_of(sampling),
         }
     ends = {name: [round(part[len(part) // 3], 1), round(part[-1], 1)] for name, part in parts.items()}

@@ -11,12 +11,14 @@ import torch
 import phantom
 import train
 import trainer
-from modules import DetailConfig, PriorConfig, VQVAEConfig
+from modules import PriorConfig, RefinerConfig, VQVAEConfig
 
 ROOT = Path(__file__).parents[1]
-VQVAE_TINY = VQVAEConfig(downsampling=4, channels=16, blocks=1, hidden=8, codes=16, code_dim=8)
-PRIOR_TINY = PriorConfig(channels=8, cycles=1, head=16)
-DETAIL_TINY = DetailConfig(channels=8, blocks=1, hidden=8)
+VQVAE_TINY = VQVAEConfig(
+    downsampling=4, channels=16, residual_blocks=1, hidden_channels=8, codebook_size=16, embedding_dim=8
+)
+PRIOR_TINY = PriorConfig(channels=8, dilation_cycles=1, head_channels=16)
+REFINER_TINY = RefinerConfig(channels=8, residual_blocks=1, hidden_channels=8)
 
 
 @dataclass(frozen=True)
@@ -44,15 +46,15 @@ def tiny_preset(tmp_path_factory):
             train.PRESETS["demo"],
             vqvae=VQVAE_TINY,
             prior=PRIOR_TINY,
-            detail=DETAIL_TINY,
+            refiner=REFINER_TINY,
             updates=12,
             prior_updates=9,
-            detail_updates=6,
+            refiner_updates=6,
             augmentation=1.0,
         )
         patch.setitem(train.PRESETS, "tiny", tiny)
         patch.setattr(train, "KMEANS_SLICES", 16)
-        patch.setattr(train, "SPREAD_SLICES", 16)
+        patch.setattr(train, "STD_SLICES", 16)
         patch.setattr(trainer, "LOG_LINES", 5)  # so that a line is a mean over several updates
         patch.setenv("PROSTATEVQ_CACHE", str(tmp_path_factory.mktemp("cache")))
         threads = torch.get_num_threads()

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from modules import GatedPixelCNN, RowMaker
+from modules import GatedPixelCNN, RowSampler
 
 ROOT = Path(__file__).parents[1]
 GPU = torch.device("cuda", 0)
@@ -176,11 +176,11 @@ def pinned(tensor: Tensor) -> Tensor:
     return copy
 
 
-def make_row_twice(maker: RowMaker) -> Callable[[], None]:
+def make_row_twice(maker: RowSampler) -> Callable[[], None]:
     """In place of recording a row: one that is made and undone before the first."""
-    maker.make_row()
-    maker.rewind()
-    return maker.make_row
+    maker.sample_row()
+    maker.reset()
+    return maker.sample_row
 
 
 @contextmanager
@@ -203,7 +203,7 @@ def pretended_gpu(patch) -> Iterator[PretendedGPU]:
         patch.setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
     patch.setattr(torch, "Generator", made)
     patch.setattr(Tensor, "pin_memory", pinned)
-    patch.setattr(RowMaker, "recorded", make_row_twice)
+    patch.setattr(RowSampler, "capture_graph", make_row_twice)
     for name in ("sample", "generate"):  # inference mode knows no tensors like these
         patch.setattr(GatedPixelCNN, name, torch.no_grad()(getattr(GatedPixelCNN, name).__wrapped__))
     overwrite = torch.__future__.get_overwrite_module_params_on_conversion()

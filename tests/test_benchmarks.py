@@ -81,7 +81,7 @@ def test_updates_of_every_network_are_timed(lines, monkeypatch):
     for name, value in {"BATCH": 2, "SIZE": (32, 16), "GRID": (8, 4)}.items():
         monkeypatch.setattr(training, name, value)
     printed, sentence = lines(training, "--rounds", 1, "--codes", 16, "--device", "cpu")
-    for network in ("vqvae", "prior", "detail"):
+    for network in ("vqvae", "prior", "refiner"):
         line = printed[f"{network}_update_seconds"]
         assert 0 < line["value"] < 60
         assert line["codes"] == 16
@@ -101,7 +101,7 @@ def test_sampling_is_timed_beside_a_forward_a_code(lines, monkeypatch):
     forwards = values["sampling_by_full_forwards_seconds"]
     assert values["sampling_speedup"] == pytest.approx(forwards / values["sampling_seconds"], rel=1e-2)
     assert values["sampling_over_one_forward"] == pytest.approx(values["sampling_seconds"] / (forwards / 32), rel=1e-2)
-    assert values["decoding_seconds"] < values["detail_seconds"]
+    assert values["decoding_seconds"] < values["refiner_seconds"]
     assert "2 whole slices" in sentence
 
 
@@ -127,9 +127,9 @@ def test_priors_learn_the_codes_of_a_run_in_equal_time(lines, trained):
 
 
 def test_both_priors_have_the_same_measure():
-    prior = GatedPixelCNN(PriorConfig(grid=(4, 3), codes=7, channels=8, head=8)).eval()
+    prior = GatedPixelCNN(PriorConfig(grid=(4, 3), codebook_size=7, channels=8, head_channels=8)).eval()
     codes, positions = torch.randint(7, (5, 4, 3)), torch.rand(5)
-    assert nats_per_code(prior(codes, positions), codes).item() == pytest.approx(prior.nats(codes, positions).item())
+    assert nats_per_code(prior(codes, positions), codes).item() == pytest.approx(prior.nll(codes, positions).item())
 
 
 def test_equal_time_is_given_to_the_slow_and_the_fast():

@@ -26,7 +26,7 @@ import utils
 from dataset import load_dataset
 from utils import RunError
 
-UPDATES = {"vqvae": 12, "prior": 9, "detail": 6}  # of the tiny preset
+UPDATES = {"vqvae": 12, "prior": 9, "refiner": 6}  # of the tiny preset
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def options(tmp_path, slices_folder, tiny_preset):
 
 
 def without_figures(patch):
-    for name in ("write_vqvae_figures", "prior_loss_figure", "write_detail_figures"):
+    for name in ("write_vqvae_figures", "prior_loss_figure", "write_refiner_figures"):
         patch.setattr(train, name, lambda *_: None)
 
 
@@ -126,7 +126,7 @@ def test_a_training_is_stopped_and_goes_on_on_a_gpu(gpu, options, monkeypatch):
     call(train, **options)
     unbroken = options | {"run": options["run"].with_name("unbroken")}
     call(train, **unbroken)
-    for name in ("vqvae.safetensors", "prior.safetensors", "detail.safetensors", "metrics.jsonl"):
+    for name in ("vqvae.safetensors", "prior.safetensors", "refiner.safetensors", "metrics.jsonl"):
         assert (options["run"] / name).read_bytes() == (unbroken["run"] / name).read_bytes()
 
 
@@ -208,7 +208,7 @@ def test_sampling_waits_for_the_gpu_once_a_batch(gpu, trained, tmp_path):
     call(predict, run=trained.run, num=6, batch_size=3, out=tmp_path, images=tmp_path, device="cuda")
     waits = Counter(line.split()[-1] for line in gpu.waits)
     assert waits["draw"] == 2 * 2 + 2  # positions there and codes back, twice; codes there and slices back, once
-    assert not waits.keys() & {"sample", "generate", "make_row", "begin", "forward"}
+    assert not waits.keys() & {"sample", "generate", "sample_row", "begin", "forward"}
 
 
 # ---------------------------------------------------------------- memory
@@ -221,7 +221,7 @@ def test_slices_stay_on_the_host_where_the_gpu_has_no_room(gpu, slices_folder, m
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_, free=free: (free, MEMORY))
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_, cached=cached: cached + 7)
         monkeypatch.setattr(torch.cuda, "memory_allocated", lambda *_: 7)
-        feed = trainer.Feed(data, options, torch.device("cuda", 0))
+        feed = trainer.BatchLoader(data, options, torch.device("cuda", 0))
         assert (feed.pixels is not None) == resident
         slices, positions, _ = feed(1)
         assert slices.is_cuda
@@ -244,16 +244,16 @@ def short_of_memory(real, most):
 def test_half_as_many_slices_are_drawn_where_memory_is_short(trained, tmp_path, monkeypatch):
     given = {"run": trained.run, "num": 11, "images": tmp_path, "device": "cpu"}
     call(predict, **given, out=tmp_path / "all")
-    for network in (predict.GatedPixelCNN, predict.Detail):
+    for network in (predict.GatedPixelCNN, predict.Refiner):
         monkeypatch.setattr(network, "sample", short_of_memory(network.sample, 3))
     call(predict, **given, out=tmp_path / "few")
-    assert predict.GatedPixelCNN.sample.sizes == predict.Detail.sample.sizes == [11, 5, 2, 2, 2, 2, 2, 1]
+    assert predict.GatedPixelCNN.sample.sizes == predict.Refiner.sample.sizes == [11, 5, 2, 2, 2, 2, 2, 1]
     for every, few in zip(*(sorted((tmp_path / name).glob("*.nii.gz")) for name in ("all", "few"))):
         pixels, of_few = (nibabel.load(path).get_fdata() for path in (every, few))
         np.testing.assert_allclose(of_few, pixels, atol=1e-4 * pixels.max())
 
 
-@pytest.mark.parametrize("network", ["GatedPixelCNN", "Detail"])
+@pytest.mark.parametrize("network", ["GatedPixelCNN", "Refiner"])
 def test_a_slice_that_does_not_fit_is_one_line(trained, tmp_path, monkeypatch, network):
     kind = getattr(predict, network)
     monkeypatch.setattr(kind, "sample", short_of_memory(kind.sample, 0))

@@ -12,19 +12,23 @@ import modules
 from modules import (
     VQVAE,
     Codebook,
-    Detail,
-    DetailConfig,
     GatedPixelCNN,
     PriorConfig,
-    RowMaker,
+    Refiner,
+    RefinerConfig,
+    RowSampler,
     VQVAEConfig,
     dilations,
-    keep_top,
     stream_seed,
+    top_p_filter,
 )
 
-SMALL = VQVAEConfig(downsampling=4, channels=16, blocks=1, hidden=8, codes=20, code_dim=6)
-SMALL_DETAIL = DetailConfig(downsampling=4, codes=20, code_dim=6, channels=16, blocks=2, hidden=8)
+SMALL = VQVAEConfig(
+    downsampling=4, channels=16, residual_blocks=1, hidden_channels=8, codebook_size=20, embedding_dim=6
+)
+SMALL_REFINER = RefinerConfig(
+    downsampling=4, codebook_size=20, embedding_dim=6, channels=16, residual_blocks=2, hidden_channels=8
+)
 GRIDS = [(5, 3), (3, 9), (8, 4), (1, 6), (6, 1), (2, 2), (16, 8)]
 
 
@@ -34,17 +38,19 @@ def seeded():
 
 
 def small_prior(grid, **fields):
-    return GatedPixelCNN(PriorConfig(grid=grid, codes=11, channels=20, head=64, **fields)).double().eval()
+    return (
+        GatedPixelCNN(PriorConfig(grid=grid, codebook_size=11, channels=20, head_channels=64, **fields)).double().eval()
+    )
 
 
-def small_detail(velocity=None, spread=1.0):
-    """A detail network with random weights, or in its place a known velocity(x, t), with t of shape (N, 1, 1, 1)."""
-    detail = Detail(SMALL_DETAIL).eval()
-    detail.pixels[-1].reset_parameters()  # which are 0 before training
-    detail.spread.copy_(torch.as_tensor(spread))
+def small_refiner(velocity=None, spread=1.0):
+    """A refiner network with random weights, or in its place a known velocity(x, t), with t of shape (N, 1, 1, 1)."""
+    refiner = Refiner(SMALL_REFINER).eval()
+    refiner.pixels[-1].reset_parameters()  # which are 0 before training
+    refiner.residual_std.copy_(torch.as_tensor(spread))
     if velocity:
-        detail.forward = lambda x, time, told: velocity(x, time[:, None, None, None])
-    return detail
+        refiner.forward = lambda x, time, told: velocity(x, time[:, None, None, None])
+    return refiner
 
 
 def still(x, time):
@@ -89,7 +95,7 @@ def test_nearest_is_the_brute_force_search():
 def test_nearest_does_not_depend_on_how_rows_are_split(monkeypatch):
     codebook, vectors = Codebook(17, 5, decay=0.9), torch.randn(100, 5)
     whole = codebook.nearest(vectors)
-    monkeypatch.setattr("modules.CELLS", 7 * 17)
+    monkeypatch.setattr("modules.CHUNK_LOGITS", 7 * 17)
     assert torch.equal(codebook.nearest(vectors), whole)
 
 
@@ -120,7 +126,7 @@ def test_an_unused_code_is_revived_on_a_vector_of_the_batch():
 
 def test_an_unused_code_keeps_its_place_until_then():
     codebook = Codebook(2, 4, decay=0.99)
-    codebook.REVIVE = 0.0
+    codebook.DEAD_CODE_THRESHOLD = 0.0
     codebook.embeddings[1] = 1000.0
     codebook.sums.copy_(codebook.embeddings)
     for _ in range(50):
@@ -137,14 +143,14 @@ def test_evaluation_leaves_the_codebook_unchanged():
     for name, tensor in vqvae.codebook.state_dict().items():
         assert torch.equal(tensor, before[name])
     vqvae(slices)
-    assert not torch.equal(vqvae.codebook.counts, before["counts"])
+    assert not torch.equal(vqvae.codebook.cluster_sizes, before["cluster_sizes"])
 
 
 def test_fit_finds_separate_clusters():
     centres = 10 * torch.eye(5)
     vectors = (centres[:, None] + 0.1 * torch.randn(5, 40, 5)).flatten(0, 1)
     codebook = Codebook(5, 5, decay=0.99)
-    codebook.fit(vectors, iterations=20)
+    codebook.kmeans_init(vectors, iterations=20)
     assert codebook.decay == 0.99
     assert torch.cdist(centres, codebook.embeddings).min(1).values.max() < 0.5
 
@@ -206,16 +212,16 @@ def test_straight_through_gradient():
 
 def test_without_quantisation_the_vectors_pass():
     vqvae = VQVAE(SMALL).train()
-    before = vqvae.codebook.counts.clone()
+    before = vqvae.codebook.cluster_sizes.clone()
     slices = torch.rand(2, 1, 16, 8) * 2 - 1
     reconstructions, embedding_loss, _ = vqvae(slices, quantise=False)
     torch.testing.assert_close(reconstructions, vqvae.decoder(vqvae.encoder(slices)))
     assert embedding_loss == 0
-    assert torch.equal(vqvae.codebook.counts, before)
+    assert torch.equal(vqvae.codebook.cluster_sizes, before)
 
 
 def test_a_residual_block_shares_no_weights():
-    vqvae = VQVAE(replace(SMALL, blocks=3))
+    vqvae = VQVAE(replace(SMALL, residual_blocks=3))
     pointers = [p.data_ptr() for p in vqvae.parameters()]
     assert len(set(pointers)) == len(pointers)
 
@@ -235,7 +241,7 @@ def test_dilations_add_up_to_every_distance(reach):
 @pytest.mark.parametrize("cycles", [1, 2])
 def test_causality_by_gradient(grid, cycles):
     """A logit depends on every earlier code (no blind spot, the whole grid in reach) and on no later one."""
-    prior = small_prior(grid, cycles=cycles)
+    prior = small_prior(grid, dilation_cycles=cycles)
     rows, columns = grid
     codes = torch.randint(11, (1, *grid))
     x = prior.embedding(codes).detach().requires_grad_()
@@ -251,7 +257,9 @@ def test_causality_by_gradient(grid, cycles):
 
 def test_causality_of_the_published_grid():
     """The same at the corners and the centre of the grid that --preset full trains on."""
-    prior = GatedPixelCNN(PriorConfig(channels=8, codes=11, head=16, cycles=1)).double().eval()
+    prior = (
+        GatedPixelCNN(PriorConfig(channels=8, codebook_size=11, head_channels=16, dilation_cycles=1)).double().eval()
+    )
     x = prior.embedding(torch.randint(11, (1, 64, 32))).detach().requires_grad_()
     prior.embedding.register_forward_hook(lambda *_: x)
     logits = prior(torch.zeros(1, 64, 32, dtype=torch.int64), torch.rand(1))
@@ -265,7 +273,7 @@ def test_causality_of_the_published_grid():
 def cached_logits(prior, codes, position):
     """The sampler's logits where the codes drawn are given ones."""
     given = codes[:, 0].clone()
-    logits = torch.empty(*given.shape, prior.config.codes, dtype=prior.row.dtype, device=codes.device)
+    logits = torch.empty(*given.shape, prior.config.codebook_size, dtype=prior.row_embedding.dtype, device=codes.device)
     rows = []
 
     def begin(row):
@@ -305,16 +313,16 @@ def test_a_recorded_row_equals_the_full_forward():
 def test_rewinding_leaves_no_trace():
     """Recording needs a row made before the first."""
     prior = small_prior((9, 7))
-    maker = RowMaker(prior, torch.rand(3), lambda logits, column: logits.argmax(1))
+    maker = RowSampler(prior, torch.rand(3), lambda logits, column: logits.argmax(1))
     runs = []
     with torch.inference_mode():
         for _ in range(2):
             rows = []
             for _ in range(9):
-                maker.make_row()
+                maker.sample_row()
                 rows.append(maker.codes.clone())
             runs.append(torch.stack(rows, 1))
-            maker.rewind()
+            maker.reset()
     assert torch.equal(*runs)
     assert len(runs[0].unique()) > 1
 
@@ -329,16 +337,16 @@ def test_dropout_is_off_while_sampling():
 @pytest.mark.parametrize("cells", [1, 11 * 20, 10**6])
 def test_nats_are_the_mean_of_what_the_logits_say_and_have_its_gradient(monkeypatch, cells):
     """Against NumPy, a code at a time, and against PyTorch's gradient of the same; however many rows are at once."""
-    monkeypatch.setattr(modules, "CELLS", cells)
+    monkeypatch.setattr(modules, "CHUNK_LOGITS", cells)
     prior, codes = small_prior((5, 3)), torch.randint(11, (3, 5, 3))
     given = codes, torch.rand(3), torch.randn(3, 6, dtype=torch.float64)
     logits = prior(*given)
     likely = logits.detach().exp().numpy()
     chances = [likely[n, codes[n, i, j], i, j] / likely[n, :, i, j].sum() for n, i, j in np.ndindex(3, 5, 3)]
-    nats = prior.nats(*given)
+    nats = prior.nll(*given)
     assert nats.item() == pytest.approx(-np.log(chances).mean(), rel=1e-12)
     with torch.no_grad():
-        assert prior.nats(*given) == nats
+        assert prior.nll(*given) == nats
     weights = [*prior.layers.parameters(), *prior.head.parameters()]
     expected = torch.autograd.grad(3 * F.cross_entropy(logits, codes), weights, allow_unused=True)
     for gradient, wanted in zip(torch.autograd.grad(3 * nats, weights, allow_unused=True), expected):
@@ -348,9 +356,9 @@ def test_nats_are_the_mean_of_what_the_logits_say_and_have_its_gradient(monkeypa
 
 def test_nats_in_bfloat16_are_those_of_single_precision():
     prior, codes, position = small_prior((8, 4)).float(), torch.randint(11, (6, 8, 4)), torch.rand(6)
-    plain = prior.nats(codes, position)
+    plain = prior.nll(codes, position)
     with torch.autocast("cpu", torch.bfloat16):
-        rounded = prior.nats(codes, position)
+        rounded = prior.nll(codes, position)
     assert rounded.dtype == torch.float32
     assert rounded.item() == pytest.approx(plain.item(), rel=0.01)
     ours, expected = (torch.autograd.grad(of, list(prior.head.parameters())) for of in (rounded, plain))
@@ -386,10 +394,10 @@ def test_an_unknown_position_adds_nothing():
 @pytest.mark.parametrize("dim", [5, 8, 12])
 def test_the_embedding_starts_as_the_codebook_lies(dim):
     """Distances between codes are those between the codebook's vectors, as far as a projection keeps them."""
-    prior = GatedPixelCNN(PriorConfig(grid=(4, 3), codes=300, channels=8)).double()
+    prior = GatedPixelCNN(PriorConfig(grid=(4, 3), codebook_size=300, channels=8)).double()
     vectors = 7 + 3 * torch.randn(300, dim, dtype=torch.float64)
     vectors[150:] = vectors[:150] + 0.01
-    prior.know_codes(vectors)
+    prior.init_embedding(vectors)
     weight = prior.embedding.weight.detach()
     if dim == prior.config.channels:
         between = torch.nn.PairwiseDistance(eps=0)
@@ -449,12 +457,12 @@ def test_temperature_and_top_p():
 
 def test_keep_top_keeps_the_fewest_codes_that_suffice():
     logits = torch.tensor([[0.5, 0.1, 0.3, 0.1], [0.05, 0.05, 0.05, 0.85]]).log()
-    kept = keep_top(logits, 0.75).isfinite()
+    kept = top_p_filter(logits, 0.75).isfinite()
     assert kept.tolist() == [[True, False, True, False], [False, False, False, True]]
-    assert torch.equal(keep_top(logits, 1.0), logits)
+    assert torch.equal(top_p_filter(logits, 1.0), logits)
 
 
-# ---------------------------------------------------------------- detail
+# ---------------------------------------------------------------- refiner
 
 
 def test_the_spread_of_a_code_is_measured_by_hand():
@@ -462,8 +470,8 @@ def test_the_spread_of_a_code_is_measured_by_hand():
     strength = 0.05 * torch.arange(16.0).view(1, 1, 4, 4).repeat(1, 1, 2, 3)
     decoded, codes = torch.rand(30, 1, 8, 12) - 0.5, torch.randint(12, (30, 2, 3)) ** 2 // 12  # more of some
     slices = decoded + strength * torch.randn(30, 1, 8, 12)
-    detail = small_detail()
-    detail.measure(slices, decoded, codes)
+    refiner = small_refiner()
+    refiner.fit_residual_std(slices, decoded, codes)
     squares = [[[] for _ in range(16)] for _ in range(20)]
     for n, row, column, i, j in np.ndindex(30, 2, 3, 4, 4):
         place = n, 0, 4 * row + i, 4 * column + j
@@ -476,26 +484,26 @@ def test_the_spread_of_a_code_is_measured_by_hand():
         for code in range(20):
             own = squares[code][pixel]
             expected = max(1e-3, np.sqrt((sum(own) + 10 * mean) / (len(own) + 10)))
-            assert detail.spread[code, pixel].item() == pytest.approx(expected, rel=1e-5)
-    assert (detail.spread[:, 0] == 1e-3).all()
-    assert (detail.spread[:, 1:] > 0.01).all()
+            assert refiner.residual_std[code, pixel].item() == pytest.approx(expected, rel=1e-5)
+    assert (refiner.residual_std[:, 0] == 1e-3).all()
+    assert (refiner.residual_std[:, 1:] > 0.01).all()
 
 
 def test_each_code_has_its_spread_at_its_pixels():
-    detail, codes = small_detail(spread=torch.rand(20, 16)), torch.randint(20, (2, 3, 5))
-    spreads = detail.spreads(codes)
+    refiner, codes = small_refiner(spread=torch.rand(20, 16)), torch.randint(20, (2, 3, 5))
+    spreads = refiner.pixel_std(codes)
     assert spreads.shape == (2, 1, 12, 20)
     for n, row, column, i, j in np.ndindex(2, 3, 5, 4, 4):
-        expected = detail.spread[codes[n, row, column], 4 * i + j]
+        expected = refiner.residual_std[codes[n, row, column], 4 * i + j]
         assert spreads[n, 0, 4 * row + i, 4 * column + j] == expected
 
 
 @pytest.mark.parametrize("size", [(16, 8), (8, 24), (4, 4)])
-def test_shapes_and_ranges_of_detail(size):
-    detail, (codes, vqvae) = small_detail(spread=0.5), some_codes(3, size)
-    velocities = detail(torch.randn(3, 1, *size), torch.rand(3), detail.told(codes, vqvae.decode(codes), vqvae))
-    loss = detail.loss(torch.rand(3, 1, *size), codes, vqvae)
-    slices = detail.sample(range(3), codes, vqvae)
+def test_shapes_and_ranges_of_refiner(size):
+    refiner, (codes, vqvae) = small_refiner(spread=0.5), some_codes(3, size)
+    velocities = refiner(torch.randn(3, 1, *size), torch.rand(3), refiner.condition(codes, vqvae.decode(codes), vqvae))
+    loss = refiner.loss(torch.rand(3, 1, *size), codes, vqvae)
+    slices = refiner.sample(range(3), codes, vqvae)
     assert velocities.shape == slices.shape == (3, 1, *size)
     assert loss.shape == ()
     assert loss > 0
@@ -505,14 +513,16 @@ def test_shapes_and_ranges_of_detail(size):
 
 def test_the_network_is_told_where_it_is_and_all_that_is_known_of_the_codes():
     """Changing any of the five changes what it answers for every slice."""
-    detail, (codes, vqvae) = small_detail(), grey(3)
+    refiner, (codes, vqvae) = small_refiner(), grey(3)
     x, time = torch.randn(3, 1, 16, 8), torch.tensor([0.1, 0.5, 0.9])
 
     def answer(x, time):
-        return detail(x, time, detail.told(codes, vqvae.decode(codes), vqvae)) - of_noise(x, time[:, None, None, None])
+        return refiner(x, time, refiner.condition(codes, vqvae.decode(codes), vqvae)) - of_noise(
+            x, time[:, None, None, None]
+        )
 
     answers = [answer(x, time), answer(x + 0.05, time), answer(x, time + 0.05)]
-    for known in (detail.spread, vqvae.decoder[-2].bias.data, vqvae.codebook.embeddings):
+    for known in (refiner.residual_std, vqvae.decoder[-2].bias.data, vqvae.codebook.embeddings):
         known += 0.05
         answers.append(answer(x, time))
         known -= 0.05
@@ -522,16 +532,16 @@ def test_the_network_is_told_where_it_is_and_all_that_is_known_of_the_codes():
 
 def test_a_pixel_is_moved_by_what_is_known_there():
     """Squares of pixels become channels and squares again: with 1x1 kernels nothing reaches beyond its square."""
-    detail, (codes, vqvae) = small_detail(spread=torch.rand(20, 16)), some_codes(1)
-    for convolution in (m for m in detail.modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (3, 3)):
+    refiner, (codes, vqvae) = small_refiner(spread=torch.rand(20, 16)), some_codes(1)
+    for convolution in (m for m in refiner.modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (3, 3)):
         centre = convolution.weight.detach()[:, :, 1:2, 1:2].clone()
         convolution.weight.data.zero_()[:, :, 1:2, 1:2] = centre
     x, time, decoded = torch.randn(1, 1, 16, 8), torch.rand(1), torch.rand(1, 1, 16, 8)
     vqvae.decode = lambda _: decoded
-    before = detail(x, time, detail.told(codes, vqvae.decode(codes), vqvae))
+    before = refiner(x, time, refiner.condition(codes, vqvae.decode(codes), vqvae))
     for of, place in ((x, (0, 0, 9, 6)), (decoded, (0, 0, 9, 6)), (codes, (0, 2, 1))):
         of[place] += 1 if of[place] < 19 else -1  # in the square of rows 8 to 11, columns 4 to 7
-        after = detail(x, time, detail.told(codes, vqvae.decode(codes), vqvae))
+        after = refiner(x, time, refiner.condition(codes, vqvae.decode(codes), vqvae))
         changed = (after != before)[0, 0]
         assert changed[8:12, 4:].any()
         assert not changed[:8].any()
@@ -542,18 +552,18 @@ def test_a_pixel_is_moved_by_what_is_known_there():
 
 def test_the_last_layers_know_no_squares():
     """Without what the code grid tells them, moving noise and decoded slices by a pixel moves what they answer."""
-    detail, time = small_detail(), torch.rand(2)
-    detail.to_pixels.weight.data.zero_()
-    detail.to_pixels.bias.data.fill_(0.1)
+    refiner, time = small_refiner(), torch.rand(2)
+    refiner.to_pixels.weight.data.zero_()
+    refiner.to_pixels.bias.data.fill_(0.1)
     x, decoded, of_squares = torch.randn(2, 1, 24, 16), torch.rand(2, 1, 24, 16), torch.zeros(2, 16, 6, 4)
-    answer = detail(x, time, (of_squares, decoded))
+    answer = refiner(x, time, (of_squares, decoded))
     for rows, columns in ((1, 0), (0, 3), (2, 1)):
-        moved = detail(x.roll((rows, columns), (2, 3)), time, (of_squares, decoded.roll((rows, columns), (2, 3))))
+        moved = refiner(x.roll((rows, columns), (2, 3)), time, (of_squares, decoded.roll((rows, columns), (2, 3))))
         expected = answer.roll((rows, columns), (2, 3))
         torch.testing.assert_close(moved[..., 6:-6, 6:-6], expected[..., 6:-6, 6:-6], rtol=0, atol=1e-5)
     change = torch.zeros_like(x)
     change[:, :, 12, 8] = 0.1
-    for other in (detail(x + change, time, (of_squares, decoded)), detail(x, time, (of_squares, decoded + change))):
+    for other in (refiner(x + change, time, (of_squares, decoded)), refiner(x, time, (of_squares, decoded + change))):
         assert ((other - answer)[:, 0, 11, 7].abs() > 1e-5).all()  # beside it, where noise alone changes nothing
 
 
@@ -565,29 +575,29 @@ def test_the_loss_of_an_untrained_network_is_that_of_normal_noise():
     logits = np.linspace(-12, 12, 2401)
     t, density = 1 / (1 + np.exp(-logits)), np.exp(-(logits**2) / 2) / np.sqrt(2 * np.pi)
     expected = 0.01 * (density / (t**2 + (1 - t) ** 2)).sum()
-    detail, (codes, vqvae) = Detail(SMALL_DETAIL), some_codes(4000, (8, 8))
-    detail.spread.copy_(0.02 + 0.3 * torch.rand(20, 16))
-    slices = vqvae.decode(codes) + detail.spreads(codes) * torch.randn(4000, 1, 8, 8)
+    refiner, (codes, vqvae) = Refiner(SMALL_REFINER), some_codes(4000, (8, 8))
+    refiner.residual_std.copy_(0.02 + 0.3 * torch.rand(20, 16))
+    slices = vqvae.decode(codes) + refiner.pixel_std(codes) * torch.randn(4000, 1, 8, 8)
     assert expected == pytest.approx(1.741, abs=1e-3)
-    assert detail.loss(slices, codes, vqvae).item() == pytest.approx(expected, abs=0.03)
+    assert refiner.loss(slices, codes, vqvae).item() == pytest.approx(expected, abs=0.03)
 
 
 def test_the_loss_of_the_right_velocity_is_nothing():
     """Where each slice's difference is known, its velocity is (difference / spread - x) / (1 - t) and no other."""
     difference, (codes, vqvae) = torch.randn(40, 1, 16, 8), some_codes(40)
-    detail = small_detail(spread=0.1 + torch.rand(20, 16))
-    slices, scaled = vqvae.decode(codes) + difference, difference / detail.spreads(codes)
-    detail.forward = lambda x, time, told: (scaled - x) / (1 - time[:, None, None, None])
-    assert detail.loss(slices, codes, vqvae) < 1e-6
-    detail.forward = lambda x, time, told: scaled - x
-    assert detail.loss(slices, codes, vqvae) > 0.1
+    refiner = small_refiner(spread=0.1 + torch.rand(20, 16))
+    slices, scaled = vqvae.decode(codes) + difference, difference / refiner.pixel_std(codes)
+    refiner.forward = lambda x, time, told: (scaled - x) / (1 - time[:, None, None, None])
+    assert refiner.loss(slices, codes, vqvae) < 1e-6
+    refiner.forward = lambda x, time, told: scaled - x
+    assert refiner.loss(slices, codes, vqvae) > 0.1
 
 
 def test_times_of_the_loss_are_logit_normal():
     """Mean and shares of 4000 logits are those of a normal distribution within 5 standard deviations."""
     told = []
-    detail = small_detail(lambda x, time: (told.append(time), still(x, time))[1])
-    detail.loss(torch.zeros(4000, 1, 4, 4), *grey(4000, (4, 4)))
+    refiner = small_refiner(lambda x, time: (told.append(time), still(x, time))[1])
+    refiner.loss(torch.zeros(4000, 1, 4, 4), *grey(4000, (4, 4)))
     logits = told[0].flatten().logit()
     assert logits.mean().abs() < 5 / 4000**0.5
     for limit, share in ((-1.0, 0.1587), (0.4307, 0.6667), (2.0, 0.9772)):
@@ -596,7 +606,7 @@ def test_times_of_the_loss_are_logit_normal():
 
 def test_detail_starts_as_white_noise_of_the_spread():
     """5 standard deviations of the mean and the variance of 16,384 pixels."""
-    noise = small_detail(still, spread=0.1).sample(range(128), *grey(128))
+    noise = small_refiner(still, spread=0.1).sample(range(128), *grey(128))
     assert noise.mean().abs() < 0.1 * 5 / 128
     assert abs(noise.var() / 0.01 - 1) < 5 * 2**0.5 / 128
     assert torch.corrcoef(noise.flatten(1)).fill_diagonal_(0).abs().max() < 0.5
@@ -604,36 +614,36 @@ def test_detail_starts_as_white_noise_of_the_spread():
 
 def test_a_constant_velocity_is_followed_exactly():
     given, c = grey(3), torch.randn(3, 1, 16, 8)
-    start = small_detail(still, spread=0.1).sample(range(3), *given)
-    end = small_detail(lambda x, time: c, spread=0.1).sample(range(3), *given)
+    start = small_refiner(still, spread=0.1).sample(range(3), *given)
+    end = small_refiner(lambda x, time: c, spread=0.1).sample(range(3), *given)
     torch.testing.assert_close(end, start + 0.1 * c, rtol=0, atol=1e-6)
 
 
 def test_a_velocity_that_grows_with_the_way_is_followed_by_heuns_method():
     """dx/dt = x: e times as far, but for the method's error of each step, which is known; Euler's is far larger."""
-    given, h = grey(3), 1 / Detail.STEPS
-    start = small_detail(still, spread=0.1).sample(range(3), *given)
-    end = small_detail(lambda x, time: x, spread=0.1).sample(range(3), *given)
-    factor = (1 + h + h**2 / 2) ** (Detail.STEPS - 1) * (1 + h)
+    given, h = grey(3), 1 / Refiner.ODE_STEPS
+    start = small_refiner(still, spread=0.1).sample(range(3), *given)
+    end = small_refiner(lambda x, time: x, spread=0.1).sample(range(3), *given)
+    factor = (1 + h + h**2 / 2) ** (Refiner.ODE_STEPS - 1) * (1 + h)
     torch.testing.assert_close(end, factor * start, rtol=0, atol=1e-6)
-    euler = (1 + h) ** Detail.STEPS
+    euler = (1 + h) ** Refiner.ODE_STEPS
     assert abs(factor - np.e) < 0.01 * np.e
     assert abs(factor - np.e) < abs(euler - np.e) / 5
 
 
 def test_the_way_is_gone_in_even_steps_and_never_asked_about_at_its_end():
     times = []
-    small_detail(lambda x, time: (times.append(time.unique().item()), still(x, time))[1]).sample(range(2), *grey(2))
-    expected = np.repeat(np.arange(Detail.STEPS) / Detail.STEPS, 2)[1:]
+    small_refiner(lambda x, time: (times.append(time.unique().item()), still(x, time))[1]).sample(range(2), *grey(2))
+    expected = np.repeat(np.arange(Refiner.ODE_STEPS) / Refiner.ODE_STEPS, 2)[1:]
     np.testing.assert_allclose(times, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.3])
 def test_detail_that_is_known_is_added(strength):
-    """The velocity towards one slice is (x_1 - x) / (1 - t): every noise ends there. Without detail, as decoded."""
+    """The velocity towards one slice is (x_1 - x) / (1 - t): every noise ends there. Without refiner, as decoded."""
     missing, (codes, vqvae) = strength * (torch.rand(3, 1, 16, 8) - 0.5), some_codes(3)
-    detail = small_detail(lambda x, time: (missing / 0.2 - x) / (1 - time), spread=0.2)
-    drawn = detail.sample(range(3), codes, vqvae)
+    refiner = small_refiner(lambda x, time: (missing / 0.2 - x) / (1 - time), spread=0.2)
+    drawn = refiner.sample(range(3), codes, vqvae)
     torch.testing.assert_close(drawn, vqvae.decode(codes) + missing, rtol=0, atol=1e-6)
 
 
@@ -646,8 +656,8 @@ def test_detail_of_a_normal_distribution_has_its_mean_and_its_variance():
         return m + (time * s**2 - (1 - time)) / ((1 - time) ** 2 + (time * s) ** 2) * (x - time * m)
 
     given = grey(64)
-    start = small_detail(still, spread=0.1).sample(range(64), *given)
-    end = small_detail(velocity, spread=0.1).sample(range(64), *given)
+    start = small_refiner(still, spread=0.1).sample(range(64), *given)
+    end = small_refiner(velocity, spread=0.1).sample(range(64), *given)
     torch.testing.assert_close(end - 0.1 * m, s * start, rtol=0.04, atol=1e-6)
 
 
@@ -655,9 +665,9 @@ def test_an_untrained_network_draws_normal_noise_of_the_codes_spread():
     """The variance of x falls from 1 to 1/2 and rises to 1 again, as t^2 + (1 - t)^2: every noise x_0 ends where it
     began. Heun's eight steps come within 1.1 % of it; Euler's would miss it by 15 %."""
     codes, vqvae = some_codes(64)
-    decoded, untrained = vqvae.decode(codes), Detail(SMALL_DETAIL)
-    untrained.spread.copy_(0.02 + 0.1 * torch.rand(20, 16))
-    start = small_detail(still, untrained.spread).sample(range(64), codes, vqvae)
+    decoded, untrained = vqvae.decode(codes), Refiner(SMALL_REFINER)
+    untrained.residual_std.copy_(0.02 + 0.1 * torch.rand(20, 16))
+    start = small_refiner(still, untrained.residual_std).sample(range(64), codes, vqvae)
     end = untrained.sample(range(64), codes, vqvae)
     assert max(start.abs().max(), end.abs().max()) < 1  # nothing is clipped
     torch.testing.assert_close(end - decoded, start - decoded, rtol=0.011, atol=1e-6)
@@ -665,13 +675,13 @@ def test_an_untrained_network_draws_normal_noise_of_the_codes_spread():
 
 def test_the_spread_scales_what_is_added():
     given, spread = grey(3), 0.01 + 0.05 * torch.rand(20, 16)
-    added = [small_detail(lambda x, time: x.sin(), scale).sample(range(3), *given) for scale in (0.02, spread)]
-    torch.testing.assert_close(added[1] / small_detail(spread=spread).spreads(given[0]), added[0] / 0.02)
+    added = [small_refiner(lambda x, time: x.sin(), scale).sample(range(3), *given) for scale in (0.02, spread)]
+    torch.testing.assert_close(added[1] / small_refiner(spread=spread).pixel_std(given[0]), added[0] / 0.02)
     assert added[0].std() > 0.01
 
 
 def test_slices_with_detail_are_clipped():
-    slices = small_detail(spread=5.0).sample(range(2), *some_codes(2))
+    slices = small_refiner(spread=5.0).sample(range(2), *some_codes(2))
     assert slices.min() == -1
     assert slices.max() == 1
 
@@ -680,17 +690,17 @@ def test_slices_with_detail_are_clipped():
     "batches", [[range(6)], [range(2), range(2, 6)], [[i] for i in range(6)], [[5, 4, 3, 2, 1, 0]]]
 )
 def test_detail_n_does_not_depend_on_its_batch(batches):
-    detail, (codes, vqvae) = small_detail(spread=0.1), some_codes(6)
-    expected = detail.sample(range(6), codes, vqvae, seed=3)
+    refiner, (codes, vqvae) = small_refiner(spread=0.1), some_codes(6)
+    expected = refiner.sample(range(6), codes, vqvae, seed=3)
     for numbers in batches:
-        drawn = detail.sample(numbers, codes[list(numbers)], vqvae, seed=3)
+        drawn = refiner.sample(numbers, codes[list(numbers)], vqvae, seed=3)
         torch.testing.assert_close(drawn, expected[list(numbers)], rtol=0, atol=1e-5)
 
 
 def test_detail_differs_by_number_and_by_seed():
     """Of the same codes; slices that are no copies of one another differ by sqrt(2) standard deviations."""
-    detail, given = small_detail(spread=0.1), grey(1)
-    drawn = torch.cat([detail.sample([n], *given, seed) for seed in (0, 1, 2**32 - 1) for n in range(3)])
+    refiner, given = small_refiner(spread=0.1), grey(1)
+    drawn = torch.cat([refiner.sample([n], *given, seed) for seed in (0, 1, 2**32 - 1) for n in range(3)])
     distances = torch.cdist(drawn.flatten(1), drawn.flatten(1)) / drawn.std() / 128**0.5
     assert (distances.fill_diagonal_(torch.inf) > 1).all()
 
@@ -699,36 +709,41 @@ def test_detail_has_other_random_numbers_than_the_codes():
     """The prior's stream of the same seed and number is not used again, nor that of any other seed it may have."""
     given = grey(1)
     for seed, number in ((0, 0), (3, 7), (2**32 - 1, 5)):
-        noise = small_detail(still, spread=0.1).sample([number], *given, seed) / 0.1
+        noise = small_refiner(still, spread=0.1).sample([number], *given, seed) / 0.1
         generator = torch.Generator().manual_seed(stream_seed(seed, number))
         of_codes = torch.empty_like(noise).normal_(generator=generator)
         assert (noise - of_codes).abs().mean() > 0.5
-    assert checkpoints.LIMITS["seed"][1] < modules.NOT_CODES
+    assert checkpoints.LIMITS["seed"][1] < modules.REFINER_SEED_OFFSET
 
 
 def test_detail_of_a_simple_distribution_is_learnt():
     """Slices that are 0.3 lighter or darker all over, at random, and 0 where decoded: both are drawn, and no other."""
-    detail = Detail(replace(SMALL_DETAIL, channels=32, blocks=1, hidden=32))
-    detail.spread.fill_(0.3)
-    optimiser = torch.optim.Adam(detail.parameters(), lr=5e-3)
+    refiner = Refiner(replace(SMALL_REFINER, channels=32, residual_blocks=1, hidden_channels=32))
+    refiner.residual_std.fill_(0.3)
+    optimiser = torch.optim.Adam(refiner.parameters(), lr=5e-3)
     codes, vqvae = grey(128, (8, 8))
     for _ in range(300):
         signs = torch.randint(2, (128, 1, 1, 1)) * 2.0 - 1
         optimiser.zero_grad()
-        detail.loss(0.3 * signs.expand(128, 1, 8, 8), codes, vqvae).backward()
+        refiner.loss(0.3 * signs.expand(128, 1, 8, 8), codes, vqvae).backward()
         optimiser.step()
-    levels = detail.sample(range(128), codes, vqvae).mean((1, 2, 3))
+    levels = refiner.sample(range(128), codes, vqvae).mean((1, 2, 3))
     assert ((levels.abs() - 0.3).abs() < 0.1).float().mean() > 0.9
     assert 0.25 < (levels > 0).float().mean() < 0.75
 
 
 def test_strength_scales_the_noise_that_detail_is_made_from():
     """An untrained network keeps the noise it is given, up to the spread of its codes."""
-    vqvae, detail = VQVAE(SMALL).eval(), Detail(DetailConfig(codes=20, code_dim=6, channels=8, blocks=1, hidden=8))
+    vqvae, refiner = (
+        VQVAE(SMALL).eval(),
+        Refiner(RefinerConfig(codebook_size=20, embedding_dim=6, channels=8, residual_blocks=1, hidden_channels=8)),
+    )
     codes = torch.randint(20, (2, 3, 5))
-    detail.spread.fill_(0.01)
+    refiner.residual_std.fill_(0.01)
     decoded = vqvae.decode(codes)
-    whole, half, none = (detail.sample([0, 1], codes, vqvae, strength=strength) - decoded for strength in (1, 0.5, 0))
+    whole, half, none = (
+        refiner.sample([0, 1], codes, vqvae, noise_scale=strength) - decoded for strength in (1, 0.5, 0)
+    )
     assert torch.equal(none, torch.zeros_like(none))
     assert whole.std() > 0.005
     torch.testing.assert_close(half, whole / 2, rtol=0, atol=1e-6)

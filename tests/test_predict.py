@@ -30,7 +30,7 @@ import predict
 from checkpoints import lock, read_config, save_weights
 from dataset import Slices, load_dataset
 from metrics import reconstruction_metrics
-from modules import Detail, DetailConfig, GatedPixelCNN, PriorConfig
+from modules import GatedPixelCNN, PriorConfig, Refiner, RefinerConfig
 from utils import RunError, printable
 
 ROOT = Path(__file__).parents[1]
@@ -109,22 +109,22 @@ def test_codes_are_written(call):
 
 
 def load_decoders(run):
-    """A run's VQ-VAE and detail network."""
+    """A run's VQ-VAE and refiner network."""
     vqvae = predict.load_weights(run / "vqvae.safetensors", predict.VQVAE, predict.VQVAEConfig)
-    return vqvae, predict.load_weights(run / "detail.safetensors", Detail, DetailConfig)
+    return vqvae, predict.load_weights(run / "refiner.safetensors", Refiner, RefinerConfig)
 
 
 @pytest.mark.parametrize("seed", [0, 5])
-def test_the_files_are_the_decoded_codes_with_detail(call, trained, seed):
+def test_the_files_are_the_decoded_codes_with_refiner(call, trained, seed):
     folder = call(num=3, seed=seed)
-    vqvae, detail = load_decoders(trained.run)
+    vqvae, refiner = load_decoders(trained.run)
     codes = torch.from_numpy(codes_of(folder)).long()
-    slices = detail.sample(range(3), codes, vqvae, seed)[:, 0].numpy()
+    slices = refiner.sample(range(3), codes, vqvae, seed)[:, 0].numpy()
     scale = read_config(trained.run)["intensity"]["scale"]
     np.testing.assert_allclose(pixels_of(folder), (slices + 1) / 2 * scale, atol=1e-4 * scale)
 
 
-def test_samples_of_the_same_codes_differ_in_detail(call):
+def test_samples_of_the_same_codes_differ_in_refiner(call):
     folder = call(num=3, temperature=1e-6, position=0.5)
     codes, pixels = codes_of(folder), pixels_of(folder)
     assert (codes == codes[0]).all()
@@ -160,14 +160,14 @@ def test_the_position_reaches_the_sampler(call):
 
 
 def test_the_strength_of_detail_reaches_the_samples(call, trained):
-    """Without noise detail depends on the codes alone; the codes are the same ones."""
-    rough, smooth = (call(f"detail_{strength}", num=3, detail=strength) for strength in (1, 0))
+    """Without noise refiner depends on the codes alone; the codes are the same ones."""
+    rough, smooth = (call(f"refiner_{strength}", num=3, refiner=strength) for strength in (1, 0))
     codes = torch.from_numpy(codes_of(smooth)).long()
     assert (codes_of(rough) == codes_of(smooth)).all()
     config = read_config(trained.run)
     device, scale = torch.device("cpu"), config["intensity"]["scale"]
     networks = predict.load_networks(trained.run, config, predict.load_vqvae(trained.run, config, device), device)
-    expected = networks.detail.sample(range(5, 8), codes, networks.vqvae, seed=9, strength=0)[:, 0].numpy()
+    expected = networks.refiner.sample(range(5, 8), codes, networks.vqvae, seed=9, noise_scale=0)[:, 0].numpy()
     np.testing.assert_allclose(pixels_of(smooth), (expected + 1) / 2 * scale, atol=1e-4 * scale)
     assert np.abs(pixels_of(rough) - pixels_of(smooth)).max() > 0.01 * scale
 
@@ -202,7 +202,7 @@ def test_an_incomplete_run_is_sampled_with_a_warning(call, trained, tmp_path, ca
     assert "warning" not in said(call, capsys, run=copy)
     (copy / "training.pt").unlink()
     assert "warning" not in said(call, capsys, run=copy)
-    torch.save({"stage": "detail", "log_bytes": 0}, copy / "training.pt")
+    torch.save({"stage": "refiner", "log_bytes": 0}, copy / "training.pt")
     assert f"warning: {copy} is not complete" in said(call, capsys, run=copy)
 
 
@@ -451,7 +451,7 @@ def test_an_evaluation_has_all_figures(evaluation):
         "seed": 0,
         "temperature": 1.0,
         "top_p": 0.995,
-        "detail": 1.0,
+        "refiner_noise": 1.0,
     }
     for part in (results, results["training"]):
         assert part["reconstructions"].keys() == {"ssim", "ms_ssim", "psnr", "mse", "bits_per_pixel"}
@@ -573,10 +573,10 @@ def test_each_column_compares_what_it_says(evaluated, trained, monkeypatch):
     assert (results["settings"]["samples"], results["settings"]["samples_compared"]) == (14, 12)
     assert "14 samples, of which all but the lines on copying take the first 12" in table
     data = load_dataset(str(trained.data), (64, 32), (4, 4), 0)
-    vqvae, detail = load_decoders(trained.run)
+    vqvae, refiner = load_decoders(trained.run)
     real, training = data.test.batch(range(4)), data.train.batch(range(12))
-    decoded, decoded_training = (  # with detail, and not that of a sample
-        metrics.quantise(detail.sample(range(10**6, 10**6 + len(codes)), codes, vqvae))
+    decoded, decoded_training = (  # refined, and not that of a sample
+        metrics.quantise(refiner.sample(range(10**6, 10**6 + len(codes)), codes, vqvae))
         for codes in map(vqvae.encode, (real, training))
     )
     samples, every = compared[0][0], copying[0][0]
@@ -588,7 +588,7 @@ def test_each_column_compares_what_it_says(evaluated, trained, monkeypatch):
     halves = (means(real[[0, 2]]), means(real[[1, 3]]))
     expected = [(every, means(real)), (means(decoded), means(real)), (every, means(decoded)), halves]
     np.testing.assert_allclose(sum(sum(copying, ()), []), sum(sum(expected, ()), []), atol=1e-5)
-    for part, slices in ((results, real), (results["training"], training)):  # of the network without detail
+    for part, slices in ((results, real), (results["training"], training)):  # of the network without refiner
         plain = metrics.quantise(vqvae.decode(vqvae.encode(slices)))
         assert part["reconstructions"]["mse"] == pytest.approx((plain - slices).square().mean().item(), rel=1e-4)
 
@@ -716,7 +716,7 @@ def test_a_run_of_any_name_is_sampled(trained, tmp_path, capsys):
         ({"temperature": -1}, "argument --temperature: -1 is not at least 1e-06"),
         ({"temperature": "nan"}, "argument --temperature: nan is not at least 1e-06"),
         ({"top_p": 0}, "argument --top-p: 0 is not above 0 and at most 1"),
-        ({"detail": 1.1}, "argument --detail: 1.1 is not at least 0 and at most 1"),
+        ({"refiner_noise": 1.1}, "argument --refiner-noise: 1.1 is not at least 0 and at most 1"),
         ({"top_p": 1.01}, "argument --top-p: 1.01 is not above 0 and at most 1"),
         ({"position": 2}, "argument --position: 2 is not at least 0 and at most 1"),
         ({"temperature": "inf"}, "argument --temperature: inf is not at least 1e-06 and at most 100"),
@@ -766,16 +766,16 @@ def test_a_run_that_cannot_be_used_is_one_line(copied, tmp_path, complaint, name
 
 def test_networks_of_different_runs_are_one_line(copied, tmp_path, complaint):
     prior = predict.load_weights(copied / "prior.safetensors", GatedPixelCNN, PriorConfig)
-    for change in ({"codes": 8}, {"grid": (8, 8)}):
+    for change in ({"codebook_size": 8}, {"grid": (8, 8)}):
         save_weights(copied / "prior.safetensors", GatedPixelCNN(replace(prior.config, **change)))
         error = complaint("predict.py", arguments(run=copied, out=tmp_path / "out"))
         assert f"{copied}: prior.safetensors and vqvae.safetensors are of different runs" in error
     save_weights(copied / "prior.safetensors", prior)
-    detail = predict.load_weights(copied / "detail.safetensors", Detail, DetailConfig)
-    for change in ({"codes": 8}, {"code_dim": 7}, {"downsampling": 8}):
-        save_weights(copied / "detail.safetensors", Detail(replace(detail.config, **change)))
+    refiner = predict.load_weights(copied / "refiner.safetensors", Refiner, RefinerConfig)
+    for change in ({"codebook_size": 8}, {"embedding_dim": 7}, {"downsampling": 8}):
+        save_weights(copied / "refiner.safetensors", Refiner(replace(refiner.config, **change)))
         error = complaint("predict.py", arguments(run=copied, out=tmp_path / "out"))
-        assert f"{copied}: detail.safetensors and vqvae.safetensors are of different runs" in error
+        assert f"{copied}: refiner.safetensors and vqvae.safetensors are of different runs" in error
     config = read_config(copied)
     (copied / "config.json").write_text(json.dumps(config | {"slice_size": [62, 32]}))
     error = complaint("predict.py", arguments(run=copied, out=tmp_path / "out"))
@@ -783,13 +783,13 @@ def test_networks_of_different_runs_are_one_line(copied, tmp_path, complaint):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["vqvae.safetensors", "prior.safetensors", "detail.safetensors"])
+@pytest.mark.parametrize("name", ["vqvae.safetensors", "prior.safetensors", "refiner.safetensors"])
 def test_a_network_that_would_take_all_memory_is_one_line(copied, tmp_path, complaint, name):
     with safe_open(copied / name, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 not a dict
         config = json.loads(file.metadata()["config"])
     changes = [{"channels": 10**9}, {"channels": 60_000}, {"codes": 2**40}, {"grid": [10**6, 10**6]}, {"x": 1}]
-    for change in [*changes, {"downsampling": 2**20}, {"time_waves": 2**40}]:
+    for change in [*changes, {"downsampling": 2**20}, {"time_frequencies": 2**40}]:
         save_file(tensors, copied / name, {"config": json.dumps(config | change)})
         error = complaint("predict.py", arguments(run=copied, out=tmp_path / "out"))
         assert f"{copied / name} cannot be used" in error
@@ -821,7 +821,7 @@ def test_a_run_that_trains_can_be_sampled_from(copied, tmp_path, capsys):
     assert len(list((tmp_path / "out").glob("*.nii.gz"))) == 2
 
 
-@pytest.mark.parametrize("missing", [["detail.safetensors"], ["detail.safetensors", "prior.safetensors"]])
+@pytest.mark.parametrize("missing", [["refiner.safetensors"], ["refiner.safetensors", "prior.safetensors"]])
 def test_what_a_run_that_trains_has_not_come_to(copied, trained, tmp_path, complaint, missing):
     """No samples yet, and it says so; but slices can be reconstructed."""
     for name in missing:

@@ -33,19 +33,19 @@ import trainer
 import utils
 from checkpoints import load_weights
 from dataset import DataError, load_dataset
-from modules import VQVAE, Detail, DetailConfig, GatedPixelCNN, PriorConfig, VQVAEConfig
+from modules import VQVAE, GatedPixelCNN, PriorConfig, Refiner, RefinerConfig, VQVAEConfig
 from utils import RunError
 
 ROOT = Path(__file__).parents[1]
 REAL = ROOT.parent / "shared" / "hipmri_like"
-FIGURES = {"vqvae_loss.png", "prior_loss.png", "detail_loss.png"}
-FIGURES |= {"codebook_usage.png", "reconstructions.png", "detail.png"}
+FIGURES = {"vqvae_loss.png", "prior_loss.png", "refiner_loss.png"}
+FIGURES |= {"codebook_usage.png", "reconstructions.png", "refinement.png"}
 FILES = set(checkpoints.FILES)
 VQVAE_LOSSES = {"reconstruction_loss", "embedding_loss", "total_loss"}
 VQVAE_METRICS = VQVAE_LOSSES | {"ssim", "psnr", "codes_used", "perplexity"}
 PRIOR_LOSSES = {"nats_per_code", "bits_per_code"}
-DETAIL_LOSSES = {"flow_loss"}
-UPDATES = {"vqvae": 12, "prior": 9, "detail": 6}  # of the tiny preset
+REFINER_LOSSES = {"flow_loss"}
+UPDATES = {"vqvae": 12, "prior": 9, "refiner": 6}  # of the tiny preset
 
 
 def arguments(**options):
@@ -66,7 +66,7 @@ def select(lines, stage, split):
 def make_quick(patch):
     """Without figures and TensorBoard, which take most of the time of a tiny training."""
     patch.setattr(trainer, "tensorboard", lambda *_: None)
-    for name in ("write_vqvae_figures", "prior_loss_figure", "write_detail_figures"):
+    for name in ("write_vqvae_figures", "prior_loss_figure", "write_refiner_figures"):
         patch.setattr(train, name, lambda *_: None)
 
 
@@ -97,7 +97,7 @@ def test_the_config_says_what_was_trained_on_what(trained):
     config = json.loads((trained.run / "config.json").read_text())
     data = load_dataset(str(trained.data), None, (4, 4), 0)
     assert config["slice_size"] == config["options"]["slice_size"] == [64, 32]
-    expected = {"preset": "tiny", "updates": 12, "prior_updates": 9, "detail_updates": 6, "batch_size": 5, "seed": 0}
+    expected = {"preset": "tiny", "updates": 12, "prior_updates": 9, "refiner_updates": 6, "batch_size": 5, "seed": 0}
     assert expected.items() <= config["options"].items()
     assert config["fingerprint"] == data.fingerprint
     assert config["intensity"]["scale"] == pytest.approx(data.scale)
@@ -128,8 +128,8 @@ def test_metrics_have_the_promised_names(trained):
         ("vqvae", "validate"): {frozenset(VQVAE_METRICS)},
         ("prior", "train"): {frozenset(PRIOR_LOSSES)},
         ("prior", "validate"): {frozenset(PRIOR_LOSSES)},
-        ("detail", "train"): {frozenset(DETAIL_LOSSES)},
-        ("detail", "validate"): {frozenset(DETAIL_LOSSES)},
+        ("refiner", "train"): {frozenset(REFINER_LOSSES)},
+        ("refiner", "validate"): {frozenset(REFINER_LOSSES)},
     }
 
 
@@ -158,7 +158,7 @@ def test_validation_is_also_made_after_the_last_update(trained):
 
 
 def test_evaluations_are_evenly_spread(options):
-    train.main(arguments(**options | {"updates": 47, "prior_updates": 1, "detail_updates": 2}))
+    train.main(arguments(**options | {"updates": 47, "prior_updates": 1, "refiner_updates": 2}))
     lines = lines_of(options["run"])
     updates = [line["update"] for line in select(lines, "vqvae", "validate")]
     warm_up = 47 // 6
@@ -166,7 +166,7 @@ def test_evaluations_are_evenly_spread(options):
     assert updates[-1] == 47
     assert set(np.diff(updates)) <= {2, 3}
     assert [line["update"] for line in select(lines, "prior", "validate")] == [1]
-    assert [line["update"] for line in select(lines, "detail", "validate")] == [1, 2]
+    assert [line["update"] for line in select(lines, "refiner", "validate")] == [1, 2]
 
 
 def best_line(lines, stage, name):
@@ -177,7 +177,7 @@ def test_the_weights_are_those_that_were_measured(trained):
     """The best validation line of each stage again, from the saved weights, of the VQ-VAE in single precision."""
     vqvae = load_weights(trained.run / "vqvae.safetensors", VQVAE, VQVAEConfig)
     prior = load_weights(trained.run / "prior.safetensors", GatedPixelCNN, PriorConfig)
-    detail = load_weights(trained.run / "detail.safetensors", Detail, DetailConfig)
+    refiner = load_weights(trained.run / "refiner.safetensors", Refiner, RefinerConfig)
     data, lines, cpu = load_dataset(str(trained.data), None, (4, 4), 0), lines_of(trained.run), torch.device("cpu")
     slices = data.validate.batch(range(len(data.validate)))
     with torch.no_grad():
@@ -193,14 +193,14 @@ def test_the_weights_are_those_that_were_measured(trained):
     assert best_line(lines, "prior", "nats_per_code")["nats_per_code"] == pytest.approx(loss, abs=2e-3)
 
     given = train.parse_options(["--batch-size", "5"])
-    loss = train.evaluate_detail(detail, vqvae, data.validate, given, cpu)
-    assert best_line(lines, "detail", "flow_loss")["flow_loss"] == pytest.approx(loss, rel=1e-4)
+    loss = train.evaluate_refiner(refiner, vqvae, data.validate, given, cpu)
+    assert best_line(lines, "refiner", "flow_loss")["flow_loss"] == pytest.approx(loss, rel=1e-4)
 
 
 BEST = [
     ("vqvae", "evaluate_vqvae", "reconstruction_loss"),
     ("prior", "evaluate_prior", "nats_per_code"),
-    ("detail", "evaluate_detail", "flow_loss"),
+    ("refiner", "evaluate_refiner", "flow_loss"),
 ]
 
 
@@ -235,7 +235,7 @@ def test_the_weights_kept_are_those_of_the_best_validation_loss(options, monkeyp
     assert [same_weights(weights, kept) for weights in measured] == [n == 2 for n in range(len(measured))]
 
 
-@pytest.mark.parametrize(("stage", "evaluate", "update"), [("vqvae", 0, 7), ("prior", 1, 5), ("detail", 2, 5)])
+@pytest.mark.parametrize(("stage", "evaluate", "update"), [("vqvae", 0, 7), ("prior", 1, 5), ("refiner", 2, 5)])
 def test_the_best_weights_outlive_a_stop(options, monkeypatch, stage, evaluate, update):
     """A run that is resumed at its fifth evaluation of a stage has to keep the weights of the third."""
     measured = make_the_third_best(monkeypatch, BEST[evaluate][1])
@@ -251,7 +251,7 @@ def test_the_best_weights_outlive_a_stop(options, monkeypatch, stage, evaluate, 
 def test_later_stages_get_the_best_vqvae(options, monkeypatch):
     """Not the one of the last update."""
     measured, given = make_the_third_best(monkeypatch, "evaluate_vqvae"), []
-    for name in ("train_prior", "train_detail"):
+    for name in ("train_prior", "train_refiner"):
         monkeypatch.setattr(train, name, lambda run, state, vqvae, *_: given.append(vqvae.state_dict()))
     train.main(arguments(**options))
     assert len(given) == 2
@@ -261,7 +261,7 @@ def test_later_stages_get_the_best_vqvae(options, monkeypatch):
 def test_a_training_line_is_the_mean_since_the_line_before(options, trained, monkeypatch):
     monkeypatch.setattr(trainer, "LOG_LINES", 250)
     train.main(arguments(**options))
-    for stage, name in (("vqvae", "total_loss"), ("prior", "nats_per_code"), ("detail", "flow_loss")):
+    for stage, name in (("vqvae", "total_loss"), ("prior", "nats_per_code"), ("refiner", "flow_loss")):
         each = {line["update"]: line[name] for line in select(lines_of(options["run"]), stage, "train")}
         means = select(lines_of(trained.run), stage, "train")
         assert len(means) == 5 < len(each)
@@ -272,11 +272,11 @@ def test_a_training_line_is_the_mean_since_the_line_before(options, trained, mon
 
 def test_losses_fall(options, monkeypatch):
     """On few slices, often seen: far below what constant slices and even use of the codes would give."""
-    faster = {"learning_rate": 5e-3, "prior_learning_rate": 1e-2, "detail_learning_rate": 1e-2}
+    faster = {"learning_rate": 5e-3, "prior_learning_rate": 1e-2, "refiner_learning_rate": 1e-2}
     faster = replace(train.PRESETS["tiny"], **faster)
     monkeypatch.setitem(train.PRESETS, "tiny", faster)
     monkeypatch.setattr(trainer, "LOG_LINES", 250)
-    lengths = {"updates": 150, "prior_updates": 150, "detail_updates": 100, "batch_size": 20}
+    lengths = {"updates": 150, "prior_updates": 150, "refiner_updates": 100, "batch_size": 20}
     train.main(arguments(**options | lengths))
     lines = lines_of(options["run"])
     data = load_dataset(str(options["data"]), None, (4, 4), 0)
@@ -287,10 +287,10 @@ def test_losses_fall(options, monkeypatch):
     bits = [line["bits_per_code"] for line in select(lines, "prior", "train")]
     assert np.mean(bits[-10:]) < 0.8 * math.log2(16)
     assert np.mean(bits[-10:]) < 0.8 * bits[0]
-    flow = [line["flow_loss"] for line in select(lines, "detail", "train")]
+    flow = [line["flow_loss"] for line in select(lines, "refiner", "train")]
     assert np.mean(flow[:3]) == pytest.approx(1.74, abs=0.2)  # where only the spread is known
     assert np.mean(flow[-10:]) < 0.9 * np.mean(flow[:3])
-    validated = [line["flow_loss"] for line in select(lines, "detail", "validate")]
+    validated = [line["flow_loss"] for line in select(lines, "refiner", "validate")]
     assert min(validated) < 0.95 * validated[0]
 
 
@@ -313,14 +313,14 @@ def test_the_rate_rises_and_falls_to_nothing():
 def test_a_batch_in_parts_has_the_loss_and_the_gradient_of_the_whole(monkeypatch):
     """Five slices of 16 codes in parts of 2, 2 and 1, without autocast, whose rounding would differ."""
     monkeypatch.setattr(trainer, "autocast", lambda device: torch.autocast(device.type, enabled=False))
-    prior = GatedPixelCNN(PriorConfig(grid=(4, 4), codes=7, channels=8, dropout=0.0, head=8))
+    prior = GatedPixelCNN(PriorConfig(grid=(4, 4), codebook_size=7, channels=8, dropout=0.0, head_channels=8))
     codes, positions = torch.randint(7, (5, 4, 4)), torch.rand(5)
     whole = F.cross_entropy(prior(codes, positions), codes)
     expected = torch.autograd.grad(whole, list(prior.parameters()), allow_unused=True)
     for size, count in ((33, 3), (8, 5), (80, 1)):
-        monkeypatch.setattr(trainer, "PART_CODES", size)
+        monkeypatch.setattr(trainer, "MICRO_BATCH_CODES", size)
         prior.zero_grad()
-        losses = list(trainer.in_parts(prior.nats, codes, positions))
+        losses = list(trainer.micro_batches(prior.nll, codes, positions))
         assert len(losses) == count
         sum(losses).backward()
         assert sum(losses).item() == pytest.approx(whole.item(), rel=1e-5)
@@ -346,25 +346,25 @@ def test_evaluation_does_not_depend_on_the_batch_size(trained):
 
 def test_detail_is_always_validated_with_the_same_noise(trained):
     vqvae = load_weights(trained.run / "vqvae.safetensors", VQVAE, VQVAEConfig)
-    detail = load_weights(trained.run / "detail.safetensors", Detail, DetailConfig)
+    refiner = load_weights(trained.run / "refiner.safetensors", Refiner, RefinerConfig)
     slices, cpu = load_dataset(str(trained.data), None, (4, 4), 0).train, torch.device("cpu")
     given = train.parse_options(["--batch-size", "5"])
     losses = []
     for seed in (0, 1):
         torch.manual_seed(seed)
-        losses.append(train.evaluate_detail(detail, vqvae, slices, given, cpu))
+        losses.append(train.evaluate_refiner(refiner, vqvae, slices, given, cpu))
     assert losses[0] == losses[1]
     assert 0.5 < losses[0] < 2.5
     other = train.parse_options(["--batch-size", "5", "--seed", "1"])
-    assert train.evaluate_detail(detail, vqvae, slices, other, cpu) != losses[0]
+    assert train.evaluate_refiner(refiner, vqvae, slices, other, cpu) != losses[0]
 
 
 def test_a_loss_of_detail_is_the_mean_over_slices_and_not_over_batches(trained, monkeypatch):
     """Batches of 5, 5 and 2 slices; the loss of each is its number."""
     vqvae, batches = load_weights(trained.run / "vqvae.safetensors", VQVAE, VQVAEConfig), itertools.count(1)
-    monkeypatch.setattr(Detail, "loss", lambda *_: torch.tensor(float(next(batches))))
+    monkeypatch.setattr(Refiner, "loss", lambda *_: torch.tensor(float(next(batches))))
     slices, given = load_dataset(str(trained.data)).train, train.parse_options(["--batch-size", "5"])
-    loss = train.evaluate_detail(Detail(DetailConfig()), vqvae, slices, given, torch.device("cpu"))
+    loss = train.evaluate_refiner(Refiner(RefinerConfig()), vqvae, slices, given, torch.device("cpu"))
     assert loss == pytest.approx((5 * 1 + 5 * 2 + 2 * 3) / 12)
 
 
@@ -373,39 +373,41 @@ def test_the_spread_of_detail_is_measured_on_decoded_training_slices(trained, mo
     vqvae = load_weights(trained.run / "vqvae.safetensors", VQVAE, VQVAEConfig)
     data, cpu = load_dataset(str(trained.data), None, (4, 4), 0), torch.device("cpu")
     every = data.train.batch(range(12))
-    monkeypatch.setattr(train, "SPREAD_SLICES", 24)
+    monkeypatch.setattr(train, "STD_SLICES", 24)
     for batch_size in (1, 5, 64):
         given = train.parse_options(["--batch-size", str(batch_size)])
-        slices, decoded, codes = train.lossy_slices(vqvae, data.train, given, cpu)
+        slices, decoded, codes = train.reconstruct_subset(vqvae, data.train, given, cpu)
         apart = torch.cdist(slices.flatten(1), every.flatten(1))
         assert torch.bincount(apart.argmin(1)).tolist() == [2] * 12
         assert apart.min(1).values.max() < 1e-3
         assert (vqvae.encode(slices) == codes).float().mean() > 0.98
         torch.testing.assert_close(decoded, vqvae.decode(codes), rtol=0, atol=0.02)
-    monkeypatch.setattr(train, "SPREAD_SLICES", 16)  # as in the training
-    detail = load_weights(trained.run / "detail.safetensors", Detail, DetailConfig)
-    saved = detail.spread.clone()
-    detail.measure(*train.lossy_slices(vqvae, data.train, train.parse_options(["--batch-size", "5"]), cpu))
-    torch.testing.assert_close(detail.spread, saved, rtol=1e-4, atol=0)
+    monkeypatch.setattr(train, "STD_SLICES", 16)  # as in the training
+    refiner = load_weights(trained.run / "refiner.safetensors", Refiner, RefinerConfig)
+    saved = refiner.residual_std.clone()
+    refiner.fit_residual_std(
+        *train.reconstruct_subset(vqvae, data.train, train.parse_options(["--batch-size", "5"]), cpu)
+    )
+    torch.testing.assert_close(refiner.residual_std, saved, rtol=1e-4, atol=0)
     assert saved.std() > 0.1 * saved.mean() > 0  # codes differ
 
 
 def test_the_figure_of_detail_shows_what_its_strips_are_called(trained, tmp_path, monkeypatch):
     vqvae = load_weights(trained.run / "vqvae.safetensors", VQVAE, VQVAEConfig)
-    detail = load_weights(trained.run / "detail.safetensors", Detail, DetailConfig)
+    refiner = load_weights(trained.run / "refiner.safetensors", Refiner, RefinerConfig)
     slices, drawn = load_dataset(str(trained.data)).validate, []
-    monkeypatch.setattr(train, "detail_figure", lambda *given: drawn.append(given))
-    monkeypatch.setattr(train, "detail_loss_figure", lambda path, curves: drawn.append((path, curves)))
-    run = SimpleNamespace(curves={"detail": "the curves"}.get)
-    train.write_detail_figures(run, detail, vqvae, slices, tmp_path, torch.device("cpu"))
-    assert drawn[0] == (tmp_path / "detail_loss.png", "the curves")
+    monkeypatch.setattr(train, "refinement_figure", lambda *given: drawn.append(given))
+    monkeypatch.setattr(train, "refiner_loss_figure", lambda path, curves: drawn.append((path, curves)))
+    run = SimpleNamespace(curves={"refiner": "the curves"}.get)
+    train.write_refiner_figures(run, refiner, vqvae, slices, tmp_path, torch.device("cpu"))
+    assert drawn[0] == (tmp_path / "refiner_loss.png", "the curves")
     path, strips, titles = drawn[1]
-    assert path == tmp_path / "detail.png"
+    assert path == tmp_path / "refinement.png"
     assert titles == [Path(name).name.removesuffix(".nii.gz") for name in slices.names]
-    assert list(strips) == ["slice", "decoded", "with detail", "with other detail"]
+    assert list(strips) == ["slice", "decoded", "refined", "refined again"]
     batch = slices.batch(range(4))
     codes = vqvae.encode(batch)
-    expected = [batch, vqvae.decode(codes), *(detail.sample(range(4), codes, vqvae, seed) for seed in (0, 1))]
+    expected = [batch, vqvae.decode(codes), *(refiner.sample(range(4), codes, vqvae, seed) for seed in (0, 1))]
     for strip, pictures in zip(strips.values(), expected):
         np.testing.assert_allclose(strip, pictures[:, 0].numpy(), atol=1e-5)
 
@@ -413,18 +415,18 @@ def test_the_figure_of_detail_shows_what_its_strips_are_called(trained, tmp_path
 def test_detail_is_learnt_of_slices_as_they_are(options, monkeypatch):
     """Mirrored, but not varied: what was turned or stretched has been smoothed. The prior's are varied.
 
-    Of the batch's five slices each update of prior and detail sees two, a quarter rounded up.
+    Of the batch's five slices each update of prior and refiner sees two, a quarter rounded up.
     """
-    seen, real = [], trainer.Feed.__call__
+    seen, real = [], trainer.BatchLoader.__call__
 
     def call(feed, update, share=1, augmentation=0.0):
         made = real(feed, update, share, augmentation)
         seen.append((len(made[0]), augmentation))
         return made
 
-    monkeypatch.setattr(trainer.Feed, "__call__", call)
+    monkeypatch.setattr(trainer.BatchLoader, "__call__", call)
     train.main(arguments(**options))
-    assert seen == [(5, 0.0)] * UPDATES["vqvae"] + [(2, 1.0)] * UPDATES["prior"] + [(2, 0.0)] * UPDATES["detail"]
+    assert seen == [(5, 0.0)] * UPDATES["vqvae"] + [(2, 1.0)] * UPDATES["prior"] + [(2, 0.0)] * UPDATES["refiner"]
 
 
 def test_describe_positions():
@@ -439,19 +441,19 @@ def test_mirror_turns_about_half_of_the_slices_round():
     torch.manual_seed(0)
     slices = torch.arange(8.0).view(1, 1, 4, 2).repeat(200, 1, 1, 1)
     for axis in (2, 3):
-        mirrored = trainer.mirror(slices, axis)
+        mirrored = trainer.random_flip(slices, axis)
         turned = (mirrored == slices.flip(axis)).flatten(1).all(1)
         kept = (mirrored == slices).flatten(1).all(1)
         assert (turned ^ kept).all()
         assert 60 < turned.sum() < 140
-    assert torch.equal(trainer.mirror(slices, None), slices)
+    assert torch.equal(trainer.random_flip(slices, None), slices)
 
 
 def test_averaged_weights_forget_the_first_ones_soon():
     """Weights that are 1 after a start at 0: by hand, and nearly there after a few updates."""
     layer = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.zeros_(layer.weight)
-    average = trainer.Average(layer)
+    average = trainer.EMA(layer)
     torch.nn.init.ones_(layer.weight)
     expected = 0.0
     for update in range(1, 2000):
@@ -478,8 +480,8 @@ def test_a_step_cuts_long_gradients_of_all_weights_together(length, kept):
 def test_a_stage_averages_the_weights_that_it_is_asked_to():
     layer = torch.nn.Linear(3, 1)
     options = train.parse_options([])
-    stage = trainer.Stage(None, "detail", layer, 400, 0.5, options, averaged=True)
-    expected = trainer.Average(layer)
+    stage = trainer.Stage(None, "refiner", layer, 400, 0.5, options, averaged=True)
+    expected = trainer.EMA(layer)
     for stage.update in range(1, 6):
         stage.step([layer(torch.ones(3)).square().sum()])
         expected.follow(stage.update)
@@ -493,7 +495,7 @@ def test_a_stage_averages_the_weights_that_it_is_asked_to():
 def test_varied_slices_are_slices_each_changed_a_little(slices_folder):
     torch.manual_seed(0)
     slices = load_dataset(str(slices_folder)).train.batch(range(12))
-    varied = trainer.vary(slices, torch.randn(12, 6))
+    varied = trainer.augment(slices, torch.randn(12, 6))
     assert varied.shape == slices.shape
     assert varied.min() >= -1
     assert varied.max() <= 1
@@ -502,7 +504,7 @@ def test_varied_slices_are_slices_each_changed_a_little(slices_folder):
     assert (change > 0).all()
     assert change.mean() < other.mean()
     assert len(change.unique()) == 12
-    torch.testing.assert_close(trainer.vary(slices, torch.zeros(12, 6)), slices)
+    torch.testing.assert_close(trainer.augment(slices, torch.zeros(12, 6)), slices)
 
 
 def test_what_comes_in_from_outside_is_what_lies_at_the_edge():
@@ -511,27 +513,27 @@ def test_what_comes_in_from_outside_is_what_lies_at_the_edge():
     variation = 2 * torch.randn(50, 6)
     variation[:, 5] = 0  # contrast stays
     slices = torch.full((50, 1, 32, 16), -0.5)
-    torch.testing.assert_close(trainer.vary(slices, variation), slices)
+    torch.testing.assert_close(trainer.augment(slices, variation), slices)
     columns = torch.linspace(-1, 1, 20).expand(1, 1, 8, 20)
-    moved = trainer.vary(columns, torch.tensor([[0.0, 0, 0, 10, 0, 0]]))  # by 0.15 of the width, 3 columns
+    moved = trainer.augment(columns, torch.tensor([[0.0, 0, 0, 10, 0, 0]]))  # by 0.15 of the width, 3 columns
     expected = torch.cat([columns[..., 3:], columns[..., 17:].flip(3)], 3)  # a mirror image
     torch.testing.assert_close(moved, expected, rtol=0, atol=1e-4)
 
 
 def test_the_axis_that_slices_are_mirrored_along_is_said():
     lying = np.diag([-1.0, 1, 1, 1])
-    assert "along their first axis" in train.describe_mirroring(lying)
-    assert "along their second axis" in train.describe_mirroring(lying[:, [1, 0, 2, 3]])
-    assert "no slice is mirrored" in train.describe_mirroring(lying[:, [1, 2, 0, 3]])
+    assert "along their first axis" in train.describe_flip(lying)
+    assert "along their second axis" in train.describe_flip(lying[:, [1, 0, 2, 3]])
+    assert "no slice is mirrored" in train.describe_flip(lying[:, [1, 2, 0, 3]])
 
 
 @pytest.mark.parametrize("share, warned", [(1.0, True), (0.96, True), (0.94, False), (0.5, False)])
 def test_a_prior_that_has_learned_nothing_is_warned_of(capsys, share, warned):
     """Codes that are used equally often cost log K nats by their frequencies alone."""
     codes = torch.arange(16).repeat(8).view(2, 8, 8)
-    train.warn_of_ignorance(share * math.log(16), codes, 16)
+    train.warn_if_unigram(share * math.log(16), codes, 16)
     assert ("warning: the prior has learned hardly more" in capsys.readouterr().out) == warned
-    train.warn_of_ignorance(share * math.log(16), codes[:1], 16)  # too few to tell
+    train.warn_if_unigram(share * math.log(16), codes[:1], 16)  # too few to tell
     assert capsys.readouterr().out == ""
 
 
@@ -542,7 +544,7 @@ def test_strength_scales_what_is_done_to_slices():
 
     def places(strength):
         torch.manual_seed(0)
-        light = (trainer.vary(slices, strength * torch.randn(400, 6))[:, 0] + 1).double()
+        light = (trainer.augment(slices, strength * torch.randn(400, 6))[:, 0] + 1).double()
         light = light / light.sum((1, 2), keepdim=True)
         rows = (light.sum(2) * torch.arange(32)).sum(1)
         columns = (light.sum(1) * torch.arange(64)).sum(1)
@@ -561,7 +563,7 @@ def test_strength_scales_what_is_done_to_slices():
 def test_slices_in_the_memory_of_a_gpu_are_the_same(options, slices_folder, monkeypatch):
     """The path of a GPU, on the CPU."""
     given = train.parse_options(arguments(**options))
-    feed = trainer.Feed(load_dataset(str(slices_folder)), given, torch.device("cpu"))
+    feed = trainer.BatchLoader(load_dataset(str(slices_folder)), given, torch.device("cpu"))
     monkeypatch.setattr(trainer, "COPIED_SLICES", 5)  # of 12
     for update in (1, 2, 9):
         torch.manual_seed(update)
@@ -615,11 +617,11 @@ STOPS = [
     [("vqvae", 1, signal.SIGTERM)],  # in the warm-up
     [("vqvae", 2, signal.SIGINT)],  # just before the codes are fitted
     [("vqvae", 7, signal.SIGTERM), ("prior", 4, signal.SIGINT)],
-    [("detail", 1, signal.SIGINT), ("detail", 4, signal.SIGTERM)],
+    [("refiner", 1, signal.SIGINT), ("refiner", 4, signal.SIGTERM)],
     [(stage, last, signal.SIGTERM) for stage, last in UPDATES.items()],
     [("vqvae", n, signal.SIGINT) for n in (3, 4, 8)]
     + [("prior", n, signal.SIGTERM) for n in (1, 2, 8)]
-    + [("detail", n, signal.SIGINT) for n in (2, 3, 5)],
+    + [("refiner", n, signal.SIGINT) for n in (2, 3, 5)],
 ]
 
 
@@ -641,10 +643,10 @@ def test_a_stopped_and_resumed_run_equals_one_without_a_stop(options, trained, m
 
 
 def test_resuming_does_not_measure_the_spread_of_detail_again(options, trained, monkeypatch):
-    at_updates(monkeypatch, {("detail", 2): send(signal.SIGTERM)})
+    at_updates(monkeypatch, {("refiner", 2): send(signal.SIGTERM)})
     with pytest.raises(SystemExit):
         train.main(arguments(**options))
-    monkeypatch.setattr(train, "lossy_slices", lambda *_: 1 / 0)
+    monkeypatch.setattr(train, "reconstruct_subset", lambda *_: 1 / 0)
     train.main(arguments(**options))
     assert_same_run(options["run"], trained.run)
 
@@ -652,7 +654,7 @@ def test_resuming_does_not_measure_the_spread_of_detail_again(options, trained, 
 def test_a_signal_waits_for_the_end_of_a_short_update(options, monkeypatch):
     monkeypatch.setattr(trainer, "EVALUATIONS", 2)
     train.main(arguments(**options | {"run": options["run"].with_name("unbroken")}))
-    places = [("vqvae", 4), ("vqvae", 8), ("prior", 3), ("detail", 2)]
+    places = [("vqvae", 4), ("vqvae", 8), ("prior", 3), ("refiner", 2)]
     stops = dict(zip(places, map(send, (signal.SIGTERM, signal.SIGINT) * 2)))
     for place in list(stops):
         at_updates(monkeypatch, stops)
@@ -664,7 +666,7 @@ def test_a_signal_waits_for_the_end_of_a_short_update(options, monkeypatch):
     assert_same_run(options["run"], options["run"].with_name("unbroken"))
 
 
-@pytest.mark.parametrize("place", [("vqvae", 4), ("prior", 9), ("detail", 2)])
+@pytest.mark.parametrize("place", [("vqvae", 4), ("prior", 9), ("refiner", 2)])
 def test_a_second_termination_does_not_cost_the_checkpoint(options, monkeypatch, place):
     """torchrun and Slurm send SIGTERM twice: here in an update, in a long one (the last), and while it is saved."""
     monkeypatch.setattr(trainer, "EVALUATIONS", 2)
@@ -702,7 +704,7 @@ def at_call(monkeypatch, place, name, call, act):
 @pytest.mark.parametrize(
     ("place", "name", "call", "before", "kind"),
     [
-        (train, "encoder_vectors", 1, ("vqvae", 2), signal.SIGTERM),
+        (train, "encode_latents", 1, ("vqvae", 2), signal.SIGTERM),
         (train, "evaluate_vqvae", 3, ("vqvae", 4), signal.SIGINT),
         (trainer, "save_weights", 1, ("vqvae", 2), signal.SIGTERM),
         (train, "write_vqvae_figures", 1, ("vqvae", 11), signal.SIGTERM),
@@ -712,11 +714,11 @@ def at_call(monkeypatch, place, name, call, act):
         (train, "evaluate_prior", 5, ("prior", 4), signal.SIGTERM),
         (trainer.Stage, "keep_best", 13, ("prior", 2), signal.SIGINT),  # of ten validations of stage 1 and then nine
         (train, "prior_loss_figure", 1, ("prior", 8), signal.SIGTERM),
-        (train, "lossy_slices", 1, ("prior", 9), signal.SIGINT),
-        (train, "Clock", 3, ("detail", 0), signal.SIGTERM),
-        (train, "evaluate_detail", 3, ("detail", 2), signal.SIGINT),
-        (trainer.Stage, "keep_best", 24, ("detail", 4), signal.SIGTERM),
-        (train, "write_detail_figures", 1, ("detail", 5), signal.SIGINT),
+        (train, "reconstruct_subset", 1, ("prior", 9), signal.SIGINT),
+        (train, "Clock", 3, ("refiner", 0), signal.SIGTERM),
+        (train, "evaluate_refiner", 3, ("refiner", 2), signal.SIGINT),
+        (trainer.Stage, "keep_best", 24, ("refiner", 4), signal.SIGTERM),
+        (train, "write_refiner_figures", 1, ("refiner", 5), signal.SIGINT),
     ],
 )
 def test_a_signal_between_updates_loses_nothing(options, trained, monkeypatch, capsys, place, name, call, before, kind):
@@ -771,7 +773,7 @@ def test_checkpoints_are_made_every_so_many_updates(options, monkeypatch):
     monkeypatch.setattr(checkpoints.Run, "save", lambda run, **state: (saved.append(state), real(run, **state)))
     train.main(arguments(**options, checkpoint_every=5))
     places = [(state["stage"], state.get("update")) for state in saved]
-    expected = {"vqvae": (5, 10, 12), "prior": (0, 5, 9), "detail": (0, 5, 6), "done": (None,)}
+    expected = {"vqvae": (5, 10, 12), "prior": (0, 5, 9), "refiner": (0, 5, 6), "done": (None,)}
     assert places == [(stage, update) for stage, updates in expected.items() for update in updates]
 
 
@@ -808,8 +810,8 @@ def kill():
     [
         [("vqvae", 2)],
         [("vqvae", 9), ("vqvae", 12)],
-        [("vqvae", 5), ("prior", 3), ("prior", 8), ("prior", 9), ("detail", 2)],
-        [("detail", 1), ("detail", 5), ("detail", 6)],
+        [("vqvae", 5), ("prior", 3), ("prior", 8), ("prior", 9), ("refiner", 2)],
+        [("refiner", 1), ("refiner", 5), ("refiner", 6)],
     ],
 )
 def test_a_killed_run_goes_on_from_its_last_checkpoint(options, trained, monkeypatch, kills):
@@ -823,7 +825,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(options, trained, monkeyp
     assert_same_run(options["run"], trained.run)
 
 
-@pytest.mark.parametrize(("stage", "update"), [("prior", 5), ("detail", 3)])
+@pytest.mark.parametrize(("stage", "update"), [("prior", 5), ("refiner", 3)])
 def test_a_kill_between_log_line_and_checkpoint(options, trained, monkeypatch, stage, update):
     """The line of the unfinished update is there, half of the next too; neither is there twice in the end."""
     monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", 0)  # a checkpoint after each update
@@ -912,7 +914,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(options, st
 
 @pytest.mark.parametrize(
     ("stage", "place", "name", "loss"),
-    [("prior", GatedPixelCNN, "nats", "nats_per_code"), ("detail", Detail, "loss", "flow_loss")],
+    [("prior", GatedPixelCNN, "nll", "nats_per_code"), ("refiner", Refiner, "loss", "flow_loss")],
 )
 def test_a_loss_that_is_not_finite_ends_the_run_and_the_checkpoint_stays(
     options, monkeypatch, stage, place, name, loss
@@ -935,7 +937,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_the_checkpoint_stays(
 
 @pytest.mark.parametrize(
     ("stage", "evaluate", "loss"),
-    [("prior", "evaluate_prior", "nats_per_code"), ("detail", "evaluate_detail", "flow_loss")],
+    [("prior", "evaluate_prior", "nats_per_code"), ("refiner", "evaluate_refiner", "flow_loss")],
 )
 def test_a_validation_that_is_not_finite_ends_the_run(options, monkeypatch, stage, evaluate, loss):
     monkeypatch.setattr(train, evaluate, lambda *_: math.inf)
@@ -1004,8 +1006,8 @@ def half_way(tmp_path_factory, slices_folder, tiny_preset):
 
 @pytest.fixture(scope="session")
 def nearly_done(tmp_path_factory, slices_folder, tiny_preset):
-    """A run that was killed in update 4 of the detail."""
-    return break_off(options_of(slices_folder, tmp_path_factory.mktemp("nearly") / "run", tiny_preset), "detail", 4)
+    """A run that was killed in update 4 of the refiner."""
+    return break_off(options_of(slices_folder, tmp_path_factory.mktemp("nearly") / "run", tiny_preset), "refiner", 4)
 
 
 @pytest.fixture
@@ -1022,7 +1024,7 @@ def change_checkpoint(run, act):
 
 
 def shorten(state):
-    state["model"]["row"] = state["model"]["row"][:2].clone()
+    state["model"]["row_embedding"] = state["model"]["row_embedding"][:2].clone()
 
 
 @pytest.mark.parametrize(
@@ -1038,9 +1040,9 @@ def shorten(state):
         (lambda state: state.update(colour="blue"), "colour is unknown to this version"),
         (lambda state: state.pop("best"), "best is missing"),
         (lambda state: state.pop("model"), "its model entries are not those of this network"),
-        (lambda state: state["model"].pop("row"), "its model entries are not those of this network"),
-        (shorten, "its model row does not fit this network"),
-        (lambda state: state["model"]["row"].fill_(math.nan), "its model row is not finite"),
+        (lambda state: state["model"].pop("row_embedding"), "its model entries are not those of this network"),
+        (shorten, "its model row_embedding does not fit this network"),
+        (lambda state: state["model"]["row_embedding"].fill_(math.nan), "its model row_embedding is not finite"),
         (lambda state: state["optimiser"].pop(3), "its optimiser entries are not those of this network"),
         (lambda state: state["optimiser"].update({0: 7}), "its optimiser 0 entries are not those of this network"),
     ],
@@ -1056,8 +1058,8 @@ def test_a_checkpoint_that_does_not_fit_is_refused(options, stopped, act, messag
     [
         (lambda state: state.update(update=7), "update cannot be 7"),
         (lambda state: state.pop("averaged"), "its averaged entries are not those of this network"),
-        (lambda state: state["model"].pop("spread"), "its model entries are not those of this network"),
-        (lambda state: state["averaged"]["spread"].fill_(math.inf), "its averaged spread is not finite"),
+        (lambda state: state["model"].pop("residual_std"), "its model entries are not those of this network"),
+        (lambda state: state["averaged"]["residual_std"].fill_(math.inf), "its averaged residual_std is not finite"),
     ],
 )
 def test_a_checkpoint_of_detail_that_does_not_fit_is_refused(options, nearly_done, act, message):
@@ -1077,7 +1079,7 @@ def test_a_checkpoint_of_no_stage_is_refused(options, stopped):
 @pytest.mark.parametrize("run", ["half_way", "nearly_done"])
 def test_a_vqvae_of_another_run_is_refused(options, request, run):
     shutil.copytree(request.getfixturevalue(run), options["run"])
-    other = VQVAE(replace(train.PRESETS["tiny"].vqvae, codes=8))
+    other = VQVAE(replace(train.PRESETS["tiny"].vqvae, codebook_size=8))
     checkpoints.save_weights(options["run"] / "vqvae.safetensors", other)
     with pytest.raises(RunError, match=r"vqvae\.safetensors is not of this run"):
         train.main(arguments(**options))
@@ -1098,7 +1100,7 @@ def test_run_directories_that_were_tampered_with(half_way, nearly_done, options,
         name, evil = tamper(rng, run, canary)
         outcome, details = judge_run(lambda run=run: resume(arguments(**options | {"run": run})), run)
         assert outcome != "crashed", f"{seed}, {name}: {details}"
-        assert not (evil and outcome == "loaded" and name not in ("prior.safetensors", "detail.safetensors"))
+        assert not (evil and outcome == "loaded" and name not in ("prior.safetensors", "refiner.safetensors"))
         outcomes[outcome] += 1
         shutil.rmtree(run)
     assert not canary.exists()
@@ -1128,8 +1130,8 @@ def test_a_complete_run_says_so_and_stays_as_it_is(trained, tiny_preset, tmp_pat
         ({"batch_size": 6}, "--batch-size was 5, is 6"),
         ({"seed": 2, "updates": 13}, "--updates was 12, is 13; --seed was 0, is 2"),
         ({"prior_updates": 3}, "--prior-updates was 9, is 3"),
-        ({"detail_updates": 3}, "--detail-updates was 6, is 3"),
-        ({"preset": "demo", "updates": 12, "prior_updates": 9, "detail_updates": 6}, "--preset was tiny, is demo"),
+        ({"refiner_updates": 3}, "--refiner-updates was 6, is 3"),
+        ({"preset": "demo", "updates": 12, "prior_updates": 9, "refiner_updates": 6}, "--preset was tiny, is demo"),
         ({"slice_size": "32 32"}, r"--slice-size was \[64, 32\], is \[32, 32\]"),
     ],
 )
@@ -1218,8 +1220,8 @@ def test_a_place_for_figures_that_is_none_is_noticed_before_training(options, mo
         ({"updates": "many"}, "argument --updates: invalid int value: 'many'"),
         ({"updates": 10**8}, "argument --updates: 100000000 is not at least 1 and at most 10000000"),
         ({"prior_updates": 0}, "argument --prior-updates: 0 is not at least 1"),
-        ({"detail_updates": 0}, "argument --detail-updates: 0 is not at least 1"),
-        ({"detail_updates": 10**8}, "argument --detail-updates: 100000000 is not at least 1 and at most 10000000"),
+        ({"refiner_updates": 0}, "argument --refiner-updates: 0 is not at least 1"),
+        ({"refiner_updates": 10**8}, "argument --refiner-updates: 100000000 is not at least 1 and at most 10000000"),
         ({"batch_size": -1}, "argument --batch-size: -1 is not at least 1"),
         ({"batch_size": 10**6}, "argument --batch-size: 1000000 is not at least 1 and at most 65536"),
         ({"checkpoint_every": 0}, "argument --checkpoint-every: 0 is not at least 1"),
@@ -1278,12 +1280,12 @@ def test_a_run_of_any_name_is_trained_and_goes_on(options, slices_folder, tmp_pa
         ({"updates": 60}, 240),
         ({"updates": 5000}, 3000),
         ({"prior_updates": 3}, 3000),
-        ({"updates": 60, "detail_updates": 7}, 7),
-        ({"updates": 60, "detail_updates": 900}, 900),
+        ({"updates": 60, "refiner_updates": 7}, 7),
+        ({"updates": 60, "refiner_updates": 900}, 900),
     ],
 )
 def test_detail_sees_no_more_slices_than_the_vqvae_where_its_updates_are_not_given(given, expected):
-    assert train.parse_options(arguments(preset="demo", **given)).detail_updates == expected
+    assert train.parse_options(arguments(preset="demo", **given)).refiner_updates == expected
 
 
 def test_config_json_has_a_check_for_each_option(tiny_preset):
@@ -1314,7 +1316,7 @@ def test_from_data_to_samples(tmp_path):
     """The demo networks on slices of 32x16: stopped by SIGTERM, completed by the same command, sampled from."""
     data, run, images, out = (tmp_path / name for name in ("data", "run", "images", "samples"))
     phantom.write_phantom(data, cases=(3, 1, 1), slices=4, size=(32, 16), workers=1)
-    sizes = {"updates": 60, "prior_updates": 3, "detail_updates": 2, "batch_size": 4, "device": "cpu"}
+    sizes = {"updates": 60, "prior_updates": 3, "refiner_updates": 2, "batch_size": 4, "device": "cpu"}
     command = arguments(preset="demo", data=data, run=run, images=images, **sizes)
 
     process = start("train.py", command, tmp_path / "cache")
@@ -1348,7 +1350,7 @@ def test_the_embedded_phantom(options, monkeypatch):
     """--data phantom is drawn at the preset's size, or at the one given."""
     real = phantom.write_phantom
     monkeypatch.setattr(phantom, "write_phantom", lambda folder, **given: real(folder, (2, 1, 1), slices=2, **given))
-    given = options | {"data": "phantom", "updates": 2, "prior_updates": 1, "detail_updates": 1}
+    given = options | {"data": "phantom", "updates": 2, "prior_updates": 1, "refiner_updates": 1}
     train.main(arguments(**given, slice_size="32 16"))
     assert checkpoints.read_config(options["run"])["slice_size"] == [32, 16]
     monkeypatch.setitem(train.PRESETS, "tiny", replace(train.PRESETS["tiny"], phantom_size=(48, 24)))
@@ -1359,7 +1361,7 @@ def test_the_embedded_phantom(options, monkeypatch):
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="needs the HipMRI-like slices beside the project")
 def test_real_slices(options):
-    sizes = {"updates": 2, "prior_updates": 2, "detail_updates": 2, "batch_size": 4}
+    sizes = {"updates": 2, "prior_updates": 2, "refiner_updates": 2, "batch_size": 4}
     train.main(arguments(**options | {"data": REAL} | sizes))
     config = checkpoints.read_config(options["run"])
     assert config["slice_size"] == [256, 128]

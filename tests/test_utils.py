@@ -142,7 +142,7 @@ def test_an_update_has_its_own_seed():
         seed_update(*key)
         return tuple(torch.rand(4).tolist())
 
-    stages = ("vqvae", "prior", "detail", "detail validation")
+    stages = ("vqvae", "prior", "refiner", "refiner validation")
     keys = [(seed, stage, update) for seed in (0, 1, 2**32 - 1) for stage in stages for update in range(5)]
     first = [drawn(*key) for key in keys]
     assert [drawn(*key) for key in keys] == first
@@ -408,14 +408,15 @@ def test_a_damaged_config_is_a_run_error(tmp_path, content):
 @pytest.mark.parametrize(
     ("place", "value", "message"),
     [
-        (("format",), checkpoints.FORMAT + 1, f"of format {checkpoints.FORMAT + 1}, of a newer version than this one"),
-        (("format",), 0, "format cannot be 0"),
+        (("format",), checkpoints.FORMAT + 1, "of run format 3, of a newer version than this one, which reads 2"),
+        (("format",), 1, "of run format 1, of an older version than this one"),
+        (("format",), "2", "format cannot be '2'"),
         (("colour",), "blue", "colour is unknown to this version"),
         (("options", "colour"), "blue", "options.colour is unknown to this version"),
         (("options", "seed"), True, "options.seed cannot be True"),
         (("options", "batch_size"), 10**9, "options.batch_size cannot be 1000000000"),
-        (("options", "detail_updates"), 0, "options.detail_updates cannot be 0"),
-        (("options", "detail_updates"), 10**8, "options.detail_updates cannot be 100000000"),
+        (("options", "refiner_updates"), 0, "options.refiner_updates cannot be 0"),
+        (("options", "refiner_updates"), 10**8, "options.refiner_updates cannot be 100000000"),
         (("options", "data"), 3, "options.data cannot be 3"),
         (("slice_size",), [10**6, 10**6], r"slice_size cannot be \[1000000, 1000000\]"),
         (("slice_size",), [64], "slice_size cannot be"),
@@ -928,7 +929,7 @@ def with_a_long_header(path):
     path.write_bytes(struct.pack("<Q", len(header)) + header)
 
 
-def with_tensors(path, config='{"size": [2, 3], "scale": 0.5}', **changes):
+def with_tensors(path, config='{"format": 2, "size": [2, 3], "scale": 0.5}', **changes):
     """A file with other tensors or another config, otherwise sound."""
     tensors = {"weight": torch.zeros(2, 3), "counts": torch.arange(3)} | changes
     tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
@@ -937,7 +938,7 @@ def with_tensors(path, config='{"size": [2, 3], "scale": 0.5}', **changes):
 
 def with_config(**fields):
     def write(path):
-        with_tensors(path, json.dumps({"size": [2, 3], "scale": 0.5} | fields))
+        with_tensors(path, json.dumps({"format": 2, "size": [2, 3], "scale": 0.5} | fields))
 
     write.__name__ = f"with_{'_'.join(fields)}"
     return write
@@ -954,8 +955,9 @@ DAMAGES = {
     claiming_a_long_header: "its header claims more than",
     with_a_long_header: "its header claims more than",
     lambda path: safetensors.torch.save_file({"weight": torch.zeros(2, 3)}, path): "it holds no config",
-    with_config(format=2): "it is of format 2, of a newer version than this one",
-    with_config(format="1"): "format cannot be '1'",
+    with_config(format=3): "it is of run format 3, of a newer version than this one",
+    with_config(format=1): "it is of run format 1, of an older version than this one",
+    with_config(format="2"): "format cannot be '2'",
     with_config(checksum="0"): "its checksum is another",
     with_config(colour="blue"): "colour is unknown to this version",
     with_config(size=[3, 2]): r"its weight has shape \[2, 3\], and its config asks for \[3, 2\]",
@@ -969,7 +971,8 @@ DAMAGES = {
     with_config(scale=True): "scale cannot be True",
     lambda path: with_tensors(path, "[" * 9999): "recursion|nest",
     lambda path: with_tensors(path, "[]"): "no set of named values",
-    lambda path: with_tensors(path, '{"size": [2, 3]}'): "scale is missing",
+    lambda path: with_tensors(path, '{"size": [2, 3], "scale": 0.5}'): "it is of run format 1, of an older version",
+    lambda path: with_tensors(path, '{"format": 2, "size": [2, 3]}'): "scale is missing",
     lambda path: with_tensors(path, counts=None): r"its counts has shape None, and its config asks for \[3\]",
     lambda path: with_tensors(path, more=torch.zeros(2)): r"its more has shape \[2\], and its config asks for None",
     lambda path: with_tensors(path, weight=torch.zeros(2, 3, dtype=torch.float64)): "its weight does not fit",
@@ -1086,7 +1089,7 @@ def test_any_name_can_stand_in_a_figure(tmp_path, name):
     assert len(title) < 60
     assert title.count("\n") == 1
     plots.reconstructions_figure(tmp_path / "reconstructions.png", slices, slices, [title])
-    plots.detail_figure(tmp_path / "detail.png", {"slice": slices}, [title])
+    plots.refinement_figure(tmp_path / "refinement.png", {"slice": slices}, [title])
     assert len(list(tmp_path.iterdir())) == 2
 
 
@@ -1098,14 +1101,14 @@ def test_prior_loss_figure(tmp_path):
 
 def test_detail_loss_figure(tmp_path):
     path = tmp_path / "new" / "loss.png"
-    plots.detail_loss_figure(path, curves_of("flow_loss"))
+    plots.refiner_loss_figure(path, curves_of("flow_loss"))
     read_png(path, 720, 432)
 
 
 @pytest.mark.parametrize(
     ("draw", "name", "kept"),
     [
-        (lambda curves: plots.detail_loss_figure("loss.png", curves), "flow_loss", "kept: 1.000"),
+        (lambda curves: plots.refiner_loss_figure("loss.png", curves), "flow_loss", "kept: 1.000"),
         (lambda curves: plots.prior_loss_figure("loss.png", curves, 512), "bits_per_code", "kept: 1.00 bits"),
     ],
 )
@@ -1196,8 +1199,8 @@ def test_small_samples_are_drawn_larger(tmp_path):
 
 
 def test_spread_is_even_and_within():
-    assert plots.spread(60, 6).tolist() == [5, 15, 25, 35, 45, 55]
-    assert plots.spread(3, 6).tolist() == [0, 1, 2]
+    assert plots.evenly_spaced(60, 6).tolist() == [5, 15, 25, 35, 45, 55]
+    assert plots.evenly_spaced(3, 6).tolist() == [0, 1, 2]
 
 
 def test_grey_levels_are_those_of_the_slice_whatever_is_beside_it(tmp_path):
@@ -1236,12 +1239,12 @@ def test_reconstructions_figure(tmp_path):
 def test_detail_figure(tmp_path, monkeypatch):
     """A row a strip, under its name; a column a slice, under its title; upright, -1 black and 1 white."""
     strips = {"slice": np.stack([marked_slice(64, 32, 0.0, 1.0)] * 3), "decoded": np.zeros((3, 64, 32))}
-    path = tmp_path / "new" / "detail.png"
-    plots.detail_figure(path, strips, ["one", "two", "three"])
+    path = tmp_path / "new" / "refinement.png"
+    plots.refinement_figure(path, strips, ["one", "two", "three"])
     read_png(path, 2.4 * 3 * 120, (2.4 * 2 / 2 + 0.4) * 120)
     drawn = []
     monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.append(figure))
-    plots.detail_figure(path, strips, ["one", "two", "three"])
+    plots.refinement_figure(path, strips, ["one", "two", "three"])
     rows = np.reshape(drawn[0].axes, (2, 3))
     assert [[axes.get_title() for axes in row] for row in rows] == [["one", "two", "three"], ["", "", ""]]
     assert [row[0].get_ylabel() for row in rows] == ["slice", "decoded"]
