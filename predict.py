@@ -14,13 +14,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-import nibabel as nib
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dataset import SAME_SPACING, DataError, Dataset, Slices, load_dataset, read_slices, unscale
+from dataset import SAME_SPACING, DataError, Dataset, Slices, denormalize, load_dataset, read_slices
 from metrics import (
     SMALLEST_SIDE,
     Nearest,
@@ -45,6 +44,7 @@ from metrics import (
     wilson_interval,
 )
 from modules import COLDEST, PART_CODES, VQVAE, Detail, DetailConfig, GatedPixelCNN, PriorConfig, VQVAEConfig
+from nifti import write_slice
 from utils import (
     LIMITS,
     Parser,
@@ -190,13 +190,6 @@ def shortened(name: str) -> str:
     return name
 
 
-def write_slice(path: Path, pixels: np.ndarray, affine: np.ndarray) -> None:
-    """A slice (H, W) as float32 NIfTI with that affine (4, 4), in mm."""
-    image = nib.Nifti1Image(pixels.astype(np.float32), affine)
-    image.header.set_xyzt_units("mm")
-    nib.save(image, path)
-
-
 def draw_positions(numbers: Sequence[int], seed: int, described: dict) -> torch.Tensor:
     """Positions (N,) for sample numbers, distributed as the training slices': NaN for not known."""
     draws = np.array([np.random.default_rng((seed, n)).random(2) for n in numbers])
@@ -296,7 +289,7 @@ def sample(options, config: dict, networks: Networks, device: torch.device) -> N
     slices = samples.slices[:, 0].numpy()
     np.save(options.out / "codes.npy", samples.codes.numpy().astype(np.int16))
     affine = np.array(config["affine"])
-    for i, pixels in enumerate(unscale(slices, config["intensity"]["scale"])):
+    for i, pixels in enumerate(denormalize(slices, config["intensity"]["scale"])):
         write_slice(options.out / f"sample_{i:06d}.nii.gz", pixels, affine)
     shown = min(len(slices), SHOWN)
     samples_figure(options.images / "samples.png", slices[:shown], f"{shown} samples, {describe_sampling(options)}")
@@ -346,7 +339,7 @@ def reconstruct(options, config: dict, vqvae: VQVAE, device: torch.device) -> No
     for i, affine in enumerate(affines):
         name = f"{i:06d}_{shortened(Path(slices.names[i]).name.removesuffix('.gz').removesuffix('.nii'))}"
         for kind, pixels in (("original", originals[i]), ("reconstruction", reconstructions[i])):
-            write_slice(options.out / f"{name}_{kind}.nii.gz", unscale(pixels, slices.scales[i]), affine)
+            write_slice(options.out / f"{name}_{kind}.nii.gz", denormalize(pixels, slices.scales[i]), affine)
     with open(options.out / "reconstructions.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ("slice", "ssim", "psnr"))
         writer.writeheader()

@@ -30,8 +30,8 @@ from dataset import (
     Slices,
     batch_indices,
     changed_files,
-    intensities,
     load_dataset,
+    to_float,
 )
 from metrics import code_counts, codebook_use, reconstruction_metrics
 from modules import PART_CODES, VARIATIONS, VQVAE, Detail, DetailConfig, GatedPixelCNN, PriorConfig, VQVAEConfig
@@ -441,7 +441,7 @@ class Feed:
         indices = self.send(torch.from_numpy(chosen))
         pixels = self.send(torch.from_numpy(self.train.pixels[chosen])) if self.pixels is None else self.pixels[indices]
         variation = augmentation * torch.randn(len(chosen), VARIATIONS, device=self.device)
-        slices = mirror(intensities(pixels), self.left_right)
+        slices = mirror(to_float(pixels), self.left_right)
         if augmentation:
             slices = vary(slices, variation)
         return slices.contiguous(memory_format=torch.channels_last), self.positions[indices], variation
