@@ -43,7 +43,7 @@ class DataError(Exception):
     The message is for the user. It names the data and the reason, on one line that is safe to print.
     """
 
-    def __init__(self, message: str):
+    def __init__(self, message: str) -> None:
         super().__init__(printable(message))
 
 
