@@ -59,7 +59,7 @@ from nifti import MAX_SIDE, DataError, RawSlice, open_regular, printable, read_s
 
 CACHE_FORMAT = 5  # raise it when the same files would give other pixels or another index, notices included
 PERCENTILE = 99.5  # of a volume's pixels: the value that maps to +1; the few brighter ones are vessels
-FAR_BELOW = -0.1  # of that value: interpolation undershoots 0 by less, normalised slices by more
+FAR_BELOW = -0.1  # relative to that value: interpolation undershoots 0 by less, normalised slices by more
 BLACK = 12  # grey levels of 255: all tissue is brighter
 MIN_BRIGHT = 0.02  # of a volume's pixels above that level: a body fills far more
 MIN_VALUES = 12  # distinct values of a slice of integers; HipMRI's label maps have 6
@@ -68,7 +68,7 @@ SAME_SPACING = 1.02  # pixel sizes that differ by a smaller factor differ by rou
 
 MAX_VOLUME = 1 << 28  # pixels that are scaled together, 1 GiB as float32; HipMRI's volumes have 5 million
 THREADS = 6  # that read files: more would wait for each other, and each holds its largest slice in memory
-INDEX_BYTES = 64  # per slice in the cache's index: more than it takes
+INDEX_BYTES = 64  # per slice, read of a cache entry's index at most: more than it has
 
 SPLITS = ("train", "validate", "test")
 SPLIT_TITLES = {"train": "training", "validate": "validation", "test": "test"}
@@ -128,13 +128,13 @@ def load_dataset(
 
     Args:
         data: a folder, or "phantom" for the embedded data set, which is drawn at `slice_size` (256x128 by default) and
-            kept in the cache; a folder of that name is "./phantom". The search for splits, patients or slices descends
-            through folders that are alone in theirs.
-        slice_size: (H, W) in pixels, a multiple of `multiple`. By default the training files' most common size,
-            rounded to one.
-        multiple: (H, W) that the network requires sizes to be a multiple of.
-        seed: draws the splits where no folders define them.
-        workers: threads that read files; by default as many as pay off.
+            kept in the cache; a folder of that name is "./phantom". The splits, patients or slices may lie deeper, if
+            each folder on the way to them contains nothing but the next.
+        slice_size: (H, W) in pixels, a multiple of `multiple`; by default the most common size of the training files,
+            rounded to a multiple.
+        multiple: (H, W) in pixels: the network accepts multiples of it.
+        seed: of the random splits, which are drawn where no folders define them.
+        workers: threads that read files; None for THREADS. For the phantom, also processes that draw it.
 
     Raises:
         DataError: for a folder, file or slice size that cannot be used, a split whose slices are all constant, and a
@@ -325,7 +325,7 @@ def assign_splits(files: list[SliceFile], folder: Path, seed: int) -> tuple[list
 
 
 def split_by_case(files: list[SliceFile], parts: Sequence[str], seed: int) -> tuple[list[SliceFile], list[str]]:
-    """Draw whole cases for each split but training, about 5 % each, or single files where names give no case.
+    """Draw whole cases for validation and test, about 5 % each, or single files where names give no case.
 
     Returns:
         The files, sorted by split, and notices on how they were split.
@@ -380,7 +380,7 @@ def unused_split_notices(files: list[SliceFile]) -> list[str]:
 
 
 class CacheIndex(NamedTuple):
-    """What a cache entry holds beside the pixels."""
+    """What a cache entry contains besides the pixels."""
 
     slice_size: tuple[int, int]
     scales: list[float]  # of each slice
@@ -468,7 +468,7 @@ def lock_cache(cache: Path) -> Iterator[None]:
 
 
 def open_cache_entry(entry: Path, count: int) -> tuple[np.ndarray, CacheIndex] | None:
-    """Open the pixels and index of `count` slices, or return None where they are missing, damaged or of other data."""
+    """Open the entry of `count` slices, or return None where it is missing, damaged or of other data."""
     try:
         with open_regular(entry / "index.json") as file:
             checksum, _, body = file.read((1 << 20) + INDEX_BYTES * count).partition(b"\n")
@@ -527,17 +527,18 @@ def make_index(
     """Summarise what was decoded, or raise DataError where a split is blank."""
     refuse_blank_splits(files, decoded)
     train = [one for file, one in zip(files, decoded) if file.split == "train"]
-    volumes = {file.volume: one.scale for file, one in zip(files, train)}  # training files come first
+    volume_scales = {file.volume: one.scale for file, one in zip(files, decoded) if file.split == "train"}
     grids = [one.affine[:3, :3].round(4).tobytes() for one in train]
     common = train[grids.index(Counter(grids).most_common(1)[0][0])]
+    one_per_grid = dict(zip(grids, train)).values()
     notices = duplicate_notices(files, decoded, workers) + pixel_notices(files, decoded, size)
-    notices += spacing_notices(decoded, common) + orientation_notices(dict(zip(grids, train)).values(), common)
+    notices += spacing_notices(decoded, common) + orientation_notices(one_per_grid, common)
     return CacheIndex(
         slice_size=size,
         scales=[one.scale for one in decoded],
         checksums=[one.checksum for one in decoded],
         affine=common.affine.tolist(),
-        scale=float(np.median(list(volumes.values()))),
+        scale=float(np.median(list(volume_scales.values()))),
         notices=notices,
     )
 
@@ -589,12 +590,12 @@ def spacing_notices(decoded: list[Decoded], common: Decoded) -> list[str]:
     return [f"warning: pixel sizes differ, from {smallest} to {largest} mm: {effect}"]
 
 
-def orientation_notices(grids: Iterable[Decoded], common: Decoded) -> list[str]:
-    """Report training slices whose axes point in other anatomical directions than those of `common`."""
-    usual, *others = ("".join(map(str, nib.aff2axcodes(one.affine)[:2])) for one in (common, *grids))
-    if set(others) == {usual}:
+def orientation_notices(slices: Iterable[Decoded], common: Decoded) -> list[str]:
+    """Report slices whose axes point in other anatomical directions than those of `common`, which is one of them."""
+    orientations = {"".join(map(str, nib.aff2axcodes(one.affine)[:2])) for one in slices}
+    if len(orientations) == 1:
         return []
-    listed = ", ".join(sorted(set(others)))
+    listed, usual = ", ".join(sorted(orientations)), "".join(map(str, nib.aff2axcodes(common.affine)[:2]))
     return [f"warning: training slices have different orientations ({listed}): all are treated as {usual}"]
 
 
@@ -647,7 +648,7 @@ def most_common_size(files: list[SliceFile], multiple: tuple[int, int], workers:
 
 
 class Decoded(NamedTuple):
-    """What decoding finds out about a slice, beside its pixels."""
+    """What decoding finds out about a slice, besides its pixels."""
 
     scale: float
     affine: np.ndarray
@@ -663,7 +664,7 @@ class Decoded(NamedTuple):
 def decode_files(
     files: list[SliceFile], size: tuple[int, int], store: Callable[[int, np.ndarray], None], workers: int | None
 ) -> list[Decoded]:
-    """Read `files`, volumes in parallel: other threads run while one decompresses.
+    """Read, scale and store `files`, with volumes in parallel: decompression lets other threads run.
 
     Args:
         files: the slices; those of one volume are read and scaled together.

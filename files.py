@@ -1,4 +1,4 @@
-"""Find the slices of a data folder, and read from their names what each is: case, week, number, volume and split.
+"""Find the slices of a data folder, and read case, week, slice number, volume and split from their names.
 
 Names of slices are relative to the data folder, with forward slashes.
 """
@@ -32,7 +32,7 @@ LABEL_WORD = re.compile(
     "labels?|labelmaps?|labels(tr|ts|val)|masks?|(d|prob)?segs?|segmentations?|annotations?|contours?|delineations?"
     "|gt|groundtruth"
 )
-IMAGE_WORDS = {"mr", "mrs", "image", "images", "img"}  # HipMRI keeps its volumes in semantic_MRs_anon
+IMAGE_WORDS = {"mr", "mrs", "image", "images", "img"}  # beside "semantic": HipMRI's images are in semantic_MRs_anon
 
 # A word starts where no letter precedes it, or at a capital after a small letter. Digits may follow directly.
 START, SPACE, OTHERS = r"(?:(?<![A-Za-z])|(?<=[a-z])(?=[A-Z]))", r"[-_ .]*", "(?i:week|session|ses|visit|slice)"
@@ -99,7 +99,7 @@ def find_slices(root: Path) -> tuple[list[tuple[str, str]], list[str]]:
 
 
 def walk_files(root: Path) -> Iterator[os.DirEntry]:
-    """Yield all but folders, at any depth below `root` but not in hidden folders."""
+    """Yield everything but folders, at any depth below `root`, except in hidden folders."""
     folders, seen = [str(root)], set()
     while folders:
         folder = folders.pop()
@@ -168,20 +168,19 @@ def label_map_notices(names: list[str]) -> list[str]:
 
 def name_notices(files: list[SliceFile]) -> list[str]:
     """Report what stays unknown because names do not say it, and slice numbers that occur twice."""
-    numbers: set[tuple] = set()
+    seen: set[tuple] = set()
     repeated = []
     for file in files:
-        if file.number is not None and (file.volume, file.number) in numbers:
+        if file.number is not None and (file.volume, file.number) in seen:
             repeated.append(file.name)
-        numbers.add((file.volume, file.number))
+        seen.add((file.volume, file.number))
     unnamed = sum(file.case is None for file in files)
     unnumbered = sum(file.case is not None and file.number is None for file in files)
     example = "(expected as in case_004_week_0_slice_12.nii.gz)"
     notices = []
     if repeated:
-        slices = f"{counted(len(repeated), 'slice')} ({abbreviate(repeated, 2)})"
-        same = "the slice number of another in the same case, week and folder"
-        notices.append(f"warning: {slices} with {same}: all are scaled as one volume")
+        numbers = f"{counted(len(repeated), 'repeated slice number')} within one case, week and folder"
+        notices.append(f"warning: {numbers} ({abbreviate(repeated, 2)}): all these slices are scaled as one volume")
     if unnamed:
         unknown = "such slices are scaled individually, and their patient and position are unknown"
         notices.append(f"{counted(unnamed, 'file name')} without a case {example}: {unknown}")
@@ -285,7 +284,7 @@ def path_to_splits(names: list[str]) -> str:
         lone = next(iter(folders)) if len(folders) == 1 and all(slash for _, slash, _ in inside) else None
         if "keras_slices_data" in folders:
             below += "keras_slices_data/"
-        elif lone and not split_of(lone) and not parse(lone).case:
+        elif lone and not split_of(lone) and not parse_name(lone).case:
             below += f"{lone}/"
         else:
             return below
@@ -301,18 +300,19 @@ def identify(name: str) -> Identity:
     number, because slices of several patients would share it.
     """
     folder, _, base = name.rpartition("/")
-    case, week, number = (own if own is not None else above for own, above in zip(parse(base), parse_folders(folder)))
+    pairs = zip(parse_name(base), parse_folders(folder))
+    case, week, number = (own if own is not None else above for own, above in pairs)
     return Identity(case, week, number if case else None)
 
 
 @lru_cache(maxsize=4096)
 def parse_folders(folder: str) -> Identity:
     """Return each of case, week and slice number from the deepest folder of a path that says it."""
-    identities = [parse(part) for part in reversed(folder.split("/"))]
+    identities = [parse_name(part) for part in reversed(folder.split("/"))]
     return Identity(*(next((value for value in values if value is not None), None) for values in zip(*identities)))
 
 
-def parse(part: str) -> Identity:
+def parse_name(part: str) -> Identity:
     """Return case, week and slice number from the name of one file or folder.
 
     Numbers are compared by value: case_4 is case_004.
@@ -332,9 +332,9 @@ def pad_number(digits: re.Match[str]) -> str:
 
 
 def assign_volumes(files: list[SliceFile]) -> list[SliceFile]:
-    """Set the volume of each file: the slices of one case and week of a split, in whatever folders.
+    """Set the volume of each file: the slices of one case and week of a split, even from several folders.
 
-    Where these repeat a slice number, or several folders hold slices without a number, the folders are different
+    Where these repeat a slice number, or several folders contain slices without a number, the folders are different
     series, and each is a volume. A slice without a case is a volume of its own.
     """
     groups: dict[tuple, list[tuple[int, str]]] = {}
@@ -370,7 +370,7 @@ def series_folder(folder: str, base: str) -> str:
 @lru_cache(maxsize=4096)
 def without_slice_folders(folder: str) -> str:
     """Drop the folders of a path whose names give a slice number."""
-    return "/".join(part for part in folder.split("/") if parse(part).number is None)
+    return "/".join(part for part in folder.split("/") if parse_name(part).number is None)
 
 
 def lower_stem(name: str) -> str:
@@ -379,12 +379,12 @@ def lower_stem(name: str) -> str:
 
 
 def sort_key(file: SliceFile) -> tuple:
-    """Return what files are sorted by: folder, case, week, slice number and name."""
+    """Return a key that sorts files by folder, case, week, slice number and name."""
     return file.volume, file.number or 0, file.name
 
 
 def positions_of(files: list[SliceFile]) -> np.ndarray:
-    """Return each slice's rank in its volume, from 0 (lowest) to 1, 0.5 for a lone one and NaN where unknown."""
+    """Return each slice's position: its rank in its volume, 0 lowest, 1 highest; 0.5 if alone, NaN if unknown."""
     numbers: dict[tuple[str, ...], set[int]] = {}
     for file in files:
         if file.number is not None:

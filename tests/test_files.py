@@ -473,8 +473,8 @@ def test_repeated_slice_numbers_in_one_folder_are_reported(data):
     write_cases(data / "val", (3,))
     loaded = load_dataset(str(data))
     names = "train/case_1_T2_slice_0.nii, train/case_2_T2_slice_0.nii"
-    same = "the slice number of another in the same case, week and folder"
-    assert loaded.notices == [f"warning: 2 slices ({names}) with {same}: all are scaled as one volume"]
+    repeated = "2 repeated slice numbers within one case, week and folder"
+    assert loaded.notices == [f"warning: {repeated} ({names}): all these slices are scaled as one volume"]
 
 
 def test_folders_of_unnumbered_slices_are_different_series(data):
