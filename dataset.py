@@ -733,7 +733,7 @@ def decode_volume(
             negative=bool(low < FAR_BELOW * scale),
             few_values=bool(low != high) and has_few_values(image),
             dark=False,
-            quick_digest=digest(image.shape, sample_pixels(image)) if low != high else "",
+            quick_digest=digest_values(image.shape, sample_pixels(image)) if low != high else "",
             checksum=checksum,
         )
     if min(lows) < max(highs) <= 0:
@@ -803,10 +803,10 @@ def pixel_digest(file: SliceFile) -> str:
         image = read_file(file).image
     except DataError as error:
         raise DataError(f"{file.name}: {error}") from error
-    return digest(image.shape, image.ravel(order="F"))
+    return digest_values(image.shape, image.ravel(order="F"))
 
 
-def digest(shape: tuple[int, int], values: np.ndarray) -> str:
+def digest_values(shape: tuple[int, int], values: np.ndarray) -> str:
     """Return a digest of a shape and values."""
     hashed = hashlib.blake2b(repr(shape).encode(), digest_size=16)
     hashed.update(values + 0)  # turns -0 into 0
