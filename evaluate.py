@@ -40,6 +40,7 @@ from metrics import (
     wilson_interval,
 )
 from modules import VQVAE
+from nifti import left_right_axis
 from plots import caption, evaluation_figure, evenly_spaced, reconstructions_figure
 from predict import (
     DEFAULT_NUM,
@@ -62,7 +63,6 @@ from utils import (
     fail,
     filled,
     in_short,
-    left_right_axis,
     make_folder,
     number,
     say,

@@ -1,17 +1,18 @@
-"""A procedural male pelvis, T2-weighted, written as HipMRI's processed 2D slices are: the embedded data set.
+"""Draw the embedded data set: a procedural male pelvis, T2-weighted, in the layout of HipMRI's processed 2D slices.
 
-HipMRI may not be redistributed, so a first run and the tests use these slices. Nothing in them comes from a
-scan: the anatomy is implicit shapes drawn from a small random vector per patient, its signal follows from
-each tissue's T1, T2 and proton density by the spin-echo equation, and coil shading and Rician noise are laid
-over it.
+HipMRI may not be redistributed, so a first run and the tests use these slices. Nothing in them comes from a scan. A
+small random vector per patient determines the anatomy, which is made of implicit shapes. The spin-echo equation gives
+each tissue's signal from its T1, T2 and proton density. Coil shading and Rician noise are added.
 
     python phantom.py OUT                                         120 + 10 + 10 patients, 20 slices each
     python phantom.py OUT --cases 8 2 2 --slices 10 --size 64 32  a small set
 
-Coordinates, in mm, of a patient of reference size: x along the rows (left-right, 0 the mid-line), y along the
-columns (0 the middle of the picture, anterior negative), z towards the head (0 the middle of the prostate).
-The picture always covers 410 x 205 mm; slices are 3 mm apart and centred 3 mm above the middle of the
-prostate. About 90 mm of height, 30 slices, are modelled: in a taller stack the outermost anatomy goes on.
+Coordinates are in mm, for a patient of reference size: x along the rows (left-right, 0 at the mid-line), y along the
+columns (0 at the centre of the image, negative in front), z towards the head (0 at the centre of the prostate). The
+image always covers 410 x 205 mm. Slices are 3 mm apart and centred 3 mm above the centre of the prostate. About 90 mm
+of height, 30 slices, are modelled: a taller stack repeats the outermost anatomy.
+
+This module imports no other module of the project.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import multiprocessing
 import os
 import sys
 import zlib
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,34 +37,51 @@ BACKGROUND, BODY, BONE, BLADDER, RECTUM, PROSTATE = range(6)
 SPLITS = ("train", "validate", "test")
 FIELD_OF_VIEW = (410.0, 205.0)  # mm, rows and columns
 SLICE_STEP = 3.0  # mm
-STACK_CENTRE = 3.0  # mm above the middle of the prostate
+STACK_CENTRE = 3.0  # mm above the centre of the prostate
 BOX = ((-100.0, 100.0), (-205.0, 205.0), (-102.5, 102.5))  # mm, z x y: where textures are defined
 TR, TE = 4000.0, 100.0  # ms, usual for T2-weighted imaging of the prostate
 
+Box = tuple[tuple[float, float], tuple[float, float], tuple[float, float]]  # limits along three axes, mm
+Window = tuple[slice, slice, slice]  # indices of a part of the volume: slices, rows, columns
+Layers = Sequence[tuple[float, str]]  # (grow, tissue): a shape grown by so many mm is filled with that tissue
 
-def spin_echo(pd: float, t1: float, t2: float, tr: float = TR, te: float = TE) -> float:
-    """Signal of a spin echo, S = PD (1 - exp(-TR/T1)) exp(-TE/T2), for TE much shorter than TR.
+# ---------------------------------------------------------------- tissues
 
-    pd: proton density, 0..1; all times in ms. Returns 0..1. Numbers or arrays that broadcast.
-    Haacke et al., Magnetic Resonance Imaging: Physical Principles and Sequence Design, 1999.
+
+def spin_echo(
+    pd: float | np.ndarray,
+    t1: float | np.ndarray,
+    t2: float | np.ndarray,
+    tr: float | np.ndarray = TR,
+    te: float | np.ndarray = TE,
+) -> float | np.ndarray:
+    """Return the signal of a spin echo, S = PD (1 - exp(-TR/T1)) exp(-TE/T2), for TE much shorter than TR.
+
+    Haacke et al., Magnetic Resonance Imaging: Physical Principles and Sequence Design, 1999. Arrays broadcast.
+
+    Args:
+        pd: proton density, 0 to 1.
+        t1: longitudinal relaxation time, ms.
+        t2: transverse relaxation time, ms.
+        tr: repetition time, ms.
+        te: echo time, ms.
+
+    Returns:
+        0 to 1.
     """
     return pd * (1 - np.exp(-tr / t1)) * np.exp(-te / t2)
 
 
 @dataclass(frozen=True)
 class Tissue:
-    """Proton density (0..1, of water), T1 and T2 (ms), and texture.
+    """The magnetic properties and the texture of a tissue."""
 
-    mottle (about 20 mm) and grain (about 4 mm) are standard deviations relative to the signal; strands is
-    added to the signal along thin curved sheets (septa and vessels, dark, in fat; fat, bright, in muscle).
-    """
-
-    pd: float
-    t1: float
-    t2: float
-    mottle: float = 0.0
-    grain: float = 0.0
-    strands: float = 0.0
+    pd: float  # proton density relative to water, 0 to 1
+    t1: float  # ms
+    t2: float  # ms
+    mottle: float = 0.0  # texture of about 20 mm: standard deviation relative to the signal
+    grain: float = 0.0  # texture of about 4 mm, likewise
+    strands: float = 0.0  # added to the signal along thin curved sheets: dark septa in fat, bright fat in muscle
 
 
 # T1 and T2 at 3 T, ms.
@@ -70,10 +89,10 @@ class Tissue:
 #     prostate 1597/74.
 # [S] Stanisz et al. 2005, Magn Reson Med 54:507: muscle 1412/50, blood 1932/275, cartilage 1168/27.
 # [K] Simpkin et al. 2013, Br J Radiol 86:20120469, T2 at 1.5 T: peripheral zone 149, transition zone 125.
-# Where sources differ, a value lies between them. Fat and marrow are brighter in a fast spin echo than [B]
-# predicts, since closely spaced refocusing pulses suppress the decay by J-coupling of lipids (Henkelman et
-# al. 1992, J Magn Reson Imaging 2:533): their T2 is an effective one, chosen for the contrast that scans
-# show. All proton densities, textures and the values marked ~ are approximations of ours.
+# Where sources differ, a value lies between them. Fat and marrow are brighter in a fast spin echo than [B] predicts,
+# since closely spaced refocusing pulses suppress the decay by J-coupling of lipids (Henkelman et al. 1992, J Magn
+# Reson Imaging 2:533): their T2 is an effective one, chosen for the contrast that scans show. All proton densities,
+# textures and the values marked ~ are our approximations.
 TISSUES = {
     "air": Tissue(0.0, 1000, 100),
     "skin": Tissue(0.75, 900, 50),  # ~
@@ -114,11 +133,24 @@ STRANDED_ALONG = ("muscle", "gluteus", "fat")  # strands follow the fibres; else
 SIGNAL = {name: float(spin_echo(t.pd, t.t1, t.t2)) for name, t in TISSUES.items()}
 
 
-def smooth_noise(rng, places, spacing, box=BOX):
-    """Correlated noise of mean 0 and variance about 1: a random grid, upsampled by a cubic B-spline.
+# ---------------------------------------------------------------- noise
 
-    places: coordinates (mm) along each of three axes, inside box; spacing: grid step (mm) along each. The
-    grid spans the box, so that the field does not depend on where it is looked at. Returns float32 (S, H, W).
+
+def smooth_noise(
+    rng: np.random.Generator, places: Sequence[np.ndarray], spacing: Sequence[float], box: Box = BOX
+) -> np.ndarray:
+    """Draw correlated noise of mean 0 and variance about 1: a random grid, upsampled by a cubic B-spline.
+
+    The grid spans the box, so that the noise at a place does not depend on which other places are sampled.
+
+    Args:
+        rng: draws the grid.
+        places: increasing coordinates along each of three axes, in mm, inside `box`.
+        spacing: grid step along each axis, in mm.
+        box: limits of the grid along each axis, in mm.
+
+    Returns:
+        (S, H, W) float32, one value per combination of places.
     """
     grid = rng.standard_normal([int((b - a) / d) + 4 for (a, b), d in zip(box, spacing)], dtype=np.float32)
     steps = [(place - a) / d for place, (a, _), d in zip(places, box, spacing)]
@@ -130,7 +162,7 @@ def smooth_noise(rng, places, spacing, box=BOX):
     grid = sum(grid[:, first + k] * taps[k][:, None] for k in range(4))
     first, taps = spline_taps(steps[0])
     out = np.empty((len(first), *grid.shape[1:]), np.float32)
-    # slice by slice, since a slice stays in the processor's cache and a volume does not
+    # Slice by slice, since a slice stays in the processor's cache and a volume does not.
     for n, i in enumerate(first):
         np.multiply(grid[i], taps[0, n], out=out[n])
         for k in (1, 2, 3):
@@ -138,10 +170,10 @@ def smooth_noise(rng, places, spacing, box=BOX):
     return out
 
 
-def spline_taps(step):
-    """First grid point (N) and weights (4, N) of a cubic B-spline at places given in grid steps.
+def spline_taps(step: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the first grid point (N,) and the weights (4, N) of a cubic B-spline at places given in grid steps (N,).
 
-    The spline averages, which lowers the variance of noise: the weights are scaled to restore it.
+    The spline averages, which lowers the variance of noise. The weights are scaled to restore it.
     """
     first = step.astype(int)
     t = (step - first).astype(np.float32)
@@ -149,25 +181,29 @@ def spline_taps(step):
     return first, taps / np.float32(np.sqrt(151 / 315))  # the mean of the sum of squared weights
 
 
+# ---------------------------------------------------------------- shapes
+
+
 @dataclass(frozen=True)
 class Ellipsoid:
-    """Centre and radii in mm; angle in degrees, in the slice; lean is the shift of the centre per mm of z."""
+    """An ellipsoid, rotated in the slice and sheared along z."""
 
-    centre: tuple[float, float, float]
-    radii: tuple[float, float, float]
-    angle: float = 0.0
-    lean: tuple[float, float] = (0.0, 0.0)
+    centre: tuple[float, float, float]  # x, y, z in mm
+    radii: tuple[float, float, float]  # mm
+    angle: float = 0.0  # degrees, in the slice
+    lean: tuple[float, float] = (0.0, 0.0)  # shift of the centre in x and y per mm of z
 
-    def box(self):
+    def box(self) -> tuple[float, ...]:
+        """Return the limits of the shape in mm: x, x, y, y, z, z."""
         (x, y, z), (a, b, c) = self.centre, self.radii
         s, k = abs(np.sin(np.radians(self.angle))), abs(np.cos(np.radians(self.angle)))
         dx = a * k + b * s + abs(self.lean[0]) * c
         dy = a * s + b * k + abs(self.lean[1]) * c
         return x - dx, x + dx, y - dy, y + dy, z - c, z + c
 
-    def distance(self, x, y, z):
-        """Signed distance (mm), negative inside, exact to first order at the surface."""
-        # float32 throughout: a float64 scalar would turn the arrays to float64, at half the speed
+    def distance(self, x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
+        """Return the signed distance in mm, negative inside, exact to first order at the surface."""
+        # float32 throughout: a float64 scalar would turn the arrays into float64, at half the speed.
         cx, cy, cz, a, b, c, lean_x, lean_y = np.array((*self.centre, *self.radii, *self.lean), np.float32)
         s, k = np.float32(np.sin(np.radians(self.angle))), np.float32(np.cos(np.radians(self.angle)))
         w = z - cz
@@ -180,22 +216,20 @@ class Ellipsoid:
 
 @dataclass(frozen=True)
 class Band:
-    """A chain of segments in the slice whose points and radii are interpolated between heights z (mm).
+    """A chain of segments in the slice, with points and radii that are interpolated between heights."""
 
-    points: (K heights, N points, x y radius). A negative radius lets the band end between two heights.
-    """
+    heights: tuple[float, ...]  # (K,) z in mm
+    points: np.ndarray  # (K, N, 3): x, y and radius in mm; a negative radius ends the band between two heights
 
-    heights: tuple[float, ...]
-    points: np.ndarray
-
-    def box(self):
+    def box(self) -> tuple[float, ...]:
+        """Return the limits of the shape in mm: x, x, y, y, z, z."""
         x, y, r = np.moveaxis(self.points, -1, 0)
         low = self.heights[0] if (r[0] <= 0).all() else -1e3
         high = self.heights[-1] if (r[-1] <= 0).all() else 1e3
         return (x - r).min(), (x + r).max(), (y - r).min(), (y + r).max(), low, high
 
-    def distance(self, x, y, z):
-        """Signed distance (mm) in the slice, negative inside."""
+    def distance(self, x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
+        """Return the signed distance in the slice in mm, negative inside."""
         tracks = self.points.reshape(len(self.heights), -1).T
         tracks = [np.interp(z, self.heights, track).astype(np.float32) for track in tracks]
         nodes = [tracks[n : n + 3] for n in range(0, len(tracks), 3)]
@@ -210,13 +244,16 @@ class Band:
         return out
 
 
-def chain(heights, *rows):
-    """A Band from one row a height, each of (x, y, radius) triples in mm."""
+Shape = Ellipsoid | Band
+
+
+def chain(heights: tuple[float, ...], *rows: Sequence[float]) -> Band:
+    """Make a Band from one row per height, each of (x, y, radius) triples in mm."""
     return Band(heights, np.array(rows, float).reshape(len(heights), -1, 3))
 
 
-def band(side, rng, heights, *rows):
-    """A chain on one side (1 or -1), moved and sized at random."""
+def band(side: int, rng: np.random.Generator, heights: tuple[float, ...], *rows: Sequence[float]) -> Band:
+    """Make a chain on one side of the body (1 or -1), moved and sized at random."""
     points = chain(heights, *rows).points
     points[..., :2] += rng.normal(0, 1, 2)
     points[..., 2] *= 1 + rng.normal(0, 0.05)
@@ -224,17 +261,51 @@ def band(side, rng, heights, *rows):
     return Band(heights, points)
 
 
-def blob(side, rng, centre, radii, angle=0.0, lean=(0.0, 0.0)):
-    """An Ellipsoid on one side (1 or -1), moved and sized at random."""
+def blob(
+    side: int,
+    rng: np.random.Generator,
+    centre: tuple[float, float, float],
+    radii: tuple[float, float, float],
+    angle: float = 0.0,
+    lean: tuple[float, float] = (0.0, 0.0),
+) -> Ellipsoid:
+    """Make an Ellipsoid on one side of the body (1 or -1), moved and sized at random."""
     x, y, z = np.array(centre) + rng.normal(0, 1, 3)
     radii = tuple(np.array(radii) * (1 + rng.normal(0, 0.04, 3)))
     return Ellipsoid((side * x, y, z), radii, side * angle, (side * lean[0], lean[1]))
 
 
-class Canvas:
-    """The volume being drawn: coordinates (mm, of the reference patient), signal, labels and textures."""
+def smooth_minimum(a: np.ndarray, b: np.ndarray, blend: np.float32) -> np.ndarray:
+    """Return the minimum of two distances, rounded where they differ by less than `blend` (Quilez's quadratic form)."""
+    h = np.maximum(blend - np.abs(a - b), 0)
+    return np.minimum(a, b) - h * h / (4 * blend)
 
-    def __init__(self, rng, slices, size, scale, turn, shift):
+
+# ---------------------------------------------------------------- canvas
+
+
+class Canvas:
+    """The volume being drawn: coordinates in mm of the reference patient, signal, labels and textures."""
+
+    def __init__(
+        self,
+        rng: np.random.Generator,
+        slices: int,
+        size: tuple[int, int],
+        scale: float,
+        turn: float,
+        shift: tuple[float, float],
+    ) -> None:
+        """Prepare an empty volume.
+
+        Args:
+            rng: draws textures and the deformation of coordinates.
+            slices: number of slices.
+            size: (H, W) in pixels.
+            scale: size of the patient relative to the reference patient.
+            turn: rotation of the patient in the slice, in radians.
+            shift: displacement of the patient in the slice, in mm.
+        """
         voxel = np.array(FIELD_OF_VIEW) / size
         row, column = (((np.arange(n) - (n - 1) / 2) * d).astype(np.float32) for n, d in zip(size, voxel))
         height = (np.arange(slices) - (slices - 1) / 2) * SLICE_STEP + STACK_CENTRE
@@ -245,14 +316,14 @@ class Canvas:
         self.mottle = noise((15, 18, 18))
         self.wave = noise((9, 8, 8))
         self.grain = noise((6, 3.6, 3.6))
-        # a bend of the coordinates, so that no outline is a plain ellipse
+        # The coordinates are deformed, so that no outline is a plain ellipse.
         bend = [np.float32(2.2) * noise((40, 45, 45)) for _ in range(2)]
         x, y = row[None, :, None] - np.float32(shift[0]), column - np.float32(shift[1])
         c, s = np.float32(np.cos(turn) / scale), np.float32(np.sin(turn) / scale)
         self.x = c * x + s * y + bend[0]
         self.y = c * y - s * x + bend[1]
         self.z = self.axes[0][:, None, None]
-        # thin sheets where a noise crosses zero, broken where another is low
+        # Strands are thin sheets where one noise crosses zero, interrupted where another is low.
         gap = np.clip(np.float32(0.4) + self.mottle, 0, 1)
         self.strands = gap * np.clip(np.float32(1.2) - np.abs(self.wave) * np.float32(3.8), 0, 1)
         self.fibres = gap * np.clip(np.float32(1.4) - np.abs(self.fibre_noise(rng)) * np.float32(2.2), 0, 1)
@@ -260,23 +331,23 @@ class Canvas:
         self.depth = np.zeros_like(self.signal)  # signed distance to the skin, negative inside the body
         self.labels = np.zeros(self.x.shape, np.uint8)
 
-    def fibre_noise(self, rng):
-        """Noise drawn out along muscle fibres, which on either side run outwards and backwards."""
-        box = BOX[0], (-64.0, 228.0), (-207.0, 84.0)  # of the turned coordinates
+    def fibre_noise(self, rng: np.random.Generator) -> np.ndarray:
+        """Draw noise that is stretched along muscle fibres, which run outwards and backwards on either side."""
+        box = BOX[0], (-64.0, 228.0), (-207.0, 84.0)  # of the rotated coordinates
         x, y = np.abs(self.axes[1])[:, None], self.axes[2]
         steps = 2 * self.voxel, self.voxel
         along, across = (np.arange(a, b, d) for (a, b), d in zip(box[1:], steps))
         field = smooth_noise(rng, (self.axes[0], along, across), (12, 16, 5.5), box)
         u, v = (0.8 * x + 0.6 * y - along[0]) / steps[0], (0.8 * y - 0.6 * x - across[0]) / steps[1]
-        # along the fibres the nearest place will do, across them it is interpolated
+        # Along the fibres the nearest place will do. Across them it is interpolated.
         first = v.astype(int).clip(0, len(across) - 2)
         at = np.rint(u).astype(int).clip(0, len(along) - 1) * len(across) + first
         field = field.reshape(len(field), -1)
         near = field.take(at, axis=1)
         return near + (v - first).astype(np.float32) * (field.take(at + 1, axis=1) - near)
 
-    def window(self, shapes, margin):
-        """The indices (slices, rows, columns) of a box around the shapes; None where they miss the volume."""
+    def window(self, shapes: Sequence[Shape], margin: float) -> Window | None:
+        """Return the indices of a box around the shapes, with a margin in mm, or None where they miss the volume."""
         boxes = np.array([shape.box() for shape in shapes])
         low, high = boxes[:, ::2].min(0) - margin, boxes[:, 1::2].max(0) + margin
         scale, turn, shift = self.frame
@@ -290,14 +361,26 @@ class Canvas:
             return None
         return tuple(slice(first, last) for first, last in limits)
 
-    def paint(self, shapes, layers, label=None, rough=0.6, blend=4.0, depth=0.0):
-        """Lay a union of shapes over the volume, from the outermost of its layers inwards.
+    def paint(
+        self,
+        shapes: Sequence[Shape],
+        layers: Layers,
+        label: int | None = None,
+        rough: float = 0.6,
+        blend: float = 4.0,
+        depth: float = 0.0,
+    ) -> None:
+        """Paint a union of shapes over the volume, from its outermost layer inwards.
 
-        layers: (grow, tissue): the union grown by so many mm is filled with that tissue. label: written where
-        the first layer covers half a voxel. In mm: rough, irregularity of the outline; blend, over which
-        parts merge; depth, that all of it keeps below the skin.
+        Args:
+            shapes: parts of the union.
+            layers: from the outermost inwards.
+            label: written where the first layer covers half of a voxel; None leaves labels unchanged.
+            rough: irregularity of the outline, in mm.
+            blend: distance over which parts merge, in mm.
+            depth: distance that the union keeps below the skin, in mm.
         """
-        window = self.window(shapes, 7 + layers[0][0])  # 7 mm is three standard deviations of the bend
+        window = self.window(shapes, 7 + layers[0][0])  # 7 mm is three standard deviations of the deformation
         if window is None:
             return
         x, y, z = self.x[window], self.y[window], self.z[window[0]]
@@ -309,20 +392,20 @@ class Canvas:
             distance = np.maximum(distance, self.depth[window] + np.float32(depth))
         self.fill(window, distance, layers, label)
 
-    def fill(self, window, distance, layers, label=None):
-        """As paint, from a signed distance (mm) over the window."""
+    def fill(self, window: Window, distance: np.ndarray, layers: Layers, label: int | None = None) -> None:
+        """Paint layers as `paint` does, given a signed distance in mm over the window."""
         signal = self.signal[window]
         if label is not None:
             self.labels[window][distance < layers[0][0]] = label
         for n, (grow, name) in enumerate(layers):
-            if n == 1:  # inner edges are not a copy of the outer one: walls and cortex vary in thickness
+            if n == 1:  # inner edges do not copy the outer one: walls and cortex vary in thickness
                 distance = distance + np.float32(0.5) * self.grain[window]
-            # coverage of a voxel by a straight edge at this distance, blurred by a point spread of 1.2 voxels
+            # The coverage of a voxel by a straight edge at this distance, blurred by a point spread of 1.2 voxels.
             cover = np.clip(np.float32(0.5) + (grow - distance) / np.float32(1.2 * self.voxel), 0, 1)
             signal += cover * (self.texture(window, name) - signal)
 
-    def texture(self, window, name):
-        """Signal of a tissue with its texture over a window."""
+    def texture(self, window: Window, name: str) -> np.ndarray | np.float32:
+        """Return the signal of a tissue with its texture over a window, one number where it has no texture."""
         tissue, value = TISSUES[name], np.float32(SIGNAL[name])
         if tissue.mottle or tissue.grain:
             mottle, grain = np.float32(value * tissue.mottle), np.float32(value * tissue.grain)
@@ -333,34 +416,30 @@ class Canvas:
         return value
 
 
-def smooth_minimum(a, b, blend):
-    """Minimum of two distances, rounded where they differ by less than blend (Quilez's quadratic form)."""
-    h = np.maximum(blend - np.abs(a - b), 0)
-    return np.minimum(a, b) - h * h / (4 * blend)
+# ---------------------------------------------------------------- anatomy
 
-
-# Heights (mm) at which bands are tabulated: apex of the prostate, its middle, and the centre of the femoral
-# heads.
+# Heights in mm at which bands are tabulated: apex and centre of the prostate, and centre of the femoral heads.
 LEVELS = (-25.0, 2.0, 28.0)
 
 
 @dataclass(frozen=True)
 class Patient:
-    """What is drawn per patient. Lengths in mm, turn in radians; scale and prostate are factors."""
+    """What is drawn at random per patient."""
 
-    scale: float
-    turn: float
-    shift: tuple[float, float]
-    fat_side: float
+    scale: float  # relative to the reference patient
+    turn: float  # rotation in the slice, radians
+    shift: tuple[float, float]  # displacement in the slice, mm
+    fat_side: float  # thickness of the subcutaneous fat, mm
     fat_front: float
     fat_back: float
-    prostate: float
-    zone: float  # radius of the transition zone relative to the prostate's
-    lift: float  # height of the bladder neck above its usual place
+    prostate: float  # radius of the prostate, relative to the reference patient
+    zone: float  # radius of the transition zone, relative to the prostate's
+    lift: float  # height of the bladder neck above its usual place, mm
 
 
-def draw_patient(rng) -> Patient:
-    growth = rng.beta(1.6, 2.2)  # benign enlargement, 0..1
+def draw_patient(rng: np.random.Generator) -> Patient:
+    """Draw a patient's random vector."""
+    growth = rng.beta(1.6, 2.2)  # benign enlargement, 0 to 1
     fatness = rng.beta(2, 2)
     return Patient(
         scale=rng.uniform(0.95, 1.03),
@@ -375,30 +454,31 @@ def draw_patient(rng) -> Patient:
     )
 
 
-def paint_body(canvas, p):
-    front, back = -76 - p.fat_front, 82 + p.fat_back
+def paint_body(canvas: Canvas, patient: Patient) -> None:
+    """Paint the body: skin and subcutaneous fat, on which the organs are painted."""
+    front, back = -76 - patient.fat_front, 82 + patient.fat_back
     middle, depth = (front + back) / 2, (back - front) / 2
     for n, height in enumerate(np.clip(canvas.axes[0], -40, 50)):
         window = (slice(n, n + 1), slice(None), slice(None))
         x, y = canvas.x[window], canvas.y[window]
-        half = np.float32(160 + p.fat_side - 0.0012 * (height - 2) ** 2)
+        half = np.float32(160 + patient.fat_side - 0.0012 * (height - 2) ** 2)
         belly = np.float32(2.5 + height / 12) * np.exp(np.float32(-1 / 55**2) * x * x)
         u, v = (x / half) ** 2, ((y + belly - np.float32(middle)) / np.float32(depth)) ** 2
-        # between an ellipse and a rounded box: a back flat on the table, round hips
+        # Between an ellipse and a rounded box: the back is flat on the table, the hips are round.
         r = np.float32(0.6) * np.sqrt(u + v) + np.float32(0.4) * np.sqrt(np.sqrt(u * u + v * v))
         distance = (1 - 1 / (r + np.float32(1e-3))) * np.sqrt(x * x + y * y)
         canvas.depth[window] = distance
         canvas.fill(window, distance, ((0, "skin"), (-2.2, "fat")), BODY)
 
 
-def paint_cleft(canvas, rng):
+def paint_cleft(canvas: Canvas, rng: np.random.Generator) -> None:
+    """Paint the cleft between the buttocks."""
     x = rng.normal(0, 2)
     rows = [(x, 110, 5.5, x, 80, 1.2, x * 0.7, depth, 0.3) for depth in (56, 70, 84)]
     canvas.paint([chain(LEVELS, *rows)], ((2.0, "skin"), (0.0, "air")), rough=0.4)
 
 
-# One side's muscles and vessels, back to front: tissue and, at each of LEVELS, the (x, y, radius) of a band's
-# points.
+# Muscles and vessels of one side, in painting order: tissue and, at each of LEVELS, a band's points (x, y, radius).
 MUSCLES = (
     (
         "muscle",  # thigh and hip, behind the single muscles
@@ -493,7 +573,8 @@ VESSELS = (
 )
 
 
-def paint_muscles(canvas, rng, side):
+def paint_muscles(canvas: Canvas, rng: np.random.Generator, side: int) -> None:
+    """Paint muscles, hamstring tendons, sciatic nerve, vessels and spermatic cord of one side (1 or -1)."""
     make = functools.partial(band, side, rng, LEVELS)
     for tissue, *rows in MUSCLES:
         canvas.paint([make(*rows)], ((1.3, "fascia"), (0, tissue)), rough=1.2, depth=8.0)
@@ -506,7 +587,8 @@ def paint_muscles(canvas, rng, side):
     canvas.paint([make((16, -76, 7), (22, -78, 6.5), (34, -80, 5))], ((0, "cord"),), rough=1.5, depth=6.0)
 
 
-def paint_bones(canvas, rng, side):
+def paint_bones(canvas: Canvas, rng: np.random.Generator, side: int) -> None:
+    """Paint the hip bone, femur and hip joint of one side (1 or -1)."""
     make, oval = functools.partial(band, side, rng, LEVELS), functools.partial(blob, side, rng)
     low = (9, -38, 6, 28, -16, 6.5, 50, 18, 8)
     pubis = make(low, (10, -48, 11, 34, -46, 8, 58, -34, 10), (26, -50, -6, 44, -48, 4, 64, -38, 10))
@@ -526,29 +608,32 @@ def paint_bones(canvas, rng, side):
     hip = [pubis, ischium, *socket]
     canvas.paint(hip, ((0.6, "fascia"), (0, "cortex"), (-1.5, "marrow")), BONE, rough=1.3)
     canvas.paint([neck, trochanter, shaft], ((0, "cortex"), (-2.0, "marrow")), BONE, rough=1.0)
-    # the joint first, without a label, then the head
+    # The joint comes first, without a label, then the head.
     canvas.paint(head, ((3.2, "cartilage"), (1.0, "cortex"), (-0.4, "head")), rough=0.35)
     canvas.paint(head, ((0.0, "cortex"), (-0.4, "head")), BONE, rough=0.35)
 
 
-def paint_symphysis(canvas):
+def paint_symphysis(canvas: Canvas) -> None:
+    """Paint the disc between the pubic bones."""
     disc = [Ellipsoid((0, -47, -4), (6, 13, 23), 0, (0, -0.35))]
     canvas.paint(disc, ((0.0, "disc"),), rough=0.8)
 
 
-def paint_sacrum(canvas):
+def paint_sacrum(canvas: Canvas) -> None:
+    """Paint coccyx and sacrum."""
     rows = [(-4, 62, -8, 4, 62, -8), (-6, 66, 0, 6, 66, 0), (-16, 72, 6, 16, 72, 6)]
     canvas.paint([chain(LEVELS, *rows)], ((0, "cortex"), (-1.5, "marrow")), BONE)
 
 
-def paint_pelvic_fat(canvas):
+def paint_pelvic_fat(canvas: Canvas) -> None:
+    """Paint the fat that fills the pelvis around its organs."""
     pelvis = [Ellipsoid((0, -2, 22), (33, 36, 42)), Ellipsoid((0, 44, 16), (22, 20, 40))]
     canvas.paint(pelvis, ((0, "pelvic_fat"),), rough=2.0, blend=10)
 
 
-def paint_floor(canvas, rng, p):
-    """Levator ani, the muscles of the perineum and the root of the penis."""
-    k = p.prostate
+def paint_floor(canvas: Canvas, rng: np.random.Generator, patient: Patient) -> None:
+    """Paint levator ani, the muscles of the perineum and the root of the penis."""
+    k = patient.prostate
     body = [Ellipsoid((0, 14, -30), (15, 24, 17), 0, (0, 0.2))]
     canvas.paint(body, ((0, "perineum"),), rough=2.0)
     diaphragm = [
@@ -566,9 +651,9 @@ def paint_floor(canvas, rng, p):
         canvas.paint([band(side, rng, LEVELS, low, middle, high)], ((0, "levator"),), rough=0.9)
 
 
-def paint_vessels(canvas, rng, p):
-    """The dorsal venous complex, and small vessels that run up around prostate, bladder and rectum."""
-    k = p.prostate
+def paint_vessels(canvas: Canvas, rng: np.random.Generator, patient: Patient) -> None:
+    """Paint the dorsal venous complex, and small vessels that run up around prostate, bladder and rectum."""
+    k = patient.prostate
     dorsal = Ellipsoid((0, -15 * k - 4, 2), (17 * k, 8, 17 * k), 0, (0, -0.1))
     canvas.paint([dorsal], ((2.0, "plexus"),), rough=2.2)
     for _ in range(38):
@@ -582,20 +667,22 @@ def paint_vessels(canvas, rng, p):
         canvas.paint([tube], ((0, rng.choice(("artery", "vein", "vein", "tendon"))),), rough=0.4)
 
 
-def paint_vesicles(canvas, rng, p):
+def paint_vesicles(canvas: Canvas, rng: np.random.Generator, patient: Patient) -> None:
+    """Paint the seminal vesicles."""
     for side in (-1, 1):
-        centre = (side * 15, 12 + rng.normal(0, 1), 15 * p.prostate + 7)
+        centre = (side * 15, 12 + rng.normal(0, 1), 15 * patient.prostate + 7)
         shape = Ellipsoid(centre, (17, 6, 10), side * rng.normal(-14, 5), (side * 0.4, 0.1))
         canvas.paint([shape], ((0.8, "stroma"), (0, "vesicle")), rough=1.6)
 
 
-def paint_prostate(canvas, rng, p):
-    k = p.prostate
+def paint_prostate(canvas: Canvas, rng: np.random.Generator, patient: Patient) -> None:
+    """Paint the prostate: peripheral zone, transition zone with nodules, stroma and urethra."""
+    k = patient.prostate
     whole = Ellipsoid((0, 2, 0), (25 * k, 17 * k, 21 * k), rng.normal(0, 3), (0, -0.18))
     flat = Ellipsoid((0, 4, -2), (21 * k, 16 * k, 20 * k), 0, (0, -0.18))
     canvas.paint([whole, flat], ((2.6, "plexus"),), rough=2.2)
     canvas.paint([whole, flat], ((0.8, "stroma"), (0, "peripheral")), PROSTATE, rough=1.0)
-    a, b, c = 25 * k * p.zone * 1.12, 17 * k * p.zone * 1.18, 21 * k * p.zone * 1.1
+    a, b, c = 25 * k * patient.zone * 1.12, 17 * k * patient.zone * 1.18, 21 * k * patient.zone * 1.1
     front = 2 - 17 * k + b + 0.5
     halves = [Ellipsoid((s * a * 0.36, front, 3), (a * 0.68, b, c), s * 12.0, (0, -0.18)) for s in (-1, 1)]
     canvas.paint(halves, ((0.9, "stroma"), (0, "transition")), rough=1.2, blend=3)
@@ -610,23 +697,26 @@ def paint_prostate(canvas, rng, p):
     canvas.paint([Ellipsoid((0, 4, -8), (3, 3, 12))], ((1.5, "stroma"), (0, "urethra")), rough=0.6)
 
 
-def paint_bladder(canvas, rng, p):
+def paint_bladder(canvas: Canvas, rng: np.random.Generator, patient: Patient) -> None:
+    """Paint the bladder, filled at random."""
     volume = rng.beta(2, 2)  # 0 emptied, 1 full
     a, b, c = 26 + 18 * volume, 16 + 14 * volume, 18 + 16 * volume
-    floor = 15 * p.prostate + p.lift
+    floor = 15 * patient.prostate + patient.lift
     dome = Ellipsoid((rng.normal(0, 2), -30 + 5 * volume, floor + c), (a, b, c), rng.normal(0, 3), (0, 0.1))
     shoulders = [Ellipsoid((s * a * 0.5, -28, floor + 0.8 * c), (a * 0.6, b * 0.8, c * 0.8)) for s in (-1, 1)]
     wall = 5.0 - 2.4 * volume
     canvas.paint([dome, *shoulders], ((0, "bladder_wall"), (-wall, "urine")), BLADDER, rough=1.2, blend=10)
 
 
-def paint_rectum(canvas, rng, p):
+def paint_rectum(canvas: Canvas, rng: np.random.Generator, patient: Patient) -> None:
+    """Paint rectum and anal canal, filled with stool and gas at random."""
     volume, gas = rng.beta(1.3, 2.0), rng.uniform(0, 1)
     r = 10 + 9 * volume
-    top = 3 + 17 * p.prostate + r
+    top = 3 + 17 * patient.prostate + r
     wander = rng.normal(0, 1.5, 3)
 
-    def tube(rise, radius, canal):
+    def tube(rise: float, radius: float, canal: float) -> list[Band]:
+        """Make the rectum, in front of its usual place by `rise` mm, and the anal canal below it."""
         x, y = radius * 0.3, top - rise
         rows = [
             [-2, 38, canal, 2, 40, canal],
@@ -638,8 +728,11 @@ def paint_rectum(canvas, rng, p):
 
     canvas.paint(tube(0, r, 10), ((0, "rectal_wall"), (-2.6, "mucosa")), RECTUM, rough=1.4)
     canvas.paint(tube(0, r - 4, 1.5), ((0, "stool"),), rough=1.6)
-    # gas rises to the front of a man who lies on his back
+    # Gas rises to the front of a man who lies on his back.
     canvas.paint(tube((1 - gas) * 0.9 * r, r - 6 + 2 * gas, 0.3), ((0, "gas"),))
+
+
+# ---------------------------------------------------------------- volumes
 
 
 def draw_volume(
@@ -650,15 +743,27 @@ def draw_volume(
     size: tuple[int, int] = (256, 128),
     exposure: int | None = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One volume: images (slices, rows, columns), float32 whole numbers >= 0, and its labels, uint8.
+    """Draw one volume and its label map.
 
-    Anatomy depends on (seed, case), the filling of bladder and rectum on (seed, case, week); shading,
-    brightness and noise on all of these. None of the anatomy depends on slices and size, which only say where
-    it is looked at. Rows run from the patient's right to his left, columns from front to back, slices
-    upwards. Labels index LABELS. Another exposure is the same volume with other noise; None has no noise.
-    Raises ValueError for no slices, a size under 16 rows by 8 columns, or a negative number.
+    Anatomy depends on (seed, case); the filling of bladder and rectum, coil shading, brightness and noise depend on
+    (seed, case, week). The anatomy does not depend on `slices` and `size`, which only choose where it is sampled.
+
+    Args:
+        seed: of the whole data set, 0 or more.
+        case: number of the patient.
+        week: number of the visit.
+        slices: number of slices, 3 mm apart.
+        size: (H, W) in pixels, at least (16, 8).
+        exposure: number of a repeated scan, which differs in its noise only; None for no noise.
+
+    Returns:
+        Images (slices, H, W) float32, integers >= 0, and labels (slices, H, W) uint8, indices of LABELS. Rows run from
+        the patient's right to his left, columns from front to back, slices upwards.
+
+    Raises:
+        ValueError: for numbers out of range.
     """
-    check(slices, size, (seed, case, week, exposure or 0))
+    check_numbers(slices, size, (seed, case, week, exposure or 0))
     patient_rng, week_rng = generator(1, seed, case), generator(2, seed, case, week)
     patient = draw_patient(patient_rng)
     canvas = Canvas(patient_rng, slices, size, patient.scale, patient.turn, patient.shift)
@@ -679,16 +784,19 @@ def draw_volume(
     return expose(canvas, generator(3, seed, case, week), exposure), canvas.labels
 
 
-def generator(stream, *key):
-    """A random generator. The stream is there since (seed, case) and (seed, case, 0) would seed the same one.
+def generator(stream: int, *key: int) -> np.random.Generator:
+    """Make the random generator of a key.
 
-    SFC64 draws normal numbers in half the time of NumPy's default.
+    The stream keeps keys of different lengths apart: (seed, case) and (seed, case, 0) alone would seed the same
+    generator. SFC64 draws normal numbers in half the time of NumPy's default.
     """
     return np.random.Generator(np.random.SFC64((stream, *key)))
 
 
-def check(slices, size, others, weeks=1, workers=None):
-    """Raise ValueError, in a user's words, for numbers that nothing can be drawn from."""
+def check_numbers(
+    slices: int, size: tuple[int, int], others: Sequence[int], weeks: int = 1, workers: int | None = None
+) -> None:
+    """Raise ValueError, with a message for the user, for numbers out of range; `others` must not be negative."""
     for name, number in (("slices", slices), ("weeks", weeks), ("workers", workers)):
         if number is not None and number < 1:
             raise ValueError(f"{name} must be 1 or more, not {number}")
@@ -698,11 +806,11 @@ def check(slices, size, others, weeks=1, workers=None):
         raise ValueError(f"seed, cases, weeks and exposure must not be negative, not {min(others)}")
 
 
-def expose(canvas, rng, exposure):
-    """The signal as a scanner stores it: coil shading, Rician noise, an arbitrary scale, whole numbers.
+def expose(canvas: Canvas, rng: np.random.Generator, exposure: int | None) -> np.ndarray:
+    """Return the signal as a scanner stores it: with coil shading, Rician noise and an arbitrary scale, as integers.
 
-    Magnitude of a complex signal with normal noise in both parts: Gudbjartsson and Patz 1995, Magn Reson Med
-    34:910. Its sigma is 0.8 to 1.6 % of the 99.5th percentile.
+    Rician noise is the magnitude of a complex signal with normal noise in both parts (Gudbjartsson and Patz 1995, Magn
+    Reson Med 34:910). Its sigma is 0.8 to 1.6 % of the 99.5th percentile.
     """
     coil = np.exp(np.float32(0.1) * smooth_noise(rng, canvas.axes, (90, 110, 90)))
     coil *= np.float32(0.85) + np.float32(2e-5) * canvas.axes[2] ** 2
@@ -720,11 +828,14 @@ def expose(canvas, rng, exposure):
     return image
 
 
-def affine(size: tuple[int, int], index: int) -> np.ndarray:
-    """Voxel indices of slice `index` to mm, (4, 4): x to the patient's right, y to the front, z up (RAS+).
+# ---------------------------------------------------------------- files
 
-    Rows run to the left and columns to the back, so both steps are negative. The middle of the picture is x =
-    y = 0, slice 0 is z = 0. A viewer that follows the affine shows front, back and sides right.
+
+def affine(size: tuple[int, int], index: int) -> np.ndarray:
+    """Return the affine (4, 4) of slice `index`, from voxel indices to mm: x right, y to the front, z up (RAS+).
+
+    Rows run to the left and columns to the back, so both steps are negative. The centre of the image is x = y = 0,
+    slice 0 is z = 0. A viewer that follows the affine shows front, back and sides correctly.
     """
     step = -np.array(FIELD_OF_VIEW) / size
     matrix = np.diag((*step, SLICE_STEP, 1.0))
@@ -734,24 +845,24 @@ def affine(size: tuple[int, int], index: int) -> np.ndarray:
 
 
 def header_of(pictures: np.ndarray) -> nib.Nifti1Header:
-    """NIfTI header, in mm, of slice 0 of a stack (slices, rows, columns)."""
+    """Return the NIfTI header, in mm, of slice 0 of a stack (slices, H, W)."""
     header = nib.Nifti1Image(pictures[0], affine(pictures.shape[1:], 0)).header
     header.set_xyzt_units("mm")
     header.set_slope_inter(1, 0)
-    header["vox_offset"] = 352  # the 348 bytes of the header and 4 that say that no extension follows
+    header["vox_offset"] = 352  # 348 bytes of header, and 4 which say that no extension follows
     return header
 
 
 def write_slice(path: Path, header: nib.Nifti1Header, picture: np.ndarray, index: int) -> None:
-    """Write one slice of a stack as a gzipped 2D NIfTI, without time stamp: equal slices are equal files."""
+    """Write one slice of a stack as gzipped 2D NIfTI, without a time stamp: equal slices give equal files."""
     header["srow_z"][3] = header["qoffset_z"] = affine(picture.shape, index)[2, 3]
-    # level 1 that looks for runs only: there is nothing longer in noise, and looking costs as much as drawing
+    # Level 1, and runs only: noise has no longer repeats, and searching for them would take as long as drawing.
     gzip = zlib.compressobj(1, zlib.DEFLATED, 16 + zlib.MAX_WBITS, 9, zlib.Z_RLE)
     path.write_bytes(gzip.compress(header.binaryblock + bytes(4) + picture.tobytes("F")) + gzip.flush())
 
 
-def write_volume(folder: Path, seed: int, slices: int, size: tuple[int, int], key: tuple) -> None:
-    """Draw and write the slices and label slices of one key (split, case, week)."""
+def write_volume(folder: Path, seed: int, slices: int, size: tuple[int, int], key: tuple[str, int, int]) -> None:
+    """Draw and write the slices and label maps of one key (split, case, week)."""
     split, case, week = key
     images, labels = draw_volume(seed, case, week, slices, size)
     for kind, prefix, pictures in (("", "case", images), ("seg_", "seg", labels)):
@@ -770,15 +881,25 @@ def write_phantom(
     seed: int = 0,
     workers: int | None = None,
 ) -> None:
-    """Write a data set in HipMRI's layout under folder: image and label slices of three splits, six folders.
+    """Write a data set in HipMRI's layout: slices and label maps of three splits, in six folders.
 
-    cases: patients in training, validation and test, numbered from 1 on in that order; weeks: volumes of
-    each; size: rows and columns; workers: processes, None for one per core. The files do not depend on
-    workers. With more than one the calling script needs the usual `if __name__ == "__main__":`, since each
-    process imports it. Shows a progress bar where stderr is a terminal. Raises ValueError for numbers out of
-    range, OSError where folder cannot be written.
+    The files do not depend on `workers`. A progress bar is shown where stderr is a terminal.
+
+    Args:
+        folder: where to write; made if missing.
+        cases: number of patients for training, validation and test, numbered from 1 in that order.
+        weeks: volumes per patient.
+        slices: slices per volume, 3 mm apart.
+        size: (H, W) in pixels, at least (16, 8).
+        seed: of the whole data set, 0 or more.
+        workers: processes; None for one per core, at most 8. With more than one, the calling script needs the usual
+            `if __name__ == "__main__":`, since each process imports it.
+
+    Raises:
+        ValueError: for numbers out of range.
+        OSError: where the folder cannot be written.
     """
-    check(slices, size, (seed, *cases), weeks, workers)
+    check_numbers(slices, size, (seed, *cases), weeks, workers)
     folder = Path(folder)
     for split in SPLITS:
         (folder / f"keras_slices_{split}").mkdir(parents=True, exist_ok=True)
@@ -797,14 +918,20 @@ def write_phantom(
             pass
 
 
-def usable_cores():
-    """Cores this process may use, which on a cluster are fewer than the machine has; 8 at most: each has to start."""
+def usable_cores() -> int:
+    """Return the number of cores this process may use, fewer on a cluster than the machine has.
+
+    At most 8, since each process takes time to start.
+    """
     own = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     return min(len(own), 8)
 
 
+# ---------------------------------------------------------------- command line
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """The command line. Returns the exit status: 0, or 2 after one line on stderr for a user's mistake."""
+    """Run the command line and return its exit status: 0, or 2 after one line on stderr for a user's mistake."""
     parser = argparse.ArgumentParser(
         description="Write a procedural male pelvis, T2-weighted, as NIfTI slices in the HipMRI layout.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

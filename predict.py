@@ -13,14 +13,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-import nibabel as nib
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from checkpoints import LIMITS, is_complete, load_weights, read_config
-from dataset import SAME_SPACING, DataError, read_slices, unscale
+from dataset import SAME_SPACING, DataError, denormalize, read_slices
 from metrics import reconstruction_metrics
 from modules import (
     MICRO_BATCH_CODES,
@@ -32,6 +31,7 @@ from modules import (
     RefinerConfig,
     VQVAEConfig,
 )
+from nifti import write_slice
 from plots import caption, evenly_spaced, reconstructions_figure, samples_figure
 from utils import (
     Parser,
@@ -147,13 +147,6 @@ def shortened(name: str) -> str:
     return name
 
 
-def write_slice(path: Path, pixels: np.ndarray, affine: np.ndarray) -> None:
-    """A slice (H, W) as float32 NIfTI with that affine (4, 4), in mm."""
-    image = nib.Nifti1Image(pixels.astype(np.float32), affine)
-    image.header.set_xyzt_units("mm")
-    nib.save(image, path)
-
-
 def draw_positions(numbers: Sequence[int], seed: int, described: dict) -> torch.Tensor:
     """Positions (N,) for sample numbers, distributed as the training slices': NaN for not known."""
     draws = np.array([np.random.default_rng((seed, n)).random(2) for n in numbers])
@@ -260,7 +253,7 @@ def sample(options, config: dict, networks: Networks, device: torch.device) -> N
     slices = samples.slices[:, 0].numpy()
     np.save(options.out / "codes.npy", samples.codes.numpy().astype(np.int16))
     affine = np.array(config["affine"])
-    for i, pixels in enumerate(unscale(slices, config["intensity"]["scale"])):
+    for i, pixels in enumerate(denormalize(slices, config["intensity"]["scale"])):
         write_slice(options.out / f"sample_{i:06d}.nii.gz", pixels, affine)
     shown = min(len(slices), SHOWN)
     samples_figure(options.images / "samples.png", slices[:shown], f"{shown} samples, {describe_sampling(options)}")
@@ -310,7 +303,7 @@ def reconstruct(options, config: dict, vqvae: VQVAE, device: torch.device) -> No
     for i, affine in enumerate(affines):
         name = f"{i:06d}_{shortened(Path(slices.names[i]).name.removesuffix('.gz').removesuffix('.nii'))}"
         for kind, pixels in (("original", originals[i]), ("reconstruction", reconstructions[i])):
-            write_slice(options.out / f"{name}_{kind}.nii.gz", unscale(pixels, slices.scales[i]), affine)
+            write_slice(options.out / f"{name}_{kind}.nii.gz", denormalize(pixels, slices.scales[i]), affine)
     with open(options.out / "reconstructions.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ("slice", "ssim", "psnr"))
         writer.writeheader()

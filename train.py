@@ -21,6 +21,7 @@ from checkpoints import FORMAT, LIMITS, Run, load_weights
 from dataset import MAX_SIDE, PERCENTILE, DataError, Dataset, Slices, batch_indices, changed_files, load_dataset
 from metrics import code_counts, codebook_use, reconstruction_metrics
 from modules import VQVAE, GatedPixelCNN, PriorConfig, Refiner, RefinerConfig, VQVAEConfig
+from nifti import left_right_axis
 from plots import (
     caption,
     codebook_figure,
@@ -42,7 +43,6 @@ from utils import (
     fail,
     filled,
     in_short,
-    left_right_axis,
     make_folder,
     number,
     pick_device,

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from checkpoints import Run, check_fields, is_series, real, restore, save_weights, tensors_in, text, whole
-from dataset import Dataset, batch_indices, intensities
+from dataset import Dataset, batch_indices, to_float
 from modules import AUGMENTATIONS, MICRO_BATCH_CODES
-from utils import Clock, RunError, autocast, left_right_axis, seed_update, writing
+from nifti import left_right_axis
+from utils import Clock, RunError, autocast, seed_update, writing
 
 EVALUATIONS = 20  # a stage
 LOG_LINES = 250  # of the training losses, a stage
@@ -286,7 +287,7 @@ class BatchLoader:
         indices = self.send(torch.from_numpy(chosen))
         pixels = self.send(torch.from_numpy(self.train.pixels[chosen])) if self.pixels is None else self.pixels[indices]
         variation = augmentation * torch.randn(len(chosen), AUGMENTATIONS, device=self.device)
-        slices = random_flip(intensities(pixels), self.left_right)
+        slices = random_flip(to_float(pixels), self.left_right)
         if augmentation:
             slices = augment(slices, variation)
         return slices.contiguous(memory_format=torch.channels_last), self.positions[indices], variation

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -137,12 +136,6 @@ def autocast(device: torch.device) -> torch.autocast:
 def seed_update(seed: int, stage: str, update: int) -> None:
     """Seed PyTorch for one update, so that a resumed run draws what an unbroken one does, with no state kept."""
     torch.manual_seed(np.random.SeedSequence([seed, *stage.encode(), update]).generate_state(1, np.uint64).item())
-
-
-def left_right_axis(affine: np.ndarray) -> int | None:
-    """The axis of slices (N, 1, H, W) that runs from side to side: 2 in HipMRI's, none in sagittal slices."""
-    sides = [code in ("L", "R") for code in nib.aff2axcodes(affine)[:2]]
-    return 2 + sides.index(True) if any(sides) else None
 
 
 # ---------------------------------------------------------------- stop signals and time

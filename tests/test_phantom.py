@@ -45,25 +45,24 @@ def dice(a: np.ndarray, b: np.ndarray) -> float:
     return 2 * (a & b).sum() / (a.sum() + b.sum())
 
 
-# --- physics
+# ---------------------------------------------------------------- physics
 
 
-def test_spin_echo_against_values_worked_out_by_hand():
-    # TR = T1 ln 2 leaves half of the magnetisation to recover, TE = T2 ln 4 a quarter of it after decay
+def test_spin_echo_agrees_with_values_computed_by_hand():
+    # After TR = T1 ln 2 half of the magnetisation has recovered. After TE = T2 ln 4 a quarter of that remains.
     assert phantom.spin_echo(0.8, 1000, 100, tr=1000 * np.log(2), te=100 * np.log(4)) == pytest.approx(0.1)
-    # prostate at 3 T, 1597/74 ms (de Bazelaire et al. 2004): (1 - e^-2.50470) e^-1.35135 = 0.918300 x
-    # 0.258890
+    # Prostate at 3 T, 1597/74 ms (de Bazelaire et al. 2004): (1 - e^-2.50470) e^-1.35135 = 0.918300 x 0.258890
     assert phantom.spin_echo(1.0, 1597, 74, tr=4000, te=100) == pytest.approx(0.237739, abs=1e-5)
 
 
-def test_contrast_is_in_the_order_of_a_t2_weighted_scan():
+def test_tissues_are_ordered_as_in_a_t2_weighted_scan():
     order = ["cortex", "gas", "muscle", "transition", "peripheral", "urine"]
     signals = [phantom.SIGNAL[name] for name in order]
     assert signals == sorted(signals)
     assert phantom.SIGNAL["fat"] > phantom.SIGNAL["marrow"] > phantom.SIGNAL["muscle"]
 
 
-def test_air_is_rayleigh_distributed():
+def test_noise_in_air_is_rayleigh_distributed():
     # Without signal the magnitude of complex noise has mean / sd = sqrt(pi / 2) / sqrt(2 - pi / 2) = 1.913
     # and mean square / mean^2 = 4 / pi. Four corners of 20 slices hold 4 * 20 * 16 * 8 = 10240 independent
     # voxels: the ratio's standard error is about 1.9 / sqrt(10240) = 0.02, so 0.1 is five of them (false
@@ -74,7 +73,7 @@ def test_air_is_rayleigh_distributed():
     noise = image[corners]
     rayleigh = np.sqrt(np.pi / 2) / np.sqrt(2 - np.pi / 2)
     assert noise.mean() / noise.std() == pytest.approx(rayleigh, abs=0.1)
-    # and its sigma is 0.8 to 1.6 % of the bright end, 10 % for rounding and for taking the percentile anew
+    # Its sigma is 0.8 to 1.6 % of the 99.5th percentile; 10 % allow for rounding and for noise in the percentile.
     sigma = noise.mean() / np.sqrt(np.pi / 2)
     assert 0.9 * 0.008 < sigma / np.percentile(image, 99.5) < 1.1 * 0.016
 
@@ -83,15 +82,14 @@ def test_correlated_noise_has_unit_variance_and_is_smooth():
     axis = np.arange(400, dtype=np.float32)
     places, box = (axis[:40], axis, axis), ((0, 400),) * 3
     field = phantom.smooth_noise(np.random.default_rng(0), places, (5, 5, 5), box)
-    # about 8 * 80 * 80 grid points: the standard error of the variance is sqrt(2 / 51200) = 0.6 %, and 5 % is
-    # 8 of it
+    # About 8 * 80 * 80 grid points: the standard error of the variance is sqrt(2 / 51200) = 0.6 %, an eighth of 5 %.
     assert field.shape == (40, 400, 400) and field.dtype == np.float32
     assert field.var() == pytest.approx(1, abs=0.05)
     step = np.abs(np.diff(field, axis=2)).mean()
     assert step < 0.5 * np.abs(field[:, :, 10:] - field[:, :, :-10]).mean()
 
 
-# --- shapes
+# ---------------------------------------------------------------- shapes
 
 
 def test_distances_are_zero_on_the_surface_and_have_unit_slope():
@@ -106,7 +104,7 @@ def test_distances_are_zero_on_the_surface_and_have_unit_slope():
     assert rod.distance(x, y, z).item() == pytest.approx(4 - 2, abs=1e-3)  # radius 2 half way between 1 and 3
 
 
-def test_a_window_loses_nothing_of_its_shape():
+def test_a_window_contains_its_whole_shape():
     canvas = phantom.Canvas(np.random.default_rng(0), 20, SMALL, 1.02, np.radians(3), (5.0, -3.0))
     shape = phantom.Ellipsoid((60.0, 20.0, 5.0), (20.0, 10.0, 15.0), 30.0, (0.3, -0.2))
     window = canvas.window([shape], 7)
@@ -114,10 +112,10 @@ def test_a_window_loses_nothing_of_its_shape():
     assert inside.any() and inside[window].sum() == inside.sum()
 
 
-# --- anatomy
+# ---------------------------------------------------------------- anatomy
 
 
-def test_types_and_ranges(volume):
+def test_images_and_labels_have_the_documented_types_and_ranges(volume):
     image, labels = volume
     assert image.shape == labels.shape == (20, *SMALL)
     assert image.dtype == np.float32 and labels.dtype == np.uint8
@@ -128,7 +126,7 @@ def test_types_and_ranges(volume):
 
 @pytest.mark.parametrize("case", [1, 2, 3, 11])
 def test_every_organ_is_in_its_place(case):
-    # axes: slice (upwards), row (left-right), column (backwards)
+    # Axes: slice (upwards), row (left-right), column (backwards).
     labels = phantom.draw_volume(seed=0, case=case, size=SMALL)[1]
     bladder, rectum, prostate = (centroid(labels, name) for name in ("bladder", "rectum", "prostate"))
     assert bladder[0] > rectum[0] and bladder[2] < rectum[2]
@@ -138,7 +136,7 @@ def test_every_organ_is_in_its_place(case):
         assert abs(place[1] - (SMALL[0] - 1) / 2) < 0.06 * SMALL[0]
     body = np.isin(labels, [number for name, number in ORGANS.items() if name != "background"])
     assert 0.5 < body.mean() < 0.95
-    # bone on either side of the prostate in the middle slice
+    # There is bone on either side of the prostate in the middle slice.
     middle = labels[10]
     rows = np.flatnonzero((middle == ORGANS["bone"]).any(axis=1))
     assert (rows < prostate[1] - 20).any() and (rows > prostate[1] + 20).any()
@@ -170,7 +168,7 @@ def test_slices_change_smoothly(volume):
     assert min(dice(a, b) for a, b in zip(bones, bones[1:])) > 0.7
 
 
-def test_weeks_share_bones_and_differ_in_filling():
+def test_weeks_share_bones_and_differ_in_bladder_filling():
     first, second = (phantom.draw_volume(seed=0, case=6, week=week, size=SMALL)[1] for week in (0, 1))
     other = phantom.draw_volume(seed=0, case=7, size=SMALL)[1]
     bone = [labels == ORGANS["bone"] for labels in (first, second, other)]
@@ -189,17 +187,17 @@ def test_anatomy_does_not_depend_on_slices_and_only_coarsens_with_size():
         assert dice(halved, short == ORGANS[organ]) > 0.8
 
 
-def test_deterministic_and_different_for_other_seeds_cases_and_weeks():
+def test_volumes_are_deterministic_and_differ_between_seeds_cases_and_weeks():
     draw = lambda *key: phantom.draw_volume(*key, slices=2, size=(64, 32))[0]  # noqa: E731
     assert np.array_equal(draw(0, 1, 0), draw(0, 1, 0))
     others = [draw(1, 1, 0), draw(0, 2, 0), draw(0, 1, 1), draw(1, 0, 0)]
     assert all(not np.array_equal(draw(0, 1, 0), other) for other in others)
 
 
-def test_the_first_exposure_is_what_it_has_always_been():
+def test_the_first_exposure_is_reproducible_between_versions():
     image = phantom.draw_volume(5, 4, 1, 3, (64, 32))[0]
     assert np.array_equal(image, phantom.draw_volume(5, 4, 1, 3, (64, 32), exposure=0)[0])
-    # noise in two corners and the mean, as drawn before there were others; 1 for another processor's rounding
+    # Noise in two corners and the mean, recorded once. A tolerance of 1 allows for rounding on other processors.
     np.testing.assert_allclose(image[0, 0, :8], [21, 17, 9, 24, 30, 20, 9, 24], atol=1)
     np.testing.assert_allclose(image[2, -1, -8:], [12, 16, 25, 13, 26, 18, 26, 6], atol=1)
     assert image.mean() == pytest.approx(279.356, abs=0.05)
@@ -220,7 +218,7 @@ def test_another_exposure_has_other_noise_of_the_same_strength(volume):
         assert abs(np.corrcoef(noise[one], noise[two])[0, 1]) < 0.05
 
 
-def test_an_exposure_without_noise_is_what_many_exposures_tend_to():
+def test_the_mean_of_many_exposures_approaches_the_noiseless_one():
     count, drawing = 30, {"seed": 0, "case": 1, "slices": 4, "size": (64, 32)}
     clean, labels = phantom.draw_volume(**drawing, exposure=None)
     exposures = np.stack([phantom.draw_volume(**drawing, exposure=number)[0] for number in range(count)])
@@ -243,13 +241,13 @@ def test_a_negative_exposure_is_refused():
 
 
 @pytest.mark.parametrize("slices, size", [(1, (16, 8)), (1, (64, 32)), (3, (50, 70)), (40, (32, 16))])
-def test_other_sizes(slices, size):
+def test_volumes_of_any_size_contain_anatomy(slices, size):
     image, labels = phantom.draw_volume(0, 1, slices=slices, size=size)
     assert image.shape == labels.shape == (slices, *size)
     assert np.isfinite(image).all() and {0, 1, 2} <= set(np.unique(labels))
 
 
-# --- files
+# ---------------------------------------------------------------- files
 
 
 def test_files_are_in_the_hipmri_layout(written):
@@ -265,7 +263,7 @@ def test_files_are_in_the_hipmri_layout(written):
     assert len(list(written.iterdir())) == 6
 
 
-def test_a_file_holds_what_was_drawn(written):
+def test_files_contain_what_was_drawn(written):
     images, labels = phantom.draw_volume(5, 4, 1, 3, (64, 32))
     image = nib.load(written / "keras_slices_test" / "case_004_week_1_slice_2.nii.gz")
     label = nib.load(written / "keras_slices_seg_test" / "seg_004_week_1_slice_2.nii.gz")
@@ -277,13 +275,12 @@ def test_a_file_holds_what_was_drawn(written):
     assert np.allclose(image.affine, label.affine)
     voxel = 410 / 64
     assert np.allclose(np.diag(image.affine), [-voxel, -voxel, 3, 1])
-    # the middle of the picture is the world's 0; slice 2 lies 6 mm up; rows run to the left, columns to the
-    # back
+    # The centre of the image is the origin; slice 2 lies 6 mm up; rows run to the left, columns to the back.
     assert np.allclose(image.affine @ [31.5, 15.5, 0, 1], [0, 0, 6, 1], atol=1e-4)
     assert nib.aff2axcodes(image.affine) == ("L", "P", "S")
 
 
-def test_files_are_identical_for_a_seed_whatever_the_workers(written, tmp_path):
+def test_files_depend_on_the_seed_and_not_on_the_workers(written, tmp_path):
     phantom.write_phantom(tmp_path / "again", (2, 1, 1), 2, 3, (64, 32), seed=5, workers=2)
     phantom.write_phantom(tmp_path / "other", (2, 1, 1), 2, 3, (64, 32), seed=6, workers=1)
     first, again, other = (digests(folder) for folder in (written, tmp_path / "again", tmp_path / "other"))
@@ -294,10 +291,10 @@ def test_files_are_identical_for_a_seed_whatever_the_workers(written, tmp_path):
     assert all(first[name] != other[name] for name in images)
 
 
-# --- command line
+# ---------------------------------------------------------------- command line
 
 
-def test_command_line_writes(tmp_path):
+def test_the_command_line_writes_a_data_set(tmp_path):
     arguments = ["--cases", "1", "0", "1", "--slices", "2", "--size", "32", "16", "--workers", "1"]
     command = [sys.executable, str(ROOT / "phantom.py"), str(tmp_path / "out"), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
@@ -317,14 +314,14 @@ def test_command_line_writes(tmp_path):
         (["--workers", "0"], "workers"),
     ],
 )
-def test_bad_numbers_are_one_line_and_status_2(tmp_path, capsys, arguments, says):
+def test_numbers_out_of_range_are_reported_on_one_line(tmp_path, capsys, arguments, says):
     assert phantom.main([str(tmp_path / "out"), *arguments]) == 2
     printed = capsys.readouterr()
     assert printed.out == "" and re.fullmatch(r"error: .*\n", printed.err) and says in printed.err
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_that_holds_something_is_refused(tmp_path, capsys):
+def test_a_folder_that_is_not_empty_is_refused(tmp_path, capsys):
     (tmp_path / "mine.txt").write_text("keep")
     assert phantom.main([str(tmp_path)]) == 2
     assert re.fullmatch(r"error: .*\n", capsys.readouterr().err)

@@ -25,6 +25,7 @@ from matplotlib.patches import Rectangle
 from torch import nn
 
 import checkpoints
+import nifti
 import plots
 import utils
 from checkpoints import Run, load_weights, save_weights
@@ -1317,4 +1318,4 @@ def test_left_right_axis(columns, axis):
     affine = np.eye(4)
     affine[:3, :3] = np.eye(3)[:, ["xyz".index(column) for column in columns]]
     affine[:3, :3] *= -2.5
-    assert utils.left_right_axis(affine) == axis
+    assert nifti.left_right_axis(affine) == axis

@@ -1,0 +1,397 @@
+"""Find the slices of a data folder, and read case, week, slice number, volume and split from their names.
+
+Names of slices are relative to the data folder, with forward slashes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from stat import S_ISREG
+from typing import NamedTuple
+
+import numpy as np
+
+from nifti import DataError
+
+# Limits on a data folder, whoever made it. They bound memory and time.
+MAX_FILES = 1_000_000  # slices per folder: HipMRI has 12,660; records of a million take a gigabyte
+MAX_FOLDERS = 100_000  # below the data folder: where there are more, a link may lead out of it, even to /
+
+SPLIT_WORDS = {
+    "train": ("train", "training", "tr", "imagestr"),
+    "validate": ("validate", "validation", "valid", "val", "dev", "imagesval"),
+    "test": ("test", "testing", "ts", "imagests"),
+}
+SPLIT_OF_WORD = {word: split for split, words in SPLIT_WORDS.items() for word in words}
+BESIDE_SPLIT = re.compile("keras|slices?|images?|imgs?|data|(data)?set|splits?|2d|mri?|t2w?|nii|nifti|hip(mri)?")
+LABEL_WORD = re.compile(
+    "labels?|labelmaps?|labels(tr|ts|val)|masks?|(d|prob)?segs?|segmentations?|annotations?|contours?|delineations?"
+    "|gt|groundtruth"
+)
+IMAGE_WORDS = {"mr", "mrs", "image", "images", "img"}  # beside "semantic": HipMRI's images are in semantic_MRs_anon
+
+# A word starts where no letter precedes it, or at a capital after a small letter. Digits may follow directly.
+START, SPACE, OTHERS = r"(?:(?<![A-Za-z])|(?<=[a-z])(?=[A-Z]))", r"[-_ .]*", "(?i:week|session|ses|visit|slice)"
+CASE = re.compile(  # 004, A004 and 004b, up to the next word
+    rf"{START}((?i:case|patient|subject|sub))(?:{SPACE}(?=[0-9])|[-_ .]+(?!{OTHERS}))"
+    rf"([A-Za-z]*[0-9][0-9A-Za-z]*?)(?={OTHERS}{SPACE}[0-9]|[^0-9A-Za-z]|\Z)"
+)
+WEEK = re.compile(rf"{START}(?i:week|session|ses|visit){SPACE}([0-9]+)")
+NUMBER = re.compile(rf"{START}(?i:slice){SPACE}([0-9]+)")
+DIGITS = re.compile("[0-9]+")
+
+
+class Identity(NamedTuple):
+    """What a name says of a slice; None where it says nothing."""
+
+    case: str | None  # the patient, as case_004
+    week: int | None
+    number: int | None  # of the slice in its volume
+
+
+class SliceFile(NamedTuple):
+    """A slice that was found, before it is read."""
+
+    path: str
+    name: str  # below the folder of the splits, or of the slices, with forward slashes
+    size: int  # bytes
+    mtime_ns: int
+    case: str | None
+    week: int | None
+    number: int | None  # of the slice in its volume
+    volume: tuple[str, ...] = ()  # equal for slices that are scaled together
+    split: str | None = None
+
+
+# ---------------------------------------------------------------- finding files
+
+
+def find_slices(root: Path) -> tuple[list[tuple[str, str]], list[str]]:
+    """Find the slices at any depth below a folder.
+
+    Returns:
+        The path and the name of each slice, and the names of label maps. Names are relative to `root`.
+
+    Raises:
+        DataError: where two slices get the same name, or where there are too many.
+    """
+    start = len(os.path.join(root, ""))
+    found: dict[str, str] = {}
+    label_maps = []
+    for entry in walk_files(root):
+        name = with_forward_slashes(entry.path[start:])
+        if not is_slice(name):
+            continue
+        if is_label_map(name):
+            label_maps.append(name)
+        elif name in found:
+            both = f"{found[name]} and {entry.path}"
+            raise DataError(f"{both} have the same name once backslashes are read as slashes: remove one of them")
+        else:
+            found[name] = entry.path
+        if len(found) + len(label_maps) > MAX_FILES:
+            raise DataError(f"{root} contains more than {MAX_FILES} slices, including label maps")
+    return [(path, name) for name, path in found.items()], label_maps
+
+
+def walk_files(root: Path) -> Iterator[os.DirEntry]:
+    """Yield everything but folders, at any depth below `root`, except in hidden folders."""
+    folders, seen = [str(root)], set()
+    while folders:
+        folder = folders.pop()
+        if os.path.realpath(folder) in seen:  # a link to a folder above would make this loop endless
+            continue
+        seen.add(os.path.realpath(folder))
+        if len(seen) > MAX_FOLDERS:
+            raise DataError(f"{root} contains more than {MAX_FOLDERS} folders")
+        try:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if not is_folder(entry):
+                        yield entry
+                    elif not entry.name.startswith("."):
+                        folders.append(entry.path)
+        except OSError as error:
+            raise DataError(f"cannot read folder {folder}: {error.strerror}") from error
+
+
+def is_folder(entry: os.DirEntry) -> bool:
+    """Tell a folder, or a link to one, from everything else."""
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def describe_files(found: list[tuple[str, str]]) -> list[SliceFile]:
+    """Make a record of each (path, name), or raise DataError listing those that are not regular files."""
+    files, bad = [], []
+    for path, name in found:
+        try:
+            stat = os.stat(path)
+        except OSError as error:
+            bad.append((name, error.strerror))
+            continue
+        if not S_ISREG(stat.st_mode):  # opening a pipe could wait for ever, and a device may have no end
+            bad.append((name, "not a regular file"))
+        elif not stat.st_size:
+            bad.append((name, "empty"))
+        files.append(SliceFile(path, name, stat.st_size, stat.st_mtime_ns, *identify(name)))
+    refuse_files(bad, len(found))
+    return files
+
+
+def refuse_files(bad: list[tuple[str, str]], count: int) -> None:
+    """Raise DataError listing the first ten bad files of `count` with their reasons, if there are any."""
+    if bad:
+        listed = abbreviate([f"{name}: {reason}" for name, reason in sorted(bad)], 10, "; ")
+        raise DataError(f"{len(bad)} of {counted(count, 'file')} cannot be used: {listed}")
+
+
+def no_slices_error(where: str, label_maps: list[str]) -> DataError:
+    """Make the error for a place without slices, which mentions the label maps in it."""
+    reason = ""
+    if label_maps:
+        ignored = f"{counted(len(label_maps), 'file')} named like label maps ({abbreviate(sorted(label_maps), 1)})"
+        reason = f": ignored {ignored}; names above the given folder do not count"
+    return DataError(f"no .nii or .nii.gz slices in {where}{reason}")
+
+
+def label_map_notices(names: list[str]) -> list[str]:
+    """Report the label maps that were left out."""
+    return [f"ignored {counted(len(names), 'label map')} ({abbreviate(sorted(names), 1)})"] if names else []
+
+
+def name_notices(files: list[SliceFile]) -> list[str]:
+    """Report what stays unknown because names do not say it, and slice numbers that occur twice."""
+    seen: set[tuple] = set()
+    repeated = []
+    for file in files:
+        if file.number is not None and (file.volume, file.number) in seen:
+            repeated.append(file.name)
+        seen.add((file.volume, file.number))
+    unnamed = sum(file.case is None for file in files)
+    unnumbered = sum(file.case is not None and file.number is None for file in files)
+    example = "(expected as in case_004_week_0_slice_12.nii.gz)"
+    notices = []
+    if repeated:
+        numbers = f"{counted(len(repeated), 'repeated slice number')} within one case, week and folder"
+        notices.append(f"warning: {numbers} ({abbreviate(repeated, 2)}): all these slices are scaled as one volume")
+    if unnamed:
+        unknown = "such slices are scaled individually, and their patient and position are unknown"
+        notices.append(f"{counted(unnamed, 'file name')} without a case {example}: {unknown}")
+    if unnumbered:
+        unknown = "the positions of such slices are unknown"
+        notices.append(f"{counted(unnumbered, 'file name')} without a slice number {example}: {unknown}")
+    return notices
+
+
+def abbreviate(items: list[str], most: int, separator: str = ", ") -> str:
+    """Join the first items and count the rest, as in "a, b and 3 more"."""
+    rest = f" and {len(items) - most} more" if len(items) > most else ""
+    return separator.join(items[:most]) + rest
+
+
+def counted(count: int, noun: str) -> str:
+    """Write a number with its noun: 1 slice, 2 slices."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+# ---------------------------------------------------------------- names: slices and label maps
+
+
+def with_forward_slashes(name: str) -> str:
+    """Replace backslashes by slashes: zip files made on Windows leave backslashes in the names that they unpack to."""
+    if "\\" not in name:
+        return name
+    return "/".join(part for part in name.replace("\\", "/").split("/") if part not in ("", "."))
+
+
+def is_slice(name: str) -> bool:
+    """Tell a NIfTI file from other files and from hidden ones (macOS leaves ._*.nii)."""
+    return name.lower().endswith((".nii", ".nii.gz")) and "/." not in f"/{name}"
+
+
+def is_label_map(name: str) -> bool:
+    """Recognise a label map by the names of its file and of the folders above it."""
+    folder, _, base = name.rpartition("/")
+    return folder_says_label_map(folder) or file_says_label_map(DIGITS.sub("0", base))
+
+
+@lru_cache(maxsize=4096)  # each folder is asked for once per file
+def folder_says_label_map(folder: str) -> bool:
+    """Recognise a path with a folder of label maps in it."""
+    names = [split_words(part) for part in folder.split("/")]
+    return any(has_label_word(words) or "semantic" in words and IMAGE_WORDS.isdisjoint(words) for words in names)
+
+
+@lru_cache(maxsize=4096)  # files differ in their numbers, which the caller sets to 0
+def file_says_label_map(base: str) -> bool:
+    """Recognise a label map by its own file name."""
+    words = split_words(base)
+    return has_label_word(words) or "semantic" in words
+
+
+def has_label_word(words: list[str]) -> bool:
+    """Find a word for label map, with or without a number, as in mask1."""
+    bare = {word.strip("0123456789") for word in words}
+    return any(map(LABEL_WORD.fullmatch, bare)) or {"ground", "truth"} <= bare
+
+
+def split_words(name: str) -> list[str]:
+    """Split a name into lower-case words at separators and at capitals that start a word."""
+    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[0-9])(?=[A-Z][a-z])", " ", name)
+    return re.findall(r"[^\W_]+", spaced.lower())
+
+
+# ---------------------------------------------------------------- names: splits
+
+
+@lru_cache(maxsize=4096)
+def split_of(folder: str) -> str | None:
+    """Return the split that a folder's name stands for: exactly one of its words names a split."""
+    words = split_words(folder)
+    splits = [SPLIT_OF_WORD[word] for word in words if word in SPLIT_OF_WORD]
+    others = (word for word in words if word not in SPLIT_OF_WORD)
+    return splits[0] if len(splits) == 1 and all(map(BESIDE_SPLIT.fullmatch, others)) else None
+
+
+def top_split(name: str) -> str | None:
+    """Return the split of a slice, which the first folder of its name stands for."""
+    top, slash, _ = name.partition("/")
+    return split_of(top) if slash else None
+
+
+@lru_cache(maxsize=4096)
+def splits_in_path(folder: str) -> tuple[str, ...]:
+    """Return the splits that the folders of a path stand for, from the top down."""
+    return tuple(filter(None, map(split_of, folder.split("/"))))
+
+
+def path_to_splits(names: list[str]) -> str:
+    """Return the path down to the folder of the splits, or of several folders or files: "", or it ends in a slash.
+
+    It descends through a folder that is alone, unless that is a split or a patient, and through keras_slices_data.
+    """
+    below = ""
+    while True:
+        inside = [name.removeprefix(below).partition("/") for name in names if name.startswith(below)]
+        folders = {top for top, slash, _ in inside if slash}
+        lone = next(iter(folders)) if len(folders) == 1 and all(slash for _, slash, _ in inside) else None
+        if "keras_slices_data" in folders:
+            below += "keras_slices_data/"
+        elif lone and not split_of(lone) and not parse_name(lone).case:
+            below += f"{lone}/"
+        else:
+            return below
+
+
+# ---------------------------------------------------------------- names: case, week and slice number
+
+
+def identify(name: str) -> Identity:
+    """Return case, week and slice number of a slice.
+
+    What the file's name does not say, its folders may, the deepest one first. Without a case there is no slice
+    number, because slices of several patients would share it.
+    """
+    folder, _, base = name.rpartition("/")
+    pairs = zip(parse_name(base), parse_folders(folder))
+    case, week, number = (own if own is not None else above for own, above in pairs)
+    return Identity(case, week, number if case else None)
+
+
+@lru_cache(maxsize=4096)
+def parse_folders(folder: str) -> Identity:
+    """Return each of case, week and slice number from the deepest folder of a path that says it."""
+    identities = [parse_name(part) for part in reversed(folder.split("/"))]
+    return Identity(*(next((value for value in values if value is not None), None) for values in zip(*identities)))
+
+
+def parse_name(part: str) -> Identity:
+    """Return case, week and slice number from the name of one file or folder.
+
+    Numbers are compared by value: case_4 is case_004.
+    """
+    case, week, number = CASE.search(part), WEEK.search(part), NUMBER.search(part)
+    if case:
+        case = f"{case[1].lower()}_{DIGITS.sub(pad_number, case[2].lower())}"
+    return Identity(case, week and int(week[1]), number and int(number[1]))
+
+
+def pad_number(digits: re.Match[str]) -> str:
+    """Write a number with at least three digits."""
+    return f"{int(digits[0]):03}"
+
+
+# ---------------------------------------------------------------- volumes
+
+
+def assign_volumes(files: list[SliceFile]) -> list[SliceFile]:
+    """Set the volume of each file: the slices of one case and week of a split, even from several folders.
+
+    Where these repeat a slice number, or several folders contain slices without a number, the folders are different
+    series, and each is a volume. A slice without a case is a volume of its own.
+    """
+    groups: dict[tuple, list[tuple[int, str]]] = {}
+    for row, file in enumerate(files):
+        folder, _, base = file.name.rpartition("/")
+        series = series_folder(folder, base)
+        groups.setdefault((splits_in_path(folder), file.case, file.week), []).append((row, series))
+    volumes: list[tuple[str, ...]] = [()] * len(files)
+    for (_, case, week), group in groups.items():
+        numbers = [files[row].number for row, _ in group if files[row].number is not None]
+        unnumbered = {series for row, series in group if files[row].number is None}
+        one_series = len(set(numbers)) == len(numbers) and len(unnumbered) < 2
+        first = min(series for _, series in group)
+        for row, series in group:
+            alone = (series, files[row].name.rpartition("/")[2], files[row].name)
+            shared = (first if one_series else series, case, "" if week is None else f"{week:03}")
+            volumes[row] = shared if case else alone
+    return [file._replace(volume=volume) for file, volume in zip(files, volumes)]
+
+
+def series_folder(folder: str, base: str) -> str:
+    """Return the folder of a slice's series, without folders that contain this slice alone.
+
+    Windows unpacks x.nii.gz to x.nii/x.nii.
+    """
+    series = without_slice_folders(folder)
+    stem = lower_stem(base)
+    if stem not in series.lower():
+        return series
+    return "/".join(part for part in series.split("/") if lower_stem(part) != stem)
+
+
+@lru_cache(maxsize=4096)
+def without_slice_folders(folder: str) -> str:
+    """Drop the folders of a path whose names give a slice number."""
+    return "/".join(part for part in folder.split("/") if parse_name(part).number is None)
+
+
+def lower_stem(name: str) -> str:
+    """Return a file's name in lower case and without its ending."""
+    return name.lower().removesuffix(".gz").removesuffix(".nii")
+
+
+def sort_key(file: SliceFile) -> tuple:
+    """Return a key that sorts files by folder, case, week, slice number and name."""
+    return file.volume, file.number or 0, file.name
+
+
+def positions_of(files: list[SliceFile]) -> np.ndarray:
+    """Return each slice's position: its rank in its volume, 0 lowest, 1 highest; 0.5 if alone, NaN if unknown."""
+    numbers: dict[tuple[str, ...], set[int]] = {}
+    for file in files:
+        if file.number is not None:
+            numbers.setdefault(file.volume, set()).add(file.number)
+    positions = {
+        (volume, number): rank / (len(found) - 1) if len(found) > 1 else 0.5
+        for volume, found in numbers.items()
+        for rank, number in enumerate(sorted(found))
+    }
+    return np.array([positions.get((file.volume, file.number), np.nan) for file in files], np.float32)

@@ -1,0 +1,268 @@
+"""Read and write one 2D slice as NIfTI.
+
+The reader is our own, not nibabel's, for two reasons. It is about twice as fast (benchmarks/loading.py measures both),
+and it reads hostile files, such as zip bombs, in bounded memory and time. nibabel still interprets the header fields
+and writes files.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import lru_cache
+from pathlib import Path
+from stat import S_ISREG
+from threading import Lock
+from typing import BinaryIO, NamedTuple
+
+import nibabel as nib
+import numpy as np
+from nibabel.spatialimages import HeaderDataError
+
+from utils import printable
+
+# Limits on what a file may claim, whoever wrote it. They bound memory, time and later arithmetic.
+MAX_SIDE = 2048  # pixels; in-plane MR matrices end near 1024, so a longer side means a broken header
+MAX_OFFSET = 1 << 24  # bytes before the pixels; header extensions take kilobytes
+MAX_DISTANCE = 1e9  # in an affine: a kilometre in micrometres, whose square still fits float32
+MIN_DISTANCE = 1e-6  # in an affine: a nanometre in millimetres
+MAX_MEMBERS = 1024  # gzip members per file; block-wise writers (bgzip) put 64 KiB into each
+DEFLATE_RATIO = 1032  # the highest compression ratio that deflate can reach
+
+HEADER_BYTES = 540  # of a NIfTI-2 header, the longer one; NIfTI-1 has 348
+PEEK_BYTES = 4096  # of a compressed file, nearly always enough to decompress its header
+READ_BYTES = 1 << 18  # of a compressed file per read, more than most slices have
+LARGE_BYTES = 1 << 23  # per slice: larger ones are read one at a time, so that threads do not add up their memory
+LARGE_SLICE_LOCK = Lock()
+
+
+class DataError(Exception):
+    """Report data that cannot be used.
+
+    The message is for the user. It names the data and the reason, on one line that is safe to print.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
+
+
+class RawSlice(NamedTuple):
+    """One slice as its file stores it."""
+
+    image: np.ndarray  # (H, W) float32, in the file's own units
+    affine: np.ndarray  # (4, 4) from pixel indices to mm; shared between slices, so copy it before changing it
+    checksum: str  # CRC-32 of the uncompressed file
+
+
+class Header(NamedTuple):
+    """The header fields that are needed to read the pixels."""
+
+    shape: tuple[int, int]
+    dtype: np.dtype
+    offset: int  # bytes before the pixels
+    slope: float | None  # None where values are stored unscaled
+    inter: float | None
+    affine: np.ndarray  # (4, 4)
+
+    @property
+    def end(self) -> int:
+        """Return the size in bytes of the uncompressed file."""
+        return self.offset + self.shape[0] * self.shape[1] * self.dtype.itemsize
+
+
+# ---------------------------------------------------------------- one slice
+
+
+def read_slice(path: str | Path, size: int, mtime_ns: int) -> RawSlice:
+    """Read one slice from a NIfTI-1 or NIfTI-2 file, gzipped or not.
+
+    Args:
+        path: the file.
+        size: its size in bytes when it was found.
+        mtime_ns: its modification time when it was found. A file that has changed since is not read.
+
+    Raises:
+        DataError: for a file that cannot be used. The message gives the reason, not the file's name.
+    """
+    try:
+        with open_regular(path) as file:
+            header = read_header(file)
+            with LARGE_SLICE_LOCK if header.end > LARGE_BYTES else nullcontext():
+                content = read_whole(file, header.end, size, mtime_ns)
+                return RawSlice(to_image(content, header), header.affine, f"{zlib.crc32(content):08x}")
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}") from error
+
+
+def read_shape(path: str | Path) -> tuple[int, int] | None:
+    """Read a slice's shape (H, W) from its header alone, or return None for a file that cannot be used."""
+    try:
+        with open_regular(path) as file:
+            return read_header(file).shape
+    except (OSError, DataError):
+        return None
+
+
+def write_slice(path: Path, pixels: np.ndarray, affine: np.ndarray) -> None:
+    """Write a slice as float32 NIfTI.
+
+    Args:
+        path: the file, gzipped if it ends in .gz.
+        pixels: (H, W).
+        affine: (4, 4) from pixel indices to mm.
+    """
+    image = nib.Nifti1Image(pixels.astype(np.float32), affine)
+    image.header.set_xyzt_units("mm")
+    nib.save(image, path)
+
+
+# ---------------------------------------------------------------- content
+
+
+@contextmanager
+def open_regular(path: str | Path) -> Iterator[BinaryIO]:
+    """Open a regular file for reading, or raise OSError for any other kind, without waiting for a pipe."""
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
+        if not S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+        yield file
+
+
+def read_whole(file: BinaryIO, expected: int, size: int, mtime_ns: int) -> bytes | bytearray:
+    """Read the uncompressed content of a file, which must have `expected` bytes, and check that it did not change."""
+    if expected > size * DEFLATE_RATIO:
+        raise DataError(f"truncated: its header requires {expected} bytes, more than a file of {size} bytes can hold")
+    content = read_content(file, expected + 1)
+    stat = os.fstat(file.fileno())
+    if (stat.st_size, stat.st_mtime_ns) != (size, mtime_ns):
+        raise DataError("changed while it was being read: try again once it is complete")
+    if len(content) < expected:
+        raise DataError(f"truncated: {len(content)} bytes where its header requires {expected}")
+    if len(content) > expected:
+        raise DataError(f"contains more than the {expected} bytes that its header describes")
+    return content
+
+
+def read_content(file: BinaryIO, limit: int) -> bytes | bytearray:
+    """Read the first `limit` bytes of a file's uncompressed content, however long all of it is."""
+    file.seek(0)
+    compressed = file.read(2) == b"\x1f\x8b"
+    file.seek(0)
+    if not compressed:
+        return file.read(limit)
+    stream, members = zlib.decompressobj(wbits=31), 1
+    content, raw = bytearray(), file.read(PEEK_BYTES)
+    while len(content) < limit and (raw := raw or file.read(READ_BYTES)):
+        # Compressed data is never twice as long as its content, except for long names and comments in its headers.
+        # Empty members could go on for ever.
+        if file.tell() > 2 * (limit + READ_BYTES) or members > MAX_MEMBERS:
+            raise DataError("damaged: its compressed data is far longer than its content")
+        if stream.eof:  # some writers make several members
+            raw = raw.lstrip(b"\0")  # padding is allowed
+            if not raw:
+                continue
+            stream, members = zlib.decompressobj(wbits=31), members + 1
+        try:
+            content += stream.decompress(raw, min(limit - len(content), READ_BYTES))
+        except zlib.error as error:
+            raise DataError(f"damaged: {error}") from error
+        raw = stream.unused_data or stream.unconsumed_tail
+    if len(content) < limit and not stream.eof:
+        raise DataError(f"truncated: its compressed data ends after {len(content)} bytes")
+    return content
+
+
+def to_image(content: bytes | bytearray, header: Header) -> np.ndarray:
+    """Convert a file's content to an image (H, W) of finite float32 values."""
+    image = np.frombuffer(content, header.dtype, offset=header.offset).reshape(header.shape, order="F")
+    with np.errstate(all="ignore"):  # values beyond float32 become infinite, which is checked below
+        if header.slope is not None:
+            image = image * header.slope
+            image += header.inter
+        image = image.astype(np.float32, copy=False)
+    if not np.isfinite(image).all():
+        raise DataError("contains NaN, infinite values, or values beyond float32")
+    return image
+
+
+# ---------------------------------------------------------------- header
+
+
+def read_header(file: BinaryIO) -> Header:
+    """Read a file's header, or raise DataError where it does not describe a 2D slice."""
+    block = bytes(read_content(file, HEADER_BYTES))
+    for kind in (nib.Nifti1Header, nib.Nifti2Header):
+        length = kind.template_dtype.itemsize
+        for order, mark in (("little", "<"), ("big", ">")):
+            if len(block) >= length and int.from_bytes(block[:4], order) == length:
+                return parse_header(kind, block[:length], mark)
+    raise DataError("not a NIfTI file")
+
+
+@lru_cache(maxsize=4096)  # slices often share a header, and each header is read twice: for the slice size, then pixels
+def parse_header(kind: type[nib.Nifti1Header], block: bytes, endianness: str) -> Header:
+    """Interpret the bytes of a header and check every field that is used."""
+    try:
+        with np.errstate(all="ignore"):
+            header = kind(block, endianness=endianness, check=False)
+            shape, dtype, offset = header.get_data_shape(), header.get_data_dtype(), header.get_data_offset()
+            slope, inter = header.get_slope_inter()
+            affine = header.get_best_affine()
+    except KeyError as code:
+        raise DataError(f"bad header: unknown data type {code}") from code
+    except (HeaderDataError, ValueError, OverflowError) as error:
+        raise DataError(f"bad header: {error}") from error
+    if header["magic"].item() != kind.single_magic:
+        raise DataError("not a single-file NIfTI")
+    axes = slice_axes(shape)
+    if not axes:
+        raise DataError(f"has shape {shape}: only 2D slices are supported")
+    sides = [shape[axis] for axis in axes]
+    if not all(0 < side <= MAX_SIDE for side in sides):
+        raise DataError(f"has shape {shape}: each side must be 1 to {MAX_SIDE} pixels")
+    if dtype.kind not in "iuf":
+        raise DataError(f"has {header.get_value_label('datatype')} voxels: they must be integers or real numbers")
+    if not kind.single_vox_offset <= offset <= MAX_OFFSET:
+        raise DataError(f"bad header: pixels start at byte {offset}")
+    # The axis across the slice comes third, whichever it is in the file.
+    affine = affine[:, [*axes, 3 - sum(axes), 3]]
+    return Header((sides[0], sides[1]), dtype, offset, slope, inter, complete_affine(affine))
+
+
+def slice_axes(shape: tuple[int, ...]) -> list[int]:
+    """Return the two in-plane axes of a slice, or [] for the shape of a line, a volume or a series.
+
+    Of the three spatial axes, the one across the slice is one voxel thick: the last of several.
+    """
+    if len(shape) < 2 or any(side != 1 for side in shape[3:]):
+        return []
+    if len(shape) == 2 or shape[2] == 1:
+        return [0, 1]
+    axes = [axis for axis in range(3) if shape[axis] != 1]
+    return axes if len(axes) == 2 else []
+
+
+def complete_affine(affine: np.ndarray) -> np.ndarray:
+    """Return the affine (4, 4) with a unit step across the slice where a 2D writer left that column empty.
+
+    Raises:
+        DataError: where the affine is not finite, is out of range, or gives pixels no area.
+    """
+    if not np.abs(affine).max() <= MAX_DISTANCE:  # also true of NaN
+        raise DataError("bad header: its affine is not finite or out of range")
+    across = np.cross(affine[:3, 0], affine[:3, 1])
+    area = np.linalg.norm(across)
+    if area < MIN_DISTANCE**2:
+        raise DataError("bad header: its affine gives pixels no area")
+    if np.linalg.norm(affine[:3, 2]) < MIN_DISTANCE:
+        affine[:3, 2] = across / area
+    return affine
+
+
+def left_right_axis(affine: np.ndarray) -> int | None:
+    """Return the axis of slices (N, 1, H, W) that runs left to right: 2 in HipMRI's, None in sagittal slices."""
+    sides = [code in ("L", "R") for code in nib.aff2axcodes(affine)[:2]]
+    return 2 + sides.index(True) if any(sides) else None

@@ -1,0 +1,508 @@
+"""files.py: finding slices, and what their names say, on small real folders."""
+
+import os
+import shutil
+import socket
+
+import numpy as np
+import pytest
+from slice_files import cases_of, has_notice, message, picture, volumes_of, write, write_cases, write_splits
+
+import files
+from dataset import load_dataset, read_slices
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("PROSTATEVQ_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path):
+    return tmp_path / "data"
+
+
+# ---------------------------------------------------------------- finding files
+
+
+def test_keras_slices_data_is_loaded_without_its_label_maps(data):
+    write_splits(data / "keras_slices_data")
+    write_cases(data / "other", (9,))
+    write(data / "keras_slices_data" / "keras_slices_seg_train" / "case_004_week_0_slice_0.nii")
+    write(data / "keras_slices_data" / "keras_slices_train" / "seg_004_week_0_slice_0.nii")
+    (data / "keras_slices_data" / "keras_slices_train" / "._case_004_week_0_slice_0.nii").write_bytes(b"finder")
+    loaded = load_dataset(str(data))
+    assert [len(loaded.train), len(loaded.validate), len(loaded.test)] == [6, 2, 2]
+    assert not any("seg" in name for name in loaded.train.names)
+    first = "keras_slices_seg_train/case_004_week_0_slice_0.nii"
+    assert loaded.notices == [f"ignored 2 label maps ({first} and 1 more)"]
+
+
+@pytest.mark.parametrize(
+    "above",
+    [
+        "HipMRI_study_keras_slices_data",
+        "keras_slices_data/HipMRI_study_keras_slices_data",
+        "keras_slices_data/keras_slices_data",
+        "download/export/keras_slices_data",
+    ],
+)
+def test_splits_are_found_below_lone_folders(data, tmp_path, above):
+    write_splits(tmp_path / "plain")
+    shutil.copytree(tmp_path / "plain", data / above)
+    expected, loaded = load_dataset(str(tmp_path / "plain")), load_dataset(str(data))
+    assert [len(loaded.train), len(loaded.validate), len(loaded.test)] == [6, 2, 2]
+    assert cases_of(loaded.test) == {"case_040"}
+    assert (loaded.files, loaded.fingerprint) == (expected.files, expected.fingerprint)
+    assert loaded.notices == []
+    np.testing.assert_array_equal(loaded.train.positions, expected.train.positions)
+
+
+def test_a_flat_folder_is_found_below_lone_folders(data, tmp_path):
+    write_cases(tmp_path / "plain", range(10))
+    shutil.copytree(tmp_path / "plain", data / "a" / "b")
+    expected, loaded = load_dataset(str(tmp_path / "plain")), load_dataset(str(data))
+    assert loaded.fingerprint == expected.fingerprint
+    assert loaded.validate.names == expected.validate.names
+
+
+def test_keras_slices_data_is_found_below_a_lone_folder(data):
+    write_splits(data / "HipMRI" / "keras_slices_data")
+    write(data / "HipMRI" / "semantic_MRs_anon" / "Case_004_Week0_LFOV.nii.gz", picture(1, (8, 6, 5)))
+    loaded = load_dataset(str(data))
+    assert loaded.train.names[0] == "keras_slices_train/case_004_week_0_slice_0.nii"
+    assert len(loaded.files) == 10
+
+
+def test_a_lone_folder_named_like_a_split_is_that_split(data):
+    write_cases(data / "train", range(4))
+    loaded = load_dataset(str(data))
+    assert loaded.train.names[0].startswith("train/case_")
+    assert has_notice(loaded, "no validation slices")
+    assert len(loaded.test) == 0
+    (data / "train").rename(data / "test")
+    assert "no training slices" in message(load_dataset, str(data))
+
+
+def test_the_folder_of_a_lone_patient_stays_in_the_names(data):
+    for number in range(4):
+        write(data / "case_004" / "week_0" / f"slice_{number}.nii")
+    loaded = load_dataset(str(data))
+    assert all(name.startswith("case_004/week_0/slice_") for name in loaded.files)
+    assert has_notice(loaded, "all slices are of case_004")
+
+
+def test_backslashes_in_names_are_read_as_slashes(data, tmp_path):
+    """Zip files made on Windows unpack to such names elsewhere."""
+    write_splits(tmp_path / "plain")
+    write_cases(tmp_path / "plain" / "keras_slices_seg_train", (4,))
+    (tmp_path / "plain" / "keras_slices_train" / "._case_004_week_0_slice_0.nii").touch()
+    data.mkdir()
+    for number, path in enumerate(sorted((tmp_path / "plain").rglob("*.nii"))):
+        name = str(path.relative_to(tmp_path / "plain")).replace("/", "\\")
+        shutil.copy(path, data / (f".\\keras_slices_data\\{name}" if number % 2 else f"keras_slices_data\\\\{name}"))
+    expected, loaded = load_dataset(str(tmp_path / "plain")), load_dataset(str(data))
+    assert (loaded.files, loaded.fingerprint) == (expected.files, expected.fingerprint)
+    assert (
+        loaded.notices
+        == expected.notices
+        == ["ignored 2 label maps (keras_slices_seg_train/case_004_week_0_slice_0.nii and 1 more)"]
+    )
+    np.testing.assert_array_equal(loaded.train.positions, expected.train.positions)
+    slices, *_ = read_slices([data], (8, 6))
+    assert len(slices) == 10
+    assert slices.names[0] == f"{data.as_posix()}/keras_slices_data/keras_slices_test/case_040_week_0_slice_0.nii"
+
+
+def test_two_files_with_the_same_name_are_refused(data):
+    write_splits(data)
+    copy = write(data / "keras_slices_train\\case_004_week_0_slice_0.nii")
+    text = message(load_dataset, str(data))
+    assert str(copy) in text and str(data / "keras_slices_train" / "case_004_week_0_slice_0.nii") in text
+    assert "have the same name" in text
+
+
+def test_links_out_of_the_folder_are_followed(data, tmp_path):
+    """Clusters often keep data in a store and link to it."""
+    write_cases(tmp_path / "store", (1, 2))
+    data.mkdir()
+    (data / "linked").symlink_to(tmp_path / "store")
+    (data / "case_003_week_0_slice_0.nii").symlink_to(tmp_path / "store" / "case_001_week_0_slice_0.nii")
+    assert len(load_dataset(str(data)).files) == 5
+
+
+def test_circular_links_are_followed_once(data):
+    write_cases(data, (1, 2))
+    (data / "again").symlink_to(data)
+    assert len(load_dataset(str(data)).train) == 2
+
+
+def test_pipes_devices_and_broken_links_are_refused(data, monkeypatch):
+    data.mkdir()
+    os.mkfifo(data / "pipe.nii")
+    (data / "zero.nii").symlink_to("/dev/zero")
+    (data / "proc.nii").symlink_to("/proc/self/environ")
+    (data / "gone.nii").symlink_to(data / "nothing")
+    (data / "loop.nii").symlink_to(data / "loop.nii")
+    (data / "loop").symlink_to(data / "loop")
+    (data / "empty.nii").touch()
+    (data / "folder.nii").mkdir()
+    with monkeypatch.context() as patch, socket.socket(socket.AF_UNIX) as made:
+        patch.chdir(data)
+        made.bind("socket.nii")
+    for name, words in {
+        "pipe": "not a regular file",
+        "zero": "not a regular file",
+        "socket": "not a regular file",
+        "proc": "empty",
+        "empty": "empty",
+        "gone": "No such file",
+        "loop": "Too many levels of symbolic links",
+    }.items():
+        assert words in message(read_slices, [data / f"{name}.nii"], (8, 6))
+    assert message(load_dataset, str(data)).startswith("7 of 7 files")
+    assert "no .nii or .nii.gz slices" in message(read_slices, [data / "folder.nii"], (8, 6))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_unreadable_files_and_folders_are_named(data):
+    write_splits(data)
+    (data / "keras_slices_test" / "case_040_week_0_slice_0.nii").chmod(0)
+    assert "slice_0.nii: cannot be read: Permission denied" in message(load_dataset, str(data))
+    (data / "keras_slices_test").chmod(0)
+    assert "cannot read folder" in message(load_dataset, str(data))
+    (data / "keras_slices_test").chmod(0o700)
+
+
+def test_files_and_folders_are_limited_in_number(data, monkeypatch):
+    write_cases(data / "train", range(3))
+    write_cases(data / "val", range(3, 5))
+    monkeypatch.setattr(files, "MAX_FILES", 10)
+    monkeypatch.setattr(files, "MAX_FOLDERS", 3)
+    assert len(load_dataset(str(data)).train) == 6
+    monkeypatch.setattr(files, "MAX_FOLDERS", 2)
+    assert "contains more than 2 folders" in message(load_dataset, str(data))
+    monkeypatch.setattr(files, "MAX_FOLDERS", 3)
+    monkeypatch.setattr(files, "MAX_FILES", 9)
+    assert "contains more than 9 slices" in message(load_dataset, str(data))
+
+
+@pytest.mark.parametrize(
+    "ending", ["_cost$1_of$2", "_$T2__tse$", "_K\udcf6ln", "_前列腺", "_" + "x" * 210, " copy (1)", "\nx", "\t\x1b[1m"]
+)
+def test_file_names_in_any_script_load(data, ending):
+    for case in range(3):
+        for number in range(2):
+            write(data / f"case_{case:03}_slice_{number}.nii").rename(
+                data / f"case_{case:03}_slice_{number}{ending}.nii"
+            )
+    loaded, again = load_dataset(str(data)), load_dataset(str(data))
+    assert loaded.notices == ["split by case with seed 0: 2 train, 2 validate, 2 test slices"]
+    assert loaded.train.names[0].endswith(f"_slice_0{ending}.nii")
+    assert loaded.train.positions.tolist() == [0, 1]
+    assert (again.files, again.fingerprint) == (loaded.files, loaded.fingerprint)
+
+
+def test_a_name_that_ends_in_a_line_break_is_not_a_slice(data):
+    write_cases(data, (1, 2))
+    shutil.copy(data / "case_001_week_0_slice_0.nii", data / "case_003_week_0_slice_0.nii\r")
+    assert len(load_dataset(str(data)).files) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("line\nbreak\r.nii", r"line\nbreak\r.nii"),
+        ("\x1b[2Jred.nii", r"\x1b[2Jred.nii"),
+        ("\udcff.nii", r"\udcff.nii"),
+        ("left\u202eright.nii", r"left\u202eright.nii"),
+        ("prostaté.nii", "prostaté.nii"),
+    ],
+)
+def test_control_characters_in_names_are_escaped(data, name, shown):
+    write_splits(data)
+    path = data / "keras_slices_train" / name
+    path.write_bytes(b"bad")
+    assert f"/{shown}: not a NIfTI file" in message(load_dataset, str(data))
+    shutil.copy(data / "keras_slices_train" / "case_004_week_0_slice_0.nii", path)
+    loaded = load_dataset(str(data))
+    assert f"keras_slices_train/{name}" in loaded.train.names
+    (data / "keras_slices_train").rename(data / name)
+    (data / "keras_slices_validate").rename(data / "train")
+    loaded = load_dataset(str(data))
+    assert all(notice.isprintable() for notice in loaded.notices)
+    moved = data.rename(data.with_name(name))
+    assert f"outside the split folders of {moved.with_name(shown)}" in load_dataset(str(moved)).notices[0]
+
+
+# ---------------------------------------------------------------- label maps
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "labelsTr/a.nii",
+        "labelstr/a.nii",
+        "Labels/a.nii",
+        "semantic_labels_anon/Case_004_Week0.nii",
+        "semantic/a.nii",
+        "SEMANTIC_2/a.nii",
+        "MR_labels/a.nii",
+        "case_004/ground truth/a.nii",
+        "GT/a.nii",
+        "keras_slices_seg_train/a.nii",
+        "seg_004_week_0_slice_0.nii",
+        "case_004_slice_1_mask.nii",
+        "case_004_slice_1_mask2.nii",
+        "Case_004_Week0_SEMANTIC_LFOV_slice_3.nii.gz",
+        "T2_Seg.nii",
+        "T2Seg.nii",
+        "prostateMask.nii",
+        "Case00_segmentation.nii",
+        "patient001_frame01_gt.nii",
+        "sub-01_desc-prostate_dseg.nii",
+        "bladder-contour.nii",
+        "case_004.annotations.nii",
+        "GroundTruth_004.nii",
+        "export\\labels\\a.nii",
+    ],
+)
+def test_label_maps_are_recognised_by_name(data, name):
+    write_cases(data, (1, 2))
+    write(data / name)
+    loaded = load_dataset(str(data))
+    assert len(loaded.files) == 4
+    assert has_notice(loaded, f"ignored 1 label map ({name})".replace("\\", "/"))
+    slices, _, notices = read_slices([data], (8, 6))
+    assert len(slices) == 4
+    assert notices == [f"ignored 1 label map ({data.as_posix()}/{name})".replace("\\", "/")]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "semantic_MRs_anon/Case_004_Week0_slice_1.nii",
+        "semantic_images/a.nii",
+        "Segovia/a.nii",
+        "masked_T2/a.nii",
+        "segments/a.nii",
+        "unlabelled/a.nii",
+        "groundwater/a.nii",
+        "case_004_unmasked.nii",
+        "Eggtart.nii",
+        "passegment.nii",
+    ],
+)
+def test_slices_with_similar_names_are_not_label_maps(data, name):
+    write_cases(data, (1, 2))
+    write(data / name)
+    assert len(load_dataset(str(data)).files) == 5
+    assert len(read_slices([data / name], (8, 6))[0]) == 1
+
+
+def test_names_above_the_data_folder_do_not_count(data):
+    folder = data / "segmentation" / "train" / "case_9"
+    write_cases(folder, (1, 2))
+    loaded = load_dataset(str(folder))
+    assert loaded.notices == ["split by case with seed 0: 2 train, 2 validate, 0 test slices"]
+    assert len(read_slices([folder], (8, 6))[0]) == 4
+
+
+def test_a_folder_of_label_maps_alone_is_refused(data):
+    write_cases(data / "labels", (1, 2))
+    text = message(load_dataset, str(data))
+    said = "ignored 4 files named like label maps (labels/case_001_week_0_slice_0.nii and 3 more)"
+    assert text == f"no .nii or .nii.gz slices in {data}: {said}; names above the given folder do not count"
+    assert "ignored 4 files" in message(read_slices, [data], (8, 6))
+    path = data / "labels" / "case_001_week_0_slice_0.nii"
+    assert len(read_slices([path], (8, 6))[0]) == 1  # a folder above says nothing
+    assert "name of a label map" in message(read_slices, [path.rename(data / "case_001_GT.nii")], (8, 6))
+
+
+def test_mask_folders_within_splits_are_left_out(data):
+    for split, case in (("train", 1), ("val", 2), ("test", 3)):
+        write_cases(data / split / "images", (case,))
+        write_cases(data / split / "masks", (case,))
+    loaded = load_dataset(str(data))
+    assert [len(loaded.train), len(loaded.validate), len(loaded.test)] == [2, 2, 2]
+    assert loaded.train.names[0] == "train/images/case_001_week_0_slice_0.nii"
+    assert loaded.notices == ["ignored 6 label maps (test/masks/case_003_week_0_slice_0.nii and 5 more)"]
+
+
+# ---------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("case_004_week_0_slice_3", ("case_004", 0, 3)),
+        ("Case_004_Week0_LFOV_slice_3", ("case_004", 0, 3)),
+        ("case_4_week_00_slice_003", ("case_004", 0, 3)),
+        ("Case00_slice_3", ("case_000", None, 3)),
+        ("case-1234.week-12.slice-60", ("case_1234", 12, 60)),
+        ("CASE 4 SLICE 3 copy (1)", ("case_004", None, 3)),
+        ("Case4Week2Slice3", ("case_004", 2, 3)),
+        ("case004bWeek2Slice3", ("case_004b", 2, 3)),
+        ("T2_case_004_slice_3", ("case_004", None, 3)),
+        ("sub-001_ses-0_slice-003_T2w", ("sub_001", 0, 3)),
+        ("subject7_visit2_slice9", ("subject_007", 2, 9)),
+        ("sub-A1B2_slice-1", ("sub_a001b002", None, 1)),
+        ("Patient_12_session_3", ("patient_012", 3, None)),
+        ("case_A004_week_0_slice_1", ("case_a004", 0, 1)),
+        ("case_004b_week_0_slice_1", ("case_004b", 0, 1)),
+        ("case_004/week_0/slice_1", ("case_004", 0, 1)),
+        ("case_004/case_005_slice_1", ("case_005", None, 1)),
+        ("case_004/scan/case_005/slice_1", ("case_005", None, 1)),
+        ("week_3/case_004/slice_2/image", ("case_004", 3, 2)),
+        ("case_004/image", ("case_004", None, None)),
+        ("slice_3", (None, None, None)),
+        ("showcase_12_slice_3", (None, None, None)),
+        ("subtle_3", (None, None, None)),
+        ("lowercase12", (None, None, None)),
+        ("case_week_3", (None, 3, None)),
+        ("case_week3", (None, 3, None)),
+        ("case_slice_3", (None, None, None)),
+        ("case_004_multislice_3", ("case_004", None, None)),
+        ("case_004_biweek_3", ("case_004", None, None)),
+        ("keras_slices_3/case_004", ("case_004", None, None)),
+        ("image", (None, None, None)),
+        ("case_" + "9" * 150, ("case_" + "9" * 150, None, None)),
+    ],
+)
+def test_names_give_case_week_and_slice_number(name, expected):
+    assert files.identify(f"{name}.nii.gz") == expected
+
+
+def test_slices_carry_their_cases(data):
+    for name in ("Case_4_slice_0", "case_004_slice_1", "case_5_slice_0", "sub-4_slice_0", "image"):
+        write(data / "train" / f"{name}.nii")
+    write_cases(data / "val", (6,))
+    loaded = load_dataset(str(data))
+    assert dict(zip(loaded.train.names, loaded.train.cases)) == {
+        "train/Case_4_slice_0.nii": "case_004",
+        "train/case_004_slice_1.nii": "case_004",
+        "train/case_5_slice_0.nii": "case_005",
+        "train/sub-4_slice_0.nii": "sub_004",
+        "train/image.nii": None,
+    }
+    assert loaded.validate.cases == ["case_006", "case_006"]
+    assert read_slices([data / "val"], (8, 6))[0].cases == ["case_006", "case_006"]
+
+
+def test_different_spellings_of_a_case_are_one_patient(data):
+    write(data / "train" / "case_004_week_0_slice_0.nii")
+    write(data / "train" / "case_005_week_0_slice_0.nii")
+    write(data / "val" / "Case_4_Week1_slice_0.nii")
+    write(data / "test" / "case_05" / "slice_0.nii")
+    loaded = load_dataset(str(data))
+    assert has_notice(loaded, "warning: data leak between splits: train and validate share case_004")
+    assert has_notice(loaded, "warning: data leak between splits: train and test share case_005")
+    assert len(loaded.notices) == 2
+
+
+def test_case_4_and_subject_4_are_different_patients(data):
+    write(data / "train" / "case_004_slice_0.nii")
+    write(data / "val" / "sub-004_slice_0.nii")
+    write(data / "test" / "case_004b_slice_0.nii")
+    assert load_dataset(str(data)).notices == []
+
+
+def test_names_without_case_or_slice_number_are_reported(data):
+    for split, names in (("train", ("a", "b", "case_001")), ("val", ("case_002_week_1", "case_003_slice_1"))):
+        for name in names:
+            write(data / split / f"{name}.nii")
+    write(data / "notes" / "c.nii")  # outside the splits
+    loaded = load_dataset(str(data))
+    assert has_notice(loaded, "2 file names without a case", "scaled individually", "position are unknown")
+    assert has_notice(loaded, "2 file names without a slice number", "positions of such slices")
+    assert len(loaded.notices) == 3
+
+
+# ---------------------------------------------------------------- volumes
+
+
+def test_positions_are_ranks_within_the_volume(data):
+    for number in (2, 10, 4):
+        write(data / "train" / f"case_001_week_0_slice_{number}.nii")
+    write(data / "train" / "case_001_week_1_slice_7.nii")
+    write_cases(data / "val", (2,))
+    loaded = load_dataset(str(data))
+    assert [name.rpartition("_")[2] for name in loaded.train.names] == ["2.nii", "4.nii", "10.nii", "7.nii"]
+    assert loaded.train.positions.tolist() == [0, 0.5, 1, 0.5]
+
+
+@pytest.mark.parametrize("folder", ["{}.nii/{}.nii", "{}/{}.nii.gz", "{}.nii.gz/{}.nii.gz", "{}.nii.gz/{}.nii"])
+def test_files_unzipped_into_folders_of_their_own_are_one_volume(data, folder):
+    """Windows unpacks x.nii.gz to x.nii/x.nii."""
+    for case in (4, 5, 6):
+        for number in range(3):
+            name = f"case_{case:03}_week_0_slice_{number}"
+            write(data / "train" / folder.format(name, name), picture(10 * case + number) * (number + 1))
+    loaded = load_dataset(str(data))
+    assert len(volumes_of(loaded.train)) == 2 and len(volumes_of(loaded.validate)) == 1
+    assert loaded.train.positions.tolist() == [0, 0.5, 1] * 2
+
+
+def test_a_volume_may_be_spread_over_several_folders(data):
+    for number in range(4):
+        write(data / "train" / f"part_{number % 2}" / f"case_001_week_0_slice_{number}.nii")
+    write_cases(data / "val", (2,))
+    train = load_dataset(str(data)).train
+    assert len(volumes_of(train)) == 1
+    assert [name[-5] for name in train.names] == ["0", "1", "2", "3"]
+    np.testing.assert_allclose(train.positions, [0, 1 / 3, 2 / 3, 1])
+
+
+def test_folders_with_the_same_slice_numbers_are_different_series(data):
+    for series, bright in (("T2", 1), ("ADC", 20)):
+        for number in range(3):
+            name = f"case_001_slice_{number}"
+            write(data / "train" / series / f"{name}.nii" / f"{name}.nii", picture(number) * bright)
+    write_cases(data / "val", (2,))
+    train = load_dataset(str(data)).train
+    assert [{name.split("/")[1] for name in names} for names in volumes_of(train)] == [{"ADC"}, {"T2"}]
+    assert train.positions.tolist() == [0, 0.5, 1] * 2
+
+
+def test_repeated_slice_numbers_in_one_folder_are_reported(data):
+    for case in (1, 2):
+        for series in ("ADC", "T2"):
+            write(data / "train" / f"case_{case}_{series}_slice_0.nii")
+    write_cases(data / "val", (3,))
+    loaded = load_dataset(str(data))
+    names = "train/case_1_T2_slice_0.nii, train/case_2_T2_slice_0.nii"
+    repeated = "2 repeated slice numbers within one case, week and folder"
+    assert loaded.notices == [f"warning: {repeated} ({names}): all these slices are scaled as one volume"]
+
+
+def test_folders_of_unnumbered_slices_are_different_series(data):
+    for number, series in enumerate(("T2", "ADC")):
+        for letter in "ab":
+            write(data / "train" / series / f"case_001_{letter}.nii", picture(number))
+    for letter in "abc":
+        write(data / "val" / f"case_002_{letter}.nii")
+    loaded = load_dataset(str(data))
+    assert [len(names) for names in volumes_of(loaded.train)] == [2, 2]
+    assert [len(names) for names in volumes_of(loaded.validate)] == [3]
+
+
+def test_the_same_case_in_two_splits_is_two_volumes(data):
+    write(data / "train" / "case_001_slice_0.nii", picture(1))
+    write(data / "val" / "case_001_slice_1.nii", picture(2) * 9)
+    loaded = load_dataset(str(data))
+    assert loaded.train.scales[0] == pytest.approx(np.percentile(picture(1), 99.5))
+    assert loaded.validate.scales[0] == pytest.approx(np.percentile(picture(2) * 9, 99.5))
+
+
+def test_folders_per_case_and_week_are_volumes(data):
+    for case in (1, 2, 3):
+        for week in (0, 1):
+            for number in (0, 1):
+                image = picture(100 * case + 10 * week + number)
+                write(data / f"case_{case}" / f"week_{week}" / f"slice_{number}.nii", image)
+    loaded = load_dataset(str(data))
+    assert loaded.notices == ["split by case with seed 0: 4 train, 4 validate, 4 test slices"]
+    assert [len(names) for names in volumes_of(loaded.train)] == [2, 2]
+    assert loaded.train.positions.tolist() == [0, 1, 0, 1]
