@@ -45,6 +45,7 @@ from files import (
     is_label_map,
     is_slice,
     label_map_notices,
+    likely_split_of,
     name_notices,
     no_slices_error,
     path_to_splits,
@@ -52,7 +53,7 @@ from files import (
     refuse_files,
     sort_key,
     split_of,
-    top_split,
+    splits_of_folders,
     with_forward_slashes,
 )
 from nifti import MAX_SIDE, DataError, RawSlice, open_regular, read_shape, read_slice
@@ -303,16 +304,22 @@ def assign_splits(files: list[SliceFile], folder: Path, seed: int) -> tuple[list
     Returns:
         The files, sorted by split, and notices on how they were split.
     """
-    inside = [file._replace(split=split) for file in files if (split := top_split(file.name))]
+    folders = splits_of_folders([file.name for file in files])
+    split_of_file = [folders.get(file.name.partition("/")[0]) for file in files]
+    inside = [file._replace(split=split) for file, split in zip(files, split_of_file) if split]
+    notices = split_folder_notices(inside or files, folders)
     if not inside:
-        drawn, notices = split_by_case(files, SPLITS, seed)
-        return drawn, unused_split_notices(files) + notices
-    notices = unused_split_notices(inside)
+        drawn, more = split_by_case(files, SPLITS, seed)
+        return drawn, notices + more
     if len(inside) < len(files):
         notices.append(f"ignored {counted(len(files) - len(inside), 'file')} outside the split folders of {folder}")
     splits = {split: [file for file in inside if file.split == split] for split in SPLITS}
     if not splits["train"]:
-        raise DataError(f"no training slices in {folder}: put them into keras_slices_train or train")
+        likely = sorted(
+            top for top in {file.name.partition("/")[0] for file in files} if likely_split_of(top) == "train"
+        )
+        hint = f"; is it {likely[0]}? name it train" if likely else ""
+        raise DataError(f"no training slices in {folder}: put them into keras_slices_train or train{hint}")
     if not splits["validate"]:
         drawn, more = split_by_case(splits["train"], SPLITS[:2], seed)
         splits |= {split: [file for file in drawn if file.split == split] for split in SPLITS[:2]}
@@ -359,22 +366,22 @@ def split_by_case(files: list[SliceFile], parts: Sequence[str], seed: int) -> tu
     return assigned, [*notices, f"split by {'file' if notices else 'case'} with seed {seed}: {listed} slices"]
 
 
-def unused_split_notices(files: list[SliceFile]) -> list[str]:
-    """Report folders that are named like splits but lie too deep to be used as such."""
+def split_folder_notices(files: list[SliceFile], used: dict[str, str]) -> list[str]:
+    """Report folders that are used as splits without being named just so, and those named like splits but not used."""
+    guessed = sorted(f"{folder} as {split}" for folder, split in used.items() if not split_of(folder))
+    notices = [f"splits by the names of folders: {abbreviate(guessed, 4)}"] if guessed else []
     unused = set()
-    for file in files:
-        folders = file.name.split("/")[:-1]
-        used = top_split(file.name)
+    for folders in {tuple(file.name.split("/")[:-1]) for file in files}:
         unused |= {
             "/".join(folders[: depth + 1])
             for depth, folder in enumerate(folders)
-            if split_of(folder) not in (None, used)
+            if likely_split_of(folder) not in (None, used.get(folders[0]))
         }
-    if not unused:
-        return []
-    listed = abbreviate(sorted(unused), 4)
-    advice = "point --data at the folder that contains the splits"
-    return [f"warning: folders named like splits are not used as splits ({listed}): {advice}"]
+    if unused:
+        listed = abbreviate(sorted(unused), 4)
+        advice = "point --data at the folder that contains the splits, or name them train, validate and test"
+        notices.append(f"warning: folders named like splits are not used as splits ({listed}): {advice}")
+    return notices
 
 
 # ---------------------------------------------------------------- cache
@@ -531,7 +538,7 @@ def make_index(
     volume_scales = {file.volume: one.scale for file, one in zip(files, decoded) if file.split == "train"}
     grids = [one.affine[:3, :3].round(4).tobytes() for one in train]
     common = train[grids.index(Counter(grids).most_common(1)[0][0])]
-    one_per_grid = dict(zip(grids, train)).values()
+    one_per_grid = {one.affine[:3, :3].round(4).tobytes(): one for one in decoded}.values()
     notices = duplicate_notices(files, decoded, workers) + pixel_notices(files, decoded, size)
     notices += spacing_notices(decoded, common) + orientation_notices(one_per_grid, common)
     return CacheIndex(
@@ -597,7 +604,9 @@ def orientation_notices(slices: Iterable[Decoded], common: Decoded) -> list[str]
     if len(orientations) == 1:
         return []
     listed, usual = ", ".join(sorted(orientations)), "".join(map(str, nib.aff2axcodes(common.affine)[:2]))
-    return [f"warning: training slices have different orientations ({listed}): all are treated as {usual}"]
+    return [
+        f"warning: slices have different orientations ({listed}): all are treated as {usual}, the most common in training"
+    ]
 
 
 def pixel_notices(files: list[SliceFile], decoded: list[Decoded], size: tuple[int, int]) -> list[str]:

@@ -253,23 +253,37 @@ def split_words(name: str) -> list[str]:
 
 @lru_cache(maxsize=4096)
 def split_of(folder: str) -> str | None:
-    """Return the split that a folder's name stands for: exactly one of its words names a split."""
+    """Return the split that a folder's name stands for: one of its words names a split, the others are usual beside."""
     words = split_words(folder)
     splits = [SPLIT_OF_WORD[word] for word in words if word in SPLIT_OF_WORD]
     others = (word for word in words if word not in SPLIT_OF_WORD)
     return splits[0] if len(splits) == 1 and all(map(BESIDE_SPLIT.fullmatch, others)) else None
 
 
-def top_split(name: str) -> str | None:
-    """Return the split of a slice, which the first folder of its name stands for."""
-    top, slash, _ = name.partition("/")
-    return split_of(top) if slash else None
+@lru_cache(maxsize=4096)
+def likely_split_of(folder: str) -> str | None:
+    """Return the split that a folder's name may stand for, whatever else it says: fold0_train, prostate_val."""
+    splits = [SPLIT_OF_WORD[word] for word in split_words(folder) if word in SPLIT_OF_WORD and len(word) > 2]
+    return split_of(folder) or (splits[0] if len(splits) == 1 else None)
+
+
+def splits_of_folders(names: list[str]) -> dict[str, str]:
+    """Return the splits that the first folders of slices' names stand for.
+
+    Where every slice lies in a folder that is likely a split, and training and another split are among them, these are
+    the splits. Otherwise only unmistakable names count, so that test_retest beside baseline is none.
+    """
+    tops = {top if slash else "" for top, slash, _ in (name.partition("/") for name in names)}
+    likely = {top: likely_split_of(top) for top in tops}
+    if None not in likely.values() and "train" in likely.values() and len(set(likely.values())) > 1:
+        return likely
+    return {top: split for top in tops if (split := split_of(top))}
 
 
 @lru_cache(maxsize=4096)
 def splits_in_path(folder: str) -> tuple[str, ...]:
-    """Return the splits that the folders of a path stand for, from the top down."""
-    return tuple(filter(None, map(split_of, folder.split("/"))))
+    """Return the splits that the folders of a path may stand for, from the top down."""
+    return tuple(filter(None, map(likely_split_of, folder.split("/"))))
 
 
 def path_to_splits(names: list[str]) -> str:

@@ -271,14 +271,47 @@ def test_folders_named_like_splits_are_the_splits(data, names):
     assert loaded.notices == []
 
 
-@pytest.mark.parametrize(
-    "name", ["test_retest", "training_hospital_A", "train_test", "test_2020", "train1", "constraint", "keras_slices"]
-)
+@pytest.mark.parametrize("name", ["train_test", "train1", "constraint", "keras_slices", "tr_3000"])
 def test_other_folder_names_are_not_splits(data, name):
     write_cases(data / name, (1, 2, 3))
     write_cases(data / "others", (4,))
     loaded = load_dataset(str(data))
     assert loaded.notices == ["split by case with seed 0: 4 train, 2 validate, 2 test slices"]
+
+
+@pytest.mark.parametrize("name", ["test_retest", "training_hospital_A", "test_2020"])
+def test_a_name_that_may_be_a_split_is_none_beside_others_but_reported(data, name):
+    write_cases(data / name, (1, 2, 3))
+    write_cases(data / "others", (4,))
+    loaded = load_dataset(str(data))
+    assert has_notice(loaded, f"warning: folders named like splits are not used as splits ({name})")
+    assert has_notice(loaded, "split by case with seed 0: 4 train, 2 validate, 2 test slices")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("fold0_train", "fold0_val", "fold0_test"),
+        ("train_2D_v2", "val_2D_v2", "test_2D_v2"),
+        ("train (1)", "val (1)", "test (1)"),
+        ("prostate_train", "val", "prostate_test"),
+    ],
+)
+def test_folders_that_all_name_a_split_are_the_splits_whatever_else_they_say(data, names):
+    for name, cases in zip(names, ((1, 2), (3,), (4,))):
+        write_cases(data / name, cases)
+    loaded = load_dataset(str(data))
+    assert cases_of(loaded.train) == {"case_001", "case_002"}
+    assert cases_of(loaded.validate) == {"case_003"}
+    assert cases_of(loaded.test) == {"case_004"}
+    assert has_notice(loaded, "splits by the names of folders: ")
+
+
+def test_a_missing_training_folder_names_the_one_that_may_be_meant(data):
+    write_cases(data / "train (1)", (1, 2))
+    write_cases(data / "val", (3,))
+    write_cases(data / "docs", (4,))
+    assert message(load_dataset, str(data)).endswith("into keras_slices_train or train; is it train (1)? name it train")
 
 
 def test_split_folders_that_are_not_used_are_reported(data):
@@ -844,7 +877,8 @@ def test_different_orientations_are_reported(data):
     assert load_dataset(str(data)).notices == []
     write(data / "train" / "case_007_week_0_slice_0.nii", affine=AFFINE[:, [1, 0, 2, 3]])
     assert has_notice(
-        load_dataset(str(data)), "warning: training slices have different orientations (AR, RA): all are treated as RA"
+        load_dataset(str(data)),
+        "warning: slices have different orientations (AR, RA): all are treated as RA, the most common in training",
     )
 
 
