@@ -254,10 +254,8 @@ class Run:
             refuse_differences(self.path, old["options"], config["options"])
             return old
         config["libraries"] = {name: metadata.version(name) for name in LIBRARIES}
-        known = json.dumps(files, indent=0)
-        if len(known) <= MAX_DATA:
-            write_file(self.path / "data.json", lambda part: part.write_text(known))
-        write_file(self.path / "config.json", lambda part: part.write_text(json.dumps(config, indent=1)))
+        self.config = config
+        self.write_config(files)
         return config
 
     def __enter__(self):
@@ -276,16 +274,18 @@ class Run:
             self.signals.__exit__()
             os.close(self.lock)
 
-    def files(self) -> dict[str, str]:
-        """The data's files as they were when the run began; {} where they were too many to keep."""
-        path = self.path / "data.json"
-        try:
-            files = json.loads(read_bytes(path, MAX_DATA)) if path.exists() else {}
-            if not isinstance(files, dict) or not all(map(text, files.values())):
-                raise ValueError("it is no list of files")
-            return files
-        except (OSError, ValueError, RecursionError) as error:
-            raise RunError(f"{path} cannot be used: {in_short(error)}") from None
+    def accept_data(self, fingerprint: str, files: dict[str, str]) -> None:
+        """Take changed data for the run's own from now on."""
+        self.config["fingerprint"] = fingerprint
+        self.write_config(files)
+
+    def write_config(self, files: dict[str, str]) -> None:
+        """Write data.json, unless the data have too many files to name, then config.json."""
+        known = json.dumps(files, indent=0)
+        if len(known) <= MAX_DATA:
+            write_file(self.path / "data.json", lambda part: part.write_text(known))
+        config = json.dumps(self.config, indent=1, allow_nan=False)
+        write_file(self.path / "config.json", lambda part: part.write_text(config))
 
     def log_bytes(self) -> int:
         """Where the metrics log ends."""
@@ -354,6 +354,18 @@ class Run:
                     curves[split, name][0].append(update)
                     curves[split, name][1].append(value)
         return dict(curves)
+
+
+def read_data_files(run: Path) -> dict[str, str]:
+    """The files of a run's data, name to content id; {} where they were too many to keep."""
+    path = run / "data.json"
+    try:
+        files = json.loads(read_bytes(path, MAX_DATA)) if path.exists() else {}
+        if not isinstance(files, dict) or not all(map(text, files.values())):
+            raise ValueError("it is no list of files")
+        return files
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunError(f"{path} cannot be used: {in_short(error)}") from None
 
 
 def refuse_others(path: Path) -> None:

@@ -241,21 +241,21 @@ def denormalize(slices: np.ndarray | torch.Tensor, scale: float | np.ndarray) ->
     return (np.asarray(slices, np.float32) + 1) * np.float32(0.5) * np.asarray(scale, np.float32)
 
 
-def changed_files(before: dict[str, str], now: dict[str, str]) -> list[str]:
-    """List how the `files` of one Dataset differ from those of an earlier one.
+def describe_changes(before: dict[str, str], now: dict[str, str]) -> str:
+    """Describe how the `files` of one Dataset differ from those of an earlier one, if these are known.
 
     Returns:
-        One item per kind of change, none where nothing has changed: "2 added (a.nii, b.nii)", "1 removed (c.nii)",
-        "5 altered (d.nii, e.nii, f.nii and 2 more)".
+        One item per kind of change: "2 added (a.nii, b.nii), 5 altered (d.nii, e.nii, f.nii and 2 more)".
     """
+    if not before or before == now:
+        return "files or splits are others"
     changes = {
         "added": now.keys() - before.keys(),
         "removed": before.keys() - now.keys(),
         "altered": {name for name in before.keys() & now.keys() if before[name] != now[name]},
     }
-    return [
-        printable(f"{len(names)} {how} ({abbreviate(sorted(names), 3)})") for how, names in changes.items() if names
-    ]
+    listed = (f"{len(names)} {how} ({abbreviate(sorted(names), 3)})" for how, names in changes.items() if names)
+    return printable(", ".join(listed))
 
 
 # ---------------------------------------------------------------- splits
@@ -421,8 +421,9 @@ def decode_or_reopen(
 
 def cache_folder() -> Path:
     """Return the folder that holds all cache entries."""
-    if os.environ.get("PROSTATEVQ_CACHE"):
-        return Path(os.environ["PROSTATEVQ_CACHE"])
+    chosen = os.environ.get("PROSTATEVQ_CACHE", "").strip()
+    if chosen:
+        return Path(chosen).expanduser()  # a .env file's ~ has not been expanded by a shell
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "prostatevq")
 
 
@@ -604,9 +605,8 @@ def orientation_notices(slices: Iterable[Decoded], common: Decoded) -> list[str]
     if len(orientations) == 1:
         return []
     listed, usual = ", ".join(sorted(orientations)), "".join(map(str, nib.aff2axcodes(common.affine)[:2]))
-    return [
-        f"warning: slices have different orientations ({listed}): all are treated as {usual}, the most common in training"
-    ]
+    treated = f"all are treated as {usual}, the most common in training"
+    return [f"warning: slices have different orientations ({listed}): {treated}"]
 
 
 def pixel_notices(files: list[SliceFile], decoded: list[Decoded], size: tuple[int, int]) -> list[str]:

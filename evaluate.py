@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from checkpoints import read_config, strict_json
-from dataset import DataError, Dataset, Slices, load_dataset
+from checkpoints import read_config, read_data_files, strict_json
+from dataset import DataError, Dataset, Slices, describe_changes, load_dataset
 from metrics import (
     SMALLEST_SIDE,
     Nearest,
@@ -215,7 +215,10 @@ def training_data(options, config: dict, vqvae: VQVAE) -> Dataset:
     for notice in data.notices:
         say(notice)
     if data.fingerprint != config["fingerprint"]:
-        raise RunError(f"{folder} does not hold the data {options.run} was trained on: say where they are with --data")
+        changes = describe_changes(read_data_files(options.run), data.files)
+        raise RunError(
+            f"{folder} does not hold the data {options.run} was trained on ({changes}): say where they are with --data"
+        )
     if len(getattr(data, options.split)) < FEWEST or len(data.train) < FEWEST:
         raise RunError(f"{folder} has fewer than {FEWEST} training or {options.split} slices: choose another --split")
     if min(data.slice_size) < SMALLEST_SIDE:

@@ -29,7 +29,7 @@ SPLIT_WORDS = {
 SPLIT_OF_WORD = {word: split for split, words in SPLIT_WORDS.items() for word in words}
 BESIDE_SPLIT = re.compile("keras|slices?|images?|imgs?|data|(data)?set|splits?|2d|mri?|t2w?|nii|nifti|hip(mri)?")
 LABEL_WORD = re.compile(
-    "labels?|labelmaps?|labels(tr|ts|val)|masks?|(d|prob)?segs?|segmentations?|annotations?|contours?|delineations?"
+    "labels?|labelmaps?|labels(tr|ts|val)|(prob)?masks?|(d|prob)?segs?|segmentations?|annotations?|contours?|delineations?"
     "|gt|groundtruth"
 )
 IMAGE_WORDS = {"mr", "mrs", "image", "images", "img"}  # beside "semantic": HipMRI's images are in semantic_MRs_anon

@@ -9,10 +9,11 @@ import os
 import time
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
+import nibabel as nib
 import numpy as np
 import torch
 from torch import Tensor
@@ -44,6 +45,7 @@ from utils import (
     pick_device,
     printable,
     say,
+    writing,
 )
 
 DEFAULT_NUM = 64  # samples
@@ -128,16 +130,25 @@ def add_sampling_options(parser: ArgumentParser) -> None:
 
 
 def prepare_folder(out: Path, patterns: Sequence[str]) -> None:
-    """Make the folder; remove what an earlier call wrote there, and say so."""
-    try:
+    """Make the folder, and remove what an earlier call wrote there, once there is something to take its place."""
+    with writing(f"--out {out}"):
         out.mkdir(parents=True, exist_ok=True)
         old = [path for pattern in patterns for path in out.glob(pattern)]
-        if old:
-            say(f"{out} held {len(old)} files of an earlier call: replaced")
         for path in old:
             path.unlink()
-    except OSError as error:
-        raise RunError(f"--out {out} cannot be written: {error.strerror}") from None
+    if old:
+        say(f"{out} held {len(old)} files of an earlier call: replaced")
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Have a file written: all of it, or on an error, which names it, nothing."""
+    try:
+        with writing(path):
+            yield path
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def shortened(name: str) -> str:
@@ -245,16 +256,18 @@ def describe_sampling(options) -> str:
 
 def sample(options, config: dict, networks: Networks, device: torch.device) -> None:
     """Draw code grids, decode them, write slices, codes and the sheet."""
-    prepare_folder(options.out, (f"sample_{DIGITS}.nii.gz", "codes.npy"))
     positions = draw_positions(range(options.num), options.seed, config["positions"])
     if options.position is not None:
         positions = torch.full((options.num,), options.position)
     samples = draw_samples(options, networks, positions, device)
     slices = samples.slices[:, 0].numpy()
-    np.save(options.out / "codes.npy", samples.codes.numpy().astype(np.int16))
+    prepare_folder(options.out, (f"sample_{DIGITS}.nii.gz", "codes.npy"))
+    with whole(options.out / "codes.npy") as path:
+        np.save(path, samples.codes.numpy().astype(np.int16))
     affine = np.array(config["affine"])
     for i, pixels in enumerate(denormalize(slices, config["intensity"]["scale"])):
-        write_slice(options.out / f"sample_{i:06d}.nii.gz", pixels, affine)
+        with whole(options.out / f"sample_{i:06d}.nii.gz") as path:
+            write_slice(path, pixels, affine)
     shown = min(len(slices), SHOWN)
     samples_figure(options.images / "samples.png", slices[:shown], f"{shown} samples, {describe_sampling(options)}")
     seconds = samples.seconds
@@ -264,8 +277,8 @@ def sample(options, config: dict, networks: Networks, device: torch.device) -> N
     )
 
 
-def warn_of_spacing(affines: list[np.ndarray], trained: np.ndarray) -> None:
-    """Say so where pixels of slices, by their affines (4, 4), are larger or smaller than those of training slices."""
+def warn_of_grids(affines: list[np.ndarray], trained: np.ndarray) -> None:
+    """Say so where slices, by their affines (4, 4), have other pixel sizes or orientations than training slices."""
     sizes, usual = np.linalg.norm(np.array(affines)[:, :3, :2], axis=1), np.linalg.norm(trained[:3, :2], axis=0)
     factors = np.maximum(sizes / usual, usual / sizes).max(axis=1)
     if factors.max() > SAME_SPACING:
@@ -274,6 +287,9 @@ def warn_of_spacing(affines: list[np.ndarray], trained: np.ndarray) -> None:
             f"warning: {(factors > SAME_SPACING).sum()} slices have other pixels ({height:.3g}x{width:.3g} mm) than "
             f"training slices ({usual[0]:.3g}x{usual[1]:.3g} mm): they are not resampled"
         )
+    turned = sum(nib.aff2axcodes(affine)[:2] != nib.aff2axcodes(trained)[:2] for affine in affines)
+    if turned:
+        say(f"warning: {turned} slices have another orientation than training slices: they are not turned")
 
 
 def reconstruct(options, config: dict, vqvae: VQVAE, device: torch.device) -> None:
@@ -281,12 +297,9 @@ def reconstruct(options, config: dict, vqvae: VQVAE, device: torch.device) -> No
     slices, affines, notices = read_slices(options.reconstruct, tuple(config["slice_size"]))
     for notice in notices:
         say(notice)
-    warn_of_spacing(affines, np.array(config["affine"]))
+    warn_of_grids(affines, np.array(config["affine"]))
     if any(Path(name).resolve().parent == options.out.resolve() for name in slices.names):
         raise RunError(f"--out {options.out} holds the slices to reconstruct: choose another folder")
-    prepare_folder(
-        options.out, (f"{DIGITS}_*_original.nii.gz", f"{DIGITS}_*_reconstruction.nii.gz", "reconstructions.csv")
-    )
     overall = reconstruction_metrics().to(device)
     single = reconstruction_metrics().to(device)
     rows, reconstructions = [], []
@@ -300,11 +313,15 @@ def reconstruct(options, config: dict, vqvae: VQVAE, device: torch.device) -> No
         reconstructions.append(decoded[:, 0].cpu().numpy())
     reconstructions = np.concatenate(reconstructions)
     originals = slices.batch(np.arange(len(slices)))[:, 0].numpy()
+    prepare_folder(
+        options.out, (f"{DIGITS}_*_original.nii.gz", f"{DIGITS}_*_reconstruction.nii.gz", "reconstructions.csv")
+    )
     for i, affine in enumerate(affines):
         name = f"{i:06d}_{shortened(Path(slices.names[i]).name.removesuffix('.gz').removesuffix('.nii'))}"
         for kind, pixels in (("original", originals[i]), ("reconstruction", reconstructions[i])):
-            write_slice(options.out / f"{name}_{kind}.nii.gz", denormalize(pixels, slices.scales[i]), affine)
-    with open(options.out / "reconstructions.csv", "w", newline="", encoding="utf-8") as file:
+            with whole(options.out / f"{name}_{kind}.nii.gz") as path:
+                write_slice(path, denormalize(pixels, slices.scales[i]), affine)
+    with whole(options.out / "reconstructions.csv") as path, open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ("slice", "ssim", "psnr"))
         writer.writeheader()
         writer.writerows(rows)

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from checkpoints import FORMAT, LIMITS, Run, load_weights
-from dataset import MAX_SIDE, PERCENTILE, DataError, Dataset, Slices, batch_indices, changed_files, load_dataset
+from checkpoints import FORMAT, LIMITS, Run, load_weights, read_data_files
+from dataset import MAX_SIDE, PERCENTILE, DataError, Dataset, Slices, batch_indices, describe_changes, load_dataset
 from metrics import code_counts, codebook_use, reconstruction_metrics
 from modules import VQVAE, GatedPixelCNN, PriorConfig, Refiner, RefinerConfig, VQVAEConfig
 from nifti import left_right_axis
@@ -447,17 +447,17 @@ def describe_run(options, data: Dataset) -> dict:
 
 
 def refuse_changed_data(run: Run, data: Dataset, allowed: bool) -> None:
-    """Raise RunError, or say where it is allowed, how the data differ from those that the run began with."""
+    """Raise RunError saying how the data differ from those of the run; where that is allowed, take them for its own."""
     if run.config["fingerprint"] == data.fingerprint:
         return
-    before = run.files()
-    changes = ", ".join(changed_files(before, data.files) if before else []) or "files or splits are others"
+    changes = describe_changes(read_data_files(run.path), data.files)
     if not allowed:
         raise RunError(
             f"the data changed since {run.path} began: {changes}; bring them back, choose another --run, "
             "or go on with --allow-changed-data"
         )
     say(f"warning: the data changed since {run.path} began: {changes}")
+    run.accept_data(data.fingerprint, data.files)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

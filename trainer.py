@@ -19,7 +19,7 @@ from checkpoints import Run, check_fields, is_series, real, restore, save_weight
 from dataset import Dataset, batch_indices, to_float
 from modules import AUGMENTATIONS, MICRO_BATCH_CODES
 from nifti import left_right_axis
-from utils import Clock, RunError, autocast, seed_update, writing
+from utils import Clock, RunError, autocast, say, seed_update, writing
 
 EVALUATIONS = 20  # a stage
 LOG_LINES = 250  # of the training losses, a stage
@@ -217,7 +217,7 @@ class Stage:
             left = int((self.total - self.update) / rate)
             figures = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
             speed = f"{rate:.2f} updates/s  {left // 60}:{left % 60:02d} left"
-            self.bar.write(f"{self.name} {self.update}/{self.total}  {figures}  {speed}")
+            say(f"{self.name} {self.update}/{self.total}  {figures}  {speed}")
             if "codes_used" in values:
                 self.warn_of_collapse()
 
@@ -227,7 +227,7 @@ class Stage:
         updates, used = self.run.curves(self.name)["validate", "codes_used"]
         few = [update for update, _ in takewhile(lambda line: line[1] < share, zip(updates[::-1], used[::-1]))]
         if len(few) > 1 and few[0] - few[-1] >= long > few[1] - few[-1]:
-            self.bar.write(
+            say(
                 f"warning: under {share:.0%} of the codes were used since update {few[-1]}, the codebook collapses: "
                 "try a larger --batch-size or another --seed, or fewer codes in train.py's PRESETS"
             )

@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import io
 import math
 import os
 import re
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 
 class RunError(Exception):
@@ -32,8 +34,17 @@ def printable(text: str) -> str:
 
 
 def say(text: str) -> None:
-    """Print a line, whatever names are in it."""
-    print(printable(text))
+    """Print a line on stdout, above a progress bar where there is one.
+
+    No name in it is an error, whatever stdout can encode, nor is a stdout that is gone: nothing that was computed is
+    lost because nobody listens any more.
+    """
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    line = printable(text).encode(encoding, "backslashreplace").decode(encoding)
+    try:
+        tqdm.write(line)
+    except OSError:
+        sys.stdout = io.StringIO()  # takes the rest
 
 
 def fail(message: object):
@@ -106,7 +117,7 @@ def pick_device(name: str) -> torch.device:
     try:
         return torch.device("cpu") if name == "cpu" else start_gpu(torch.device(name))
     except (RuntimeError, AssertionError) as error:  # an AssertionError where PyTorch was built without CUDA
-        raise RunError(f"--device {name}: {in_short(error)}") from None
+        raise RunError(f"--device {name}: {in_short(error)} (--device auto takes what there is)") from None
 
 
 def start_gpu(device: torch.device) -> torch.device:
@@ -142,21 +153,26 @@ def seed_update(seed: int, stage: str, update: int) -> None:
 
 
 class StopSignals:
-    """While it is entered, SIGINT raises SystemExit(130) and SIGTERM SystemExit(143), wherever the program is.
+    """Turn stop signals into SystemExit(128 + signal): SIGINT (130), SIGTERM (143), and SIGHUP (129) of a terminal.
 
-    Between `hold` and `release` it waits in `.received`. Once one has come, further SIGTERMs are ignored: torchrun and
-    Slurm send several to one process. A second SIGINT is for the handler from before: a person who wants to stop now.
+    Between `hold` and `release` a signal waits in `.received`. Once one has come, further ones are ignored: torchrun
+    and Slurm send several to one process. A second SIGINT is for the handler from before: a person wants to stop now.
+    Signals that the process was started to ignore, by nohup for example, stay ignored.
     """
+
+    NUMBERS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
     def __enter__(self):
         self.received, self.held = None, False
-        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        heeded = [number for number in self.NUMBERS if signal.getsignal(number) != signal.SIG_IGN]
+        self.before = {number: signal.signal(number, self.note) for number in heeded}
         return self
 
     def note(self, number: int, frame) -> None:
         self.received = number
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        signal.signal(signal.SIGINT, self.before[signal.SIGINT])
+        for other, handler in self.before.items():
+            # Not SIG_IGN: Python reports a signal that is already pending as ignored.
+            signal.signal(other, handler if other == signal.SIGINT else lambda *_: None)
         if not self.held:
             self.release()
 

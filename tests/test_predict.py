@@ -698,6 +698,48 @@ def test_slices_with_other_pixels_than_in_training_are_warned_of(call, trained, 
     assert ("warning: 1 slices have other pixels" in said) == warned
 
 
+def test_what_lies_there_stays_until_there_is_something_to_take_its_place(call, trained, monkeypatch):
+    """A Ctrl-C while samples are drawn does not cost those of an earlier call."""
+    folder = call(num=2)
+    before = pixels_of(folder)
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(predict.Refiner, "sample", interrupted)
+        patch.setattr(predict, "reconstruction_metrics", interrupted)
+        for task in ({"num": 3}, {"reconstruct": trained.data / "keras_slices_test"}):
+            with pytest.raises(KeyboardInterrupt):
+                call(**task)
+    np.testing.assert_array_equal(pixels_of(folder), before)
+
+
+@pytest.mark.parametrize("task", ["num", "reconstruct"])
+def test_a_full_disk_is_one_line_that_names_the_file(call, trained, tmp_path, monkeypatch, task):
+    """The truncated file is removed."""
+
+    def write(path, *_):
+        path.write_bytes(b"truncated")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(predict, "write_slice", write)
+    with pytest.raises(RunError, match=r"samples/\S*000000\S*\.nii\.gz cannot be written: No space left on device"):
+        call(**{task: 2 if task == "num" else trained.data / "keras_slices_test"})
+    assert not list((tmp_path / "samples").glob("*.nii.gz"))
+
+
+def test_slices_with_another_orientation_than_in_training_are_warned_of(call, trained, tmp_path, capsys):
+    own = tmp_path / "own"
+    own.mkdir()
+    image = nib.load(next((trained.data / "keras_slices_test").glob("*.nii.gz")))
+    for number, sign in enumerate((1, -1, -1)):
+        flipped = nib.Nifti1Image(image.get_fdata(), image.affine @ np.diag([sign, 1, 1, 1]))
+        nib.save(flipped, own / f"case_004_week_0_slice_{number}.nii.gz")
+    call("out", reconstruct=own)
+    assert "warning: 2 slices have another orientation than training slices" in capsys.readouterr().out
+
+
 def test_a_run_of_any_name_is_sampled(trained, tmp_path, capsys):
     run = tmp_path / "K\udcf6ln $a_$"
     shutil.copytree(trained.run, run)

@@ -27,6 +27,7 @@ from matplotlib.image import imread
 from safetensors.torch import load_file
 
 import checkpoints
+import evaluate
 import phantom
 import train
 import trainer
@@ -970,12 +971,13 @@ def test_what_is_not_finite_is_never_saved(tmp_path, value, place):
         ([1.0] * 3 + [0.0] * 7, [900]),
     ],
 )
-def test_a_collapsing_codebook_is_told_of_once(tmp_path, used, warned):
+def test_a_collapsing_codebook_is_told_of_once(tmp_path, monkeypatch, used, warned):
     """Validated every 100 updates."""
     said = []
+    monkeypatch.setattr(trainer, "say", said.append)
     with checkpoints.Run(tmp_path / "run", {"options": {}}, {}) as run:
         stage = trainer.Stage(run, "vqvae", torch.nn.Linear(1, 1), 5000, 0.5, train.parse_options([]))
-        stage.bar, stage.started, stage.start = SimpleNamespace(write=said.append), 0, 0
+        stage.started, stage.start = 0, 0
         for number, share in enumerate(used, 1):
             stage.update = 100 * number
             stage.log("validate", {"codes_used": share})
@@ -1173,6 +1175,11 @@ def test_changed_data_are_named_and_may_be_allowed(options, slices_folder, tmp_p
     output = capsys.readouterr().out
     assert "warning: the data changed" in output
     assert "is complete" in output
+    train.main(arguments(**options))  # they are the run's own now
+    config = checkpoints.read_config(options["run"])
+    vqvae = load_weights(options["run"] / "vqvae.safetensors", VQVAE, VQVAEConfig)
+    given = SimpleNamespace(run=options["run"], data=None, split="test")
+    assert len(evaluate.training_data(given, config, vqvae).train) == 12
 
 
 def test_a_run_that_another_process_trains_is_refused(options):

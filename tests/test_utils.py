@@ -3,12 +3,14 @@
 import argparse
 import errno
 import fcntl
+import io
 import json
 import os
 import pickle
 import resource
 import signal
 import struct
+import sys
 import time
 import zipfile
 from collections import OrderedDict
@@ -202,6 +204,53 @@ def test_the_second_interrupt_is_for_who_was_there_before():
     assert stop.value.code == 130
 
 
+def test_signals_that_come_together_are_no_error():
+    """Python runs the handlers of both after one another, the second with what the first has left in its place."""
+    with pytest.raises(SystemExit) as stop, StopSignals() as signals:
+        signals.hold()
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGINT])
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGHUP)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM, signal.SIGINT])
+        signals.release()
+    assert stop.value.code in (143, 129)
+
+
+def test_signals_that_are_ignored_stay_ignored():
+    """As nohup asks for."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert signals.received is None
+    assert signal.signal(signal.SIGHUP, before) == signal.SIG_IGN
+
+
+def say_to(stream, *lines):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        for line in lines:
+            utils.say(line)
+
+
+def test_any_line_can_be_said_whatever_stdout_encodes():
+    stream = io.TextIOWrapper(io.BytesIO(), "ascii", write_through=True)
+    say_to(stream, "K\u00f6ln \u524d \udcf6 \n")
+    assert stream.buffer.getvalue() == rb"K\xf6ln \u524d \udcf6 \n" + b"\n"
+
+
+def test_a_stdout_that_is_gone_ends_nothing():
+    """A reader like `head` that has gone, or a log on a full disk."""
+
+    class Full(io.StringIO):
+        def write(self, text):
+            tried.append(text)
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    tried = []
+    say_to(Full(), "one", "two")
+    assert tried == ["one"]
+
+
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
 def test_further_terminations_are_ignored(first):
     """torchrun and Slurm send several to a process."""
@@ -302,7 +351,7 @@ def test_a_new_run_has_its_config_the_data_and_an_empty_log(tmp_path):
     path = tmp_path / "deep" / "run"
     with Run(path, config, FILES) as run:
         assert run.config == checkpoints.read_config(path)
-        assert run.files() == FILES
+        assert checkpoints.read_data_files(run.path) == FILES
     written = checkpoints.read_config(path)
     assert written["libraries"].keys() == set(checkpoints.LIBRARIES)
     assert written["libraries"]["torch"].startswith(torch.__version__.partition("+")[0])
@@ -463,13 +512,13 @@ def test_an_error_is_one_line_that_is_safe_to_print():
 def test_damaged_names_of_the_data_are_a_run_error(run, content):
     (run.path / "data.json").write_bytes(content)
     with pytest.raises(RunError, match=r"data\.json cannot be used"):
-        run.files()
+        checkpoints.read_data_files(run.path)
 
 
 def test_too_many_files_are_not_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, "MAX_DATA", 10)
     with Run(tmp_path, config_of(), FILES) as run:
-        assert run.files() == {}
+        assert checkpoints.read_data_files(run.path) == {}
 
 
 # ---------------------------------------------------------------- two at once
