@@ -31,20 +31,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from config import FREE_OPTIONS, MOST_UPDATES, check_options
 from utils import RunError, StopSignals, flush, in_short, make_folder, say, write_file, writing
 
-LIBRARIES = ("torch", "numpy", "nibabel", "torchmetrics", "safetensors")
-# Options that say where a run's files go or what computes them, not what it is.
-FREE_OPTIONS = ("run", "images", "device", "data", "checkpoint_every", "allow_changed_data")
-# Ranges of train.py's options, of which config.json is a copy.
-LIMITS = {
-    "updates": (1, 10_000_000),  # the losses since the last log line, of which there are 250, are kept in memory
-    "prior_updates": (1, 10_000_000),
-    "refiner_updates": (1, 10_000_000),
-    "batch_size": (1, 65_536),  # 8 GB of slices of 256x128
-    "checkpoint_every": (1, 10_000_000),
-    "seed": (0, 2**32 - 1),
-}
+LIBRARIES = ("torch", "numpy", "nibabel", "torchmetrics", "safetensors", "pydantic")
 
 
 # ---------------------------------------------------------------- files
@@ -170,13 +160,6 @@ SIDE = whole(1, 4096)  # pixels: longer than any slice that dataset.py reads
 FLOAT32 = np.finfo(np.float32)
 CONFIG = {
     "format": whole(FORMAT, FORMAT),
-    "options": {
-        **{name: optional(whole(*limits)) for name, limits in LIMITS.items()},
-        **{name: optional(text) for name in ("data", "run", "images", "preset", "device")},
-        "slice_size": optional(listed(SIDE, 2)),
-        "augmentation": optional(real(0, 4)),
-        "allow_changed_data": optional(lambda value: isinstance(value, bool)),
-    },
     "slice_size": listed(SIDE, 2),
     "intensity": {"percentile": real(0, 100), "scale": real(float(FLOAT32.tiny), float(FLOAT32.max))},
     "affine": is_affine,
@@ -199,7 +182,9 @@ def read_config(path: Path) -> dict:
     try:
         config = json.loads(read_bytes(path / "config.json", MAX_CONFIG))
         check_format(config)
-        check_fields(config, CONFIG)
+        if isinstance(config, dict):
+            check_options(config.get("options"))
+        check_fields(config, CONFIG | {"options": lambda _: True})
         if not config["positions"]["quantiles"] and config["positions"]["unknown"] < 1:
             raise ValueError("positions.quantiles is empty")
         return config
@@ -337,7 +322,7 @@ class Run:
         try:
             for content in read_bytes(self.log_path, MAX_LOG).splitlines():
                 line = json.loads(content)
-                known = {"stage": text, "split": text, "update": whole(0, LIMITS["updates"][1])}
+                known = {"stage": text, "split": text, "update": whole(0, MOST_UPDATES)}
                 check_fields(line, {name: real(-1e300, 1e300) for name in line} | known)
                 lines.append(line)
         except (OSError, ValueError, TypeError, RecursionError) as error:

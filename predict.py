@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoints import LIMITS, is_complete, load_weights, read_config
+from checkpoints import is_complete, load_weights, read_config
+from config import MAX_BATCH_SIZE, MAX_SEED
 from dataset import SAME_SPACING, DataError, denormalize, read_slices
 from metrics import reconstruction_metrics
 from modules import (
@@ -116,13 +117,13 @@ def add_sampling_options(parser: ArgumentParser) -> None:
     )
     add(
         "--batch-size",
-        type=number(int, *LIMITS["batch_size"]),
+        type=number(int, 1, MAX_BATCH_SIZE),
         metavar="N",
         help="slices at a time (default: 32, on a GPU 512; half as many where its memory runs short)",
     )
     add(
         "--seed",
-        type=number(int, *LIMITS["seed"]),
+        type=number(int, 0, MAX_SEED),
         default=0,
         help="of the samples; sample n is fixed by it (default: 0)",
     )

@@ -9,7 +9,7 @@ command again to resume a stopped run.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from checkpoints import FORMAT, LIMITS, Run, load_weights, read_data_files
-from dataset import MAX_SIDE, PERCENTILE, DataError, Dataset, Slices, batch_indices, describe_changes, load_dataset
+from checkpoints import FORMAT, Run, load_weights, read_data_files
+from config import SMALLEST_SIDE, TrainConfig, add_options, configure
+from dataset import PERCENTILE, DataError, Dataset, Slices, batch_indices, describe_changes, load_dataset
 from metrics import code_counts, codebook_use, reconstruction_metrics
 from modules import VQVAE, GatedPixelCNN, PriorConfig, Refiner, RefinerConfig, VQVAEConfig
 from nifti import left_right_axis
@@ -41,152 +42,38 @@ from utils import (
     autocast,
     check_folder,
     fail,
-    filled,
     in_short,
     make_folder,
-    number,
     pick_device,
     say,
     seed_update,
 )
 
-KMEANS_SLICES = 128
-STD_SLICES = 256  # from which the standard deviation of residuals is estimated
-BATCH_DIVISOR = 4  # prior and refiner learn from a quarter of a batch: more, smaller updates in the same time
-UNIGRAM_SHARE = 0.95  # of the nats that cost the codes by their frequencies alone: a prior has to need less
-SMALLEST_SIDE = 8  # pixels; SSIM's window needs 6
+UNIGRAM_SHARE = 0.95  # of the entropy of the codes' frequencies: a prior has to need less
 
 
-@dataclass(frozen=True)
-class Preset:
-    """What --preset chooses: the networks' shapes (the grid follows the slice size), the phantom's slice size where
-    --slice-size does not give one, updates, the strength of augmentation, and peak learning rates."""
-
-    vqvae: VQVAEConfig
-    prior: PriorConfig
-    refiner: RefinerConfig
-    phantom_size: tuple[int, int]
-    updates: int
-    prior_updates: int
-    refiner_updates: int
-    augmentation: float
-    learning_rate: float = 1e-3
-    prior_learning_rate: float = 8e-3
-    refiner_learning_rate: float = 4e-3
-
-
-PRESETS = {
-    "full": Preset(
-        VQVAEConfig(codebook_size=2048),
-        PriorConfig(),
-        RefinerConfig(),
-        (256, 128),
-        updates=5000,
-        prior_updates=20000,
-        refiner_updates=20000,
-        augmentation=1.0,
-    ),
-    "demo": Preset(
-        VQVAEConfig(),
-        PriorConfig(dilation_cycles=1),
-        RefinerConfig(),
-        (128, 64),
-        updates=1000,
-        prior_updates=1600,
-        refiner_updates=3000,
-        augmentation=0.0,
-    ),
-}
-
-
-def parse_options(arguments: Sequence[str] | None):
-    """The command line; numbers of updates filled in from the preset."""
+def parse_options(arguments: Sequence[str] | None) -> TrainConfig:
+    """The command line."""
     parser = Parser(description=__doc__.split("\n\n")[0], epilog="Run the same command again to resume.")
-    parser.add_argument(
-        "--data",
-        type=filled(str),
-        default="phantom",
-        help="folder of 2D .nii/.nii.gz slices, or 'phantom', the embedded data (default)",
-    )
-    parser.add_argument(
-        "--run", type=filled(Path), default=Path("runs/default"), help="run directory (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--images", type=filled(Path), default=Path("images"), help="folder of figures (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--preset",
-        choices=PRESETS,
-        default="full",
-        help="full: the published recipe (default); demo: smaller networks and phantom, fewer updates: minutes",
-    )
-    limited = {name: number(int, *limits) for name, limits in LIMITS.items()}
-    parser.add_argument(
-        "--updates", type=limited["updates"], metavar="N", help="updates of the VQ-VAE (default: the preset's)"
-    )
-    parser.add_argument(
-        "--prior-updates",
-        type=limited["prior_updates"],
-        metavar="N",
-        help="updates of the prior, of a quarter of a batch (default: the preset's)",
-    )
-    parser.add_argument(
-        "--refiner-updates",
-        type=limited["refiner_updates"],
-        metavar="N",
-        help="updates of the refiner, of a quarter of a batch (default: the preset's, at most 4 times --updates)",
-    )
-    parser.add_argument(
-        "--batch-size",
-        type=limited["batch_size"],
-        default=32,
-        metavar="N",
-        help="slices per update of the VQ-VAE; prior and refiner take a quarter (default: 32)",
-    )
-    parser.add_argument(
-        "--slice-size",
-        type=number(int, SMALLEST_SIDE, MAX_SIDE),
-        nargs=2,
-        metavar=("H", "W"),
-        help="pixels; other slices are cropped or padded, the phantom is drawn so (default: the most common size)",
-    )
-    parser.add_argument(
-        "--augmentation",
-        type=number(float, 0, 4),
-        metavar="S",
-        help="how much the prior's slices are turned, stretched, shifted and so on (default: full 1, demo 0)",
-    )
-    parser.add_argument("--seed", type=limited["seed"], default=0, help="of all randomness (default: 0)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
-    parser.add_argument(
-        "--checkpoint-every",
-        type=limited["checkpoint_every"],
-        metavar="N",
-        help="updates from checkpoint to checkpoint (default: as many as take a minute); a signal writes one too",
-    )
-    parser.add_argument(
-        "--allow-changed-data",
-        action="store_true",
-        help="resume although files of the data were added, removed or altered since the run began",
-    )
-    options = parser.parse_args(arguments)
-    preset = PRESETS[options.preset]
-    options.updates = options.updates or preset.updates
-    options.prior_updates = options.prior_updates or preset.prior_updates
-    options.refiner_updates = options.refiner_updates or min(BATCH_DIVISOR * options.updates, preset.refiner_updates)
-    options.augmentation = preset.augmentation if options.augmentation is None else options.augmentation
-    return options
+    add_options(parser)
+    return configure(vars(parser.parse_args(arguments)))
 
 
-def train_vqvae(run: Run, state: dict, data: Dataset, options, preset: Preset, feed: BatchLoader) -> None:
+def network_config(kind: type, options: TrainConfig, prefix: str = "", **given: object) -> object:
+    """The shape of a network: its fields are given, or are options of that name with a prefix."""
+    chosen = {field.name: getattr(options, prefix + field.name) for field in fields(kind) if field.name not in given}
+    return kind(**chosen, **given)
+
+
+def train_vqvae(run: Run, state: dict, data: Dataset, options: TrainConfig, feed: BatchLoader) -> None:
     """Stage 1: the VQ-VAE, its best weights to vqvae.safetensors."""
     device = feed.device
     seed_update(options.seed, "vqvae", 0)
-    model = VQVAE(preset.vqvae).to(device, memory_format=torch.channels_last)
-    stage = Stage(run, "vqvae", model, options.updates, preset.learning_rate, options)
+    model = VQVAE(network_config(VQVAEConfig, options)).to(device, memory_format=torch.channels_last)
+    stage = Stage(run, "vqvae", model, options.updates, options.learning_rate, options)
     stage.resume(state)
     # The encoder first learns without codes; they then start where its vectors are, and nearly all stay in use.
-    warm_up = min(100, options.updates // 6)
+    warm_up = min(options.encoder_warmup, options.updates // 6)
     figures_due = Clock(CHECKPOINT_SECONDS)
 
     for update in stage.updates():
@@ -217,7 +104,7 @@ def describe_flip(affine: np.ndarray) -> str:
     return f"half of the training slices are mirrored, along their {('first', 'second')[axis - 2]} axis: left-right"
 
 
-def drawn_batches(train: Slices, count: int, options, device: torch.device) -> Iterator[Tensor]:
+def drawn_batches(train: Slices, count: int, options: TrainConfig, device: torch.device) -> Iterator[Tensor]:
     """`count` training slices drawn at random, in batches (n, 1, H, W) of at most the batch size, on the device."""
     chosen = batch_indices(len(train), count, options.seed, 0)
     for part in np.array_split(chosen, -(-count // options.batch_size)):
@@ -225,10 +112,10 @@ def drawn_batches(train: Slices, count: int, options, device: torch.device) -> I
 
 
 @torch.no_grad()
-def encode_latents(model: VQVAE, train: Slices, options, device: torch.device) -> Tensor:
+def encode_latents(model: VQVAE, train: Slices, options: TrainConfig, device: torch.device) -> Tensor:
     """Vectors (65536 at most, D) of training slices drawn at random, for k-means."""
     vectors = []
-    for batch in drawn_batches(train, KMEANS_SLICES, options, device):
+    for batch in drawn_batches(train, options.kmeans_slices, options, device):
         with autocast(device):
             z = model.latents(batch)
         vectors.append(z.flatten(0, 2))
@@ -293,23 +180,24 @@ def extract_codes(model: VQVAE, slices: Slices, batch_size: int, device: torch.d
     return torch.cat(codes)
 
 
-def train_prior(run: Run, state: dict, vqvae: VQVAE, data: Dataset, options, preset: Preset, feed: BatchLoader) -> None:
+def train_prior(run: Run, state: dict, vqvae: VQVAE, data: Dataset, options: TrainConfig, feed: BatchLoader) -> None:
     """Stage 2: the prior on the codes of the training slices, its best weights to prior.safetensors."""
     device = feed.device
     validation_codes = extract_codes(vqvae, data.validate, options.batch_size, device)
     validation_positions = torch.from_numpy(data.validate.positions).to(device)
     seed_update(options.seed, "prior", 0)
-    config = replace(preset.prior, grid=tuple(validation_codes.shape[1:]), codebook_size=vqvae.config.codebook_size)
+    shape = {"grid": tuple(validation_codes.shape[1:]), "codebook_size": options.codebook_size}
+    config = network_config(PriorConfig, options, "prior_", **shape)
     model = GatedPixelCNN(config).to(device, memory_format=torch.channels_last)
     model.init_embedding(vqvae.codebook.embeddings)
-    stage = Stage(run, "prior", model, options.prior_updates, preset.prior_learning_rate, options, averaged=True)
+    stage = Stage(run, "prior", model, options.prior_updates, options.prior_learning_rate, options, averaged=True)
     averaged = stage.ema.network
     stage.resume(state)
     stage.checkpoint()  # from here on stage 1 need not be looked at again
     figures_due = Clock(CHECKPOINT_SECONDS)
 
     for update in stage.updates():
-        slices, positions, variation = feed(update, BATCH_DIVISOR, options.augmentation)
+        slices, positions, variation = feed(update, options.batch_divisor, options.augmentation)
         with autocast(device):
             codes = vqvae.encode(slices)  # anew for each update: a mirrored slice has other codes
         loss = stage.step(micro_batches(model.nll, codes, positions, variation))
@@ -331,7 +219,7 @@ def warn_if_unigram(nats: float, codes: Tensor, size: int) -> None:
     if codes.numel() > 4 * size and nats > UNIGRAM_SHARE * math.log(perplexity):
         say(
             f"warning: the prior has learned hardly more than how often each code is used ({nats:.2f} nats a code): "
-            "samples will be noise; try more --prior-updates, or a lower rate in train.py's PRESETS"
+            "samples will be noise; try more --prior-updates, or a lower --prior-learning-rate"
         )
 
 
@@ -358,30 +246,23 @@ def evaluate_prior(model: GatedPixelCNN, codes: Tensor, positions: Tensor, batch
     return total / codes.numel()
 
 
-def train_refiner(
-    run: Run, state: dict, vqvae: VQVAE, data: Dataset, options, preset: Preset, feed: BatchLoader
-) -> None:
+def train_refiner(run: Run, state: dict, vqvae: VQVAE, data: Dataset, options: TrainConfig, feed: BatchLoader) -> None:
     """Stage 3: the refiner on training slices and their decodings, its best weights to refiner.safetensors."""
     device = feed.device
     seed_update(options.seed, "refiner", 0)
-    given = vqvae.config
-    config = replace(
-        preset.refiner,
-        downsampling=given.downsampling,
-        codebook_size=given.codebook_size,
-        embedding_dim=given.embedding_dim,
-    )
+    shared = {name: getattr(options, name) for name in ("downsampling", "codebook_size", "embedding_dim")}
+    config = network_config(RefinerConfig, options, "refiner_", **shared)
     model = Refiner(config).to(device, memory_format=torch.channels_last)
     if state.get("stage") != "refiner":
         model.fit_residual_std(*reconstruct_subset(vqvae, data.train, options, device))
-    stage = Stage(run, "refiner", model, options.refiner_updates, preset.refiner_learning_rate, options, averaged=True)
+    stage = Stage(run, "refiner", model, options.refiner_updates, options.refiner_learning_rate, options, averaged=True)
     averaged = stage.ema.network
     stage.resume(state)
     stage.checkpoint()  # from here on stage 2 need not be looked at again
     figures_due = Clock(CHECKPOINT_SECONDS)
 
     for update in stage.updates():
-        slices, _, _ = feed(update, BATCH_DIVISOR)  # not augmented: interpolated slices lack detail
+        slices, _, _ = feed(update, options.batch_divisor)  # not augmented: interpolated slices lack detail
         with autocast(device):
             codes = vqvae.encode(slices)
         loss = stage.step(micro_batches(lambda part, of: model.loss(of, part, vqvae), codes, slices))
@@ -397,10 +278,12 @@ def train_refiner(
 
 
 @torch.no_grad()
-def reconstruct_subset(vqvae: VQVAE, train: Slices, options, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def reconstruct_subset(
+    vqvae: VQVAE, train: Slices, options: TrainConfig, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
     """Training slices drawn at random, what they are decoded to (N, 1, H, W), and their codes (N, h, w)."""
     parts = []
-    for batch in drawn_batches(train, STD_SLICES, options, device):
+    for batch in drawn_batches(train, options.std_slices, options, device):
         with autocast(device):
             codes = vqvae.encode(batch)
             parts.append((batch, vqvae.decode(codes), codes))
@@ -408,7 +291,7 @@ def reconstruct_subset(vqvae: VQVAE, train: Slices, options, device: torch.devic
 
 
 @torch.no_grad()
-def evaluate_refiner(model: Refiner, vqvae: VQVAE, slices: Slices, options, device: torch.device) -> float:
+def evaluate_refiner(model: Refiner, vqvae: VQVAE, slices: Slices, options: TrainConfig, device: torch.device) -> float:
     """Mean loss over a split, for the same noise and times whenever it is called."""
     seed_update(options.seed, "refiner validation", 0)
     total = 0.0
@@ -433,11 +316,11 @@ def write_refiner_figures(
     refinement_figure(images / "refinement.png", {name: of[:, 0].cpu().numpy() for name, of in strips.items()}, titles)
 
 
-def describe_run(options, data: Dataset) -> dict:
+def describe_run(options: TrainConfig, data: Dataset) -> dict:
     """What config.json holds."""
     return {
         "format": FORMAT,
-        "options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()},
+        "options": options.model_dump(mode="json"),
         "slice_size": data.slice_size,
         "intensity": {"percentile": PERCENTILE, "scale": data.scale},
         "affine": data.affine.tolist(),
@@ -463,29 +346,28 @@ def refuse_changed_data(run: Run, data: Dataset, allowed: bool) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line `python train.py`."""
     options = parse_options(arguments)
-    preset = PRESETS[options.preset]
     device = pick_device(options.device)
     check_folder("--run", options.run)
     check_folder("--images", options.images)
-    side = preset.vqvae.downsampling
-    size = options.slice_size or (preset.phantom_size if options.data == "phantom" else None)
+    side = options.downsampling
+    size = options.slice_size or (options.phantom_size if options.data == "phantom" else None)
     with StopSignals():
         data = load_dataset(options.data, size, (side, side), options.seed)
         for notice in data.notices:
             say(notice)
         if min(data.slice_size) < SMALLEST_SIDE:
             raise DataError(f"slices of {data.slice_size} pixels are too small: a side has {SMALLEST_SIDE} at least")
-        options.slice_size = data.slice_size
+        options = options.model_copy(update={"slice_size": tuple(data.slice_size)})
         with Run(options.run, describe_run(options, data), data.files) as run:
             refuse_changed_data(run, data, options.allow_changed_data)
             state = run.load()
             sizes = f"{len(data.train)} training, {len(data.validate)} validation and {len(data.test)} test slices"
             say(f"{sizes} of {data.slice_size[0]}x{data.slice_size[1]} on {device}; run directory {options.run}")
             say(describe_flip(data.affine))
-            train_stages(run, state, data, options, preset, device)
+            train_stages(run, state, data, options, device)
 
 
-def train_stages(run: Run, state: dict, data: Dataset, options, preset: Preset, device: torch.device) -> None:
+def train_stages(run: Run, state: dict, data: Dataset, options: TrainConfig, device: torch.device) -> None:
     """The three stages, or what is left of them."""
     if state.get("stage") == "done":
         say(f"{options.run} is complete: nothing to do")
@@ -493,14 +375,14 @@ def train_stages(run: Run, state: dict, data: Dataset, options, preset: Preset, 
     make_folder(options.images)
     feed = BatchLoader(data, options, device)
     if state.get("stage", "vqvae") == "vqvae":
-        train_vqvae(run, state, data, options, preset, feed)
+        train_vqvae(run, state, data, options, feed)
     vqvae = load_weights(run.path / "vqvae.safetensors", VQVAE, VQVAEConfig)
-    if vqvae.config != preset.vqvae:
+    if vqvae.config != network_config(VQVAEConfig, options):
         raise RunError(f"{run.path / 'vqvae.safetensors'} is not of this run: choose another --run")
     vqvae.to(device, memory_format=torch.channels_last)
     if state.get("stage") != "refiner":
-        train_prior(run, state, vqvae, data, options, preset, feed)
-    train_refiner(run, state, vqvae, data, options, preset, feed)
+        train_prior(run, state, vqvae, data, options, feed)
+    train_refiner(run, state, vqvae, data, options, feed)
     run.save(stage="done")
     say(f"{options.run} is complete: figures in {options.images}; sample with: python predict.py --run {options.run}")
 

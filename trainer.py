@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from checkpoints import Run, check_fields, is_series, real, restore, save_weights, tensors_in, text, whole
+from config import TrainConfig
 from dataset import Dataset, batch_indices, to_float
 from modules import AUGMENTATIONS, MICRO_BATCH_CODES
 from nifti import left_right_axis
@@ -24,8 +25,6 @@ from utils import Clock, RunError, autocast, say, seed_update, writing
 EVALUATIONS = 20  # a stage
 LOG_LINES = 250  # of the training losses, a stage
 CHECKPOINT_SECONDS = 60
-GRADIENT_CLIP = 1.0  # of a gradient: at the prior's rate a few long ones would undo what was learned, for good
-EMA_DECAY = 0.99  # of averaged weights in the end: a memory of some 100 updates
 COPIED_SLICES = 4096  # at a time to a GPU's memory: 128 MB of 256x128
 LONG_SECONDS = 1  # an update that takes longer is left on a signal: a checkpoint has to be written in five
 COLLAPSED = (0.1, 500)  # share of codes used, and for how many updates
@@ -34,18 +33,29 @@ COLLAPSED = (0.1, 500)  # share of codes used, and for how many updates
 # ---------------------------------------------------------------- updates
 
 
+def make_optimiser(network: nn.Module, options: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW as all three networks are trained with: no weight decay, one fused kernel."""
+    betas = options.adam_beta1, options.adam_beta2
+    return torch.optim.AdamW(network.parameters(), betas=betas, weight_decay=0.0, fused=True)
+
+
+def schedule(update: int, total: int, warmup: int) -> float:
+    """The learning rate of an update, from 1 to total, as a share of its peak: linear warm-up, cosine decay to 0."""
+    return min(1.0, update / warmup) * (0.5 + 0.5 * math.cos(math.pi * (update - 1) / total))
+
+
 class EMA:
     """The moving average of a network's weights, a network itself. Its memory grows to some 100 updates."""
 
-    def __init__(self, network: nn.Module):
-        self.network = deepcopy(network)
+    def __init__(self, network: nn.Module, decay: float):
+        self.network, self.decay = deepcopy(network), decay
         # Both listed once, and moved by one kernel: a GPU's host would else be busy with each weight in turn.
         self.weights = list(self.network.parameters()), list(network.parameters())
 
     @torch.no_grad()
     def follow(self, update: int) -> None:
         """One step of the average, after an update, counted from 1."""
-        decay = min(EMA_DECAY, update / (update + 9))
+        decay = min(self.decay, update / (update + 9))
         torch._foreach_lerp_(*self.weights, 1 - decay)
 
 
@@ -59,15 +69,16 @@ class Stage:
         model: nn.Module,
         updates: int,
         learning_rate: float,
-        options,
+        options: TrainConfig,
         averaged: bool = False,
     ):
         self.run, self.name, self.total, self.seed = run, name, updates, options.seed
-        self.ema = EMA(model) if averaged else None
+        self.options = options
+        self.ema = EMA(model, options.ema_decay) if averaged else None
         self.networks = {"model": model}  # what a checkpoint holds the weights of
         if averaged:
             self.networks["averaged"] = self.ema.network
-        self.optimiser = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+        self.optimiser = make_optimiser(model, options)
         for weight in model.parameters():  # as its first step would make them, so that a checkpoint has its place
             step = torch.zeros((), device=weight.device)
             moments = {moment: torch.zeros_like(weight) for moment in ("exp_avg", "exp_avg_sq")}
@@ -144,20 +155,15 @@ class Stage:
             signals.release()
 
     def step(self, losses: Iterable[Tensor]) -> Tensor:
-        """One step down the gradient of the sum of losses, which it gives; a longer gradient is cut to GRADIENT_CLIP.
-
-        The rate rises over 50 updates, then falls to 0 along a cosine.
-        """
-        rise = min(1.0, self.update / 50)
-        fall = 0.5 + 0.5 * math.cos(math.pi * (self.update - 1) / self.total)
+        """Take one step down the gradient of the sum of losses, clipped to a norm, and return that sum."""
         for group in self.optimiser.param_groups:
-            group["lr"] = self.learning_rate * rise * fall
+            group["lr"] = self.learning_rate * schedule(self.update, self.total, self.options.warmup_updates)
         self.optimiser.zero_grad()
         total = 0.0
         for loss in losses:
             loss.backward()
             total = total + loss.detach()
-        nn.utils.clip_grad_norm_(self.networks["model"].parameters(), GRADIENT_CLIP)
+        nn.utils.clip_grad_norm_(self.networks["model"].parameters(), self.options.gradient_clip)
         self.optimiser.step()
         if self.ema:
             self.ema.follow(self.update)
@@ -189,9 +195,9 @@ class Stage:
     def diverged(self, what: str, update: int) -> RunError:
         """What to say where training diverged, and what to try."""
         return RunError(
-            f"{self.name} update {update}: {what} is not finite, most likely because the preset's learning rate, "
-            f"{self.learning_rate:g}, is too high for these batches: try a larger --batch-size, or lower it in "
-            "train.py's PRESETS; the checkpoint before is kept"
+            f"{self.name} update {update}: {what} is not finite, most likely because the learning rate, "
+            f"{self.learning_rate:g}, is too high for these batches: try a larger --batch-size, or a lower rate "
+            f"with --{'' if self.name == 'vqvae' else self.name + '-'}learning-rate; the checkpoint before is kept"
         )
 
     def validation_due(self) -> bool:
@@ -229,7 +235,7 @@ class Stage:
         if len(few) > 1 and few[0] - few[-1] >= long > few[1] - few[-1]:
             say(
                 f"warning: under {share:.0%} of the codes were used since update {few[-1]}, the codebook collapses: "
-                "try a larger --batch-size or another --seed, or fewer codes in train.py's PRESETS"
+                "try a larger --batch-size or another --seed, or a smaller --codebook-size"
             )
 
     def checkpoint_due(self) -> bool:

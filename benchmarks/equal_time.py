@@ -24,13 +24,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoints import load_weights, read_config
+from config import TrainConfig
 from dataset import Slices, batch_indices, load_dataset
 from modules import VQVAE, GatedPixelCNN, PriorConfig, VQVAEConfig
-from train import PRESETS, extract_codes
-from trainer import EMA, GRADIENT_CLIP, micro_batches
+from train import extract_codes
+from trainer import EMA, make_optimiser, micro_batches
 from utils import filled, pick_device
 
-OURS = 8, PRESETS["full"].prior_learning_rate  # slices an update, as train.py has for the prior, and peak rate
+RECIPE = TrainConfig()  # of train.py
+OURS = 8, RECIPE.prior_learning_rate  # slices per update, as train.py has for the prior, and peak rate
 PUBLIC = 32, 3e-4  # of pixelcnn_baseline.py in github.com/ritheshkumar95/pytorch-vqvae
 PART = 4  # held-out slices at a time
 LOOKS = 10
@@ -42,8 +44,8 @@ class Contender:
     def __init__(self, network: torch.nn.Module, batch: int, rate: float):
         self.network, self.batch, self.rate = network, batch, rate
         self.ours = isinstance(network, GatedPixelCNN)
-        self.ema = EMA(network) if self.ours else None
-        self.optimiser = torch.optim.AdamW(network.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+        self.ema = EMA(network, RECIPE.ema_decay) if self.ours else None
+        self.optimiser = make_optimiser(network, RECIPE)
         self.seconds, self.updates, self.looks = 0.0, 0, []
 
     def loss_of(self, network: torch.nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
@@ -57,7 +59,7 @@ class Contender:
         start = time.perf_counter()
         for group in self.optimiser.param_groups:
             group["lr"] = self.rate * min(1.0, (self.updates + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * share))
-        descend(self.optimiser, micro_batches(self.loss_of(self.network), codes, positions), GRADIENT_CLIP)
+        descend(self.optimiser, micro_batches(self.loss_of(self.network), codes, positions), RECIPE.gradient_clip)
         self.updates += 1
         if self.ema:
             self.ema.follow(self.updates)

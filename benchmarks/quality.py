@@ -7,7 +7,6 @@ augmentation: the networks are compared, not the training around them.
 """
 
 import argparse
-import math
 import sys
 
 import numpy as np
@@ -18,10 +17,11 @@ from reference import PaperPixelCNN, TextbookVQVAE, nats_per_code
 from torch import Tensor
 from tqdm import tqdm
 
+from config import TrainConfig
 from dataset import Slices, batch_indices, load_dataset
 from metrics import reconstruction_metrics
 from modules import VQVAE, GatedPixelCNN, PriorConfig, VQVAEConfig
-from train import PRESETS
+from trainer import make_optimiser, schedule
 from utils import autocast, filled, pick_device
 
 BATCH = 32
@@ -35,10 +35,10 @@ def halved(slices: Slices, device: torch.device) -> Tensor:
 
 def train(model, loss_of, data: Tensor, updates: int, rate: float, seed: int) -> None:
     """Adam with the rate that train.py uses, the same for both; long gradients are not cut."""
-    optimiser = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    optimiser = make_optimiser(model, TrainConfig())
     for update in tqdm(range(updates), desc=type(model).__name__, disable=None, file=sys.stderr):
         for group in optimiser.param_groups:
-            group["lr"] = rate * min(1.0, (update + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * update / updates))
+            group["lr"] = rate * schedule(update + 1, updates, TrainConfig().warmup_updates)
         optimiser.zero_grad()
         loss_of(update, torch.from_numpy(batch_indices(len(data), BATCH, seed, update))).backward()
         optimiser.step()
@@ -58,7 +58,7 @@ def train_ours(model: VQVAE, slices: Tensor, options) -> None:
             reconstructions, embedding_loss, _ = model(batch, quantise=update >= warm_up)
         return F.mse_loss(reconstructions, batch) + embedding_loss
 
-    train(model, loss_of, slices, options.updates, PRESETS["full"].learning_rate, options.seed)
+    train(model, loss_of, slices, options.updates, TrainConfig().learning_rate, options.seed)
     model.eval()
 
 
@@ -69,7 +69,7 @@ def train_textbook(model: TextbookVQVAE, slices: Tensor, options) -> None:
         reconstructions, embedding_loss, _ = model(slices[chosen])
         return F.mse_loss(reconstructions, slices[chosen]) + embedding_loss
 
-    train(model, loss_of, slices, options.updates, PRESETS["full"].learning_rate, options.seed)
+    train(model, loss_of, slices, options.updates, TrainConfig().learning_rate, options.seed)
 
 
 @torch.no_grad()

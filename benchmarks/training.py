@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train
 import trainer
+from config import TrainConfig
 from dataset import load_dataset
 from modules import VQVAE, GatedPixelCNN, PriorConfig, Refiner, RefinerConfig, VQVAEConfig
 from utils import autocast, pick_device
@@ -30,13 +31,13 @@ def our_vqvae_update(slices: torch.Tensor, codes: int):
     """One update of stage 1 as train.py makes it, with K codes in use."""
     device = slices.device
     model = VQVAE(VQVAEConfig(codebook_size=codes)).to(device, memory_format=torch.channels_last)
-    optimiser = torch.optim.AdamW(model.parameters(), fused=True)
+    optimiser = trainer.make_optimiser(model, TrainConfig())
     slices = slices.contiguous(memory_format=torch.channels_last)
 
     def update():
         with autocast(device):
             reconstructions, embedding_loss, _ = model(slices)
-        descend(optimiser, [F.mse_loss(reconstructions, slices) + embedding_loss], trainer.GRADIENT_CLIP)
+        descend(optimiser, [F.mse_loss(reconstructions, slices) + embedding_loss], TrainConfig().gradient_clip)
 
     return update
 
@@ -56,11 +57,11 @@ def textbook_vqvae_update(slices: torch.Tensor, codes: int):
 def our_prior_update(size: int, device: torch.device):
     """One update of stage 2 as train.py makes it, but of 32 slices and without the encoding, for K = `size`."""
     model = GatedPixelCNN(PriorConfig(grid=GRID, codebook_size=size)).to(device, memory_format=torch.channels_last)
-    optimiser = torch.optim.AdamW(model.parameters(), fused=True)
+    optimiser = trainer.make_optimiser(model, TrainConfig())
     codes, positions = torch.randint(size, (BATCH, *GRID), device=device), torch.rand(BATCH, device=device)
 
     def update():
-        descend(optimiser, trainer.micro_batches(model.nll, codes, positions), trainer.GRADIENT_CLIP)
+        descend(optimiser, trainer.micro_batches(model.nll, codes, positions), TrainConfig().gradient_clip)
 
     return update
 
@@ -94,13 +95,13 @@ def our_refiner_update(slices: torch.Tensor, codes: int):
     """One update of the refiner as train.py makes it, but of 32 slices, which are encoded and decoded anew."""
     vqvae = VQVAE(VQVAEConfig(codebook_size=codes)).to(slices.device, memory_format=torch.channels_last).eval()
     model = Refiner(RefinerConfig(codebook_size=codes)).to(slices.device, memory_format=torch.channels_last)
-    optimiser = torch.optim.AdamW(model.parameters(), fused=True)
+    optimiser = trainer.make_optimiser(model, TrainConfig())
 
     def update():
         with autocast(slices.device):
             grids = vqvae.encode(slices)
         parts = trainer.micro_batches(lambda part, of: model.loss(of, part, vqvae), grids, slices)
-        descend(optimiser, parts, trainer.GRADIENT_CLIP)
+        descend(optimiser, parts, TrainConfig().gradient_clip)
 
     return update
 

@@ -29,7 +29,6 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
-from dataclasses import replace
 from functools import lru_cache
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -44,8 +43,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the project's files are not installed
 
-from conftest import PRIOR_TINY, REFINER_TINY, VQVAE_TINY
+from conftest import TINY
 
+import config
 import phantom
 import predict
 import train
@@ -383,10 +383,8 @@ class Trainings:
         tqdm.monitor_interval = 0  # its thread could hold a lock at the moment of a fork, which nobody then opens
         os.environ["PROSTATEVQ_CACHE"] = str(folder / "cache")
         torch.set_num_threads(1)
-        networks = {"vqvae": VQVAE_TINY, "prior": PRIOR_TINY, "refiner": REFINER_TINY}
-        updates = {"updates": 12, "prior_updates": 9, "refiner_updates": 6}
-        train.PRESETS["tiny"] = replace(train.PRESETS["demo"], **networks, **updates)
-        train.KMEANS_SLICES, train.STD_SLICES, trainer.LOG_LINES, trainer.EVALUATIONS = 16, 16, 5, 4
+        config.PRESETS["tiny"] = TINY
+        trainer.LOG_LINES, trainer.EVALUATIONS = 5, 4
         # What takes most of the time of a tiny training.
         trainer.tensorboard = predict.samples_figure = lambda *_: None
         for name in ("write_vqvae_figures", "prior_loss_figure", "write_refiner_figures"):

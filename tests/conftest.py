@@ -2,12 +2,13 @@
 
 import runpy
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
+import config
 import phantom
 import train
 import trainer
@@ -19,6 +20,27 @@ VQVAE_TINY = VQVAEConfig(
 )
 PRIOR_TINY = PriorConfig(channels=8, dilation_cycles=1, head_channels=16)
 REFINER_TINY = RefinerConfig(channels=8, residual_blocks=1, hidden_channels=8)
+
+
+def network_options(shape, prefix=""):
+    """The options that give a network this shape."""
+    options = {prefix + name: value for name, value in asdict(shape).items()}
+    return {name: value for name, value in options.items() if name in config.TrainConfig.model_fields}
+
+
+# 12, 9 and 6 updates of networks so small that a training takes a second.
+TINY = {
+    **config.PRESETS["demo"],
+    **network_options(VQVAE_TINY),
+    **network_options(PRIOR_TINY, "prior_"),
+    **network_options(REFINER_TINY, "refiner_"),
+    "updates": 12,
+    "prior_updates": 9,
+    "refiner_updates": 6,
+    "augmentation": 1.0,
+    "kmeans_slices": 16,
+    "std_slices": 16,
+}
 
 
 @dataclass(frozen=True)
@@ -42,19 +64,7 @@ def slices_folder(tmp_path_factory):
 def tiny_preset(tmp_path_factory):
     """--preset tiny: 12, 9 and 6 updates, with networks so small that a training takes a second."""
     with pytest.MonkeyPatch.context() as patch:
-        tiny = replace(
-            train.PRESETS["demo"],
-            vqvae=VQVAE_TINY,
-            prior=PRIOR_TINY,
-            refiner=REFINER_TINY,
-            updates=12,
-            prior_updates=9,
-            refiner_updates=6,
-            augmentation=1.0,
-        )
-        patch.setitem(train.PRESETS, "tiny", tiny)
-        patch.setattr(train, "KMEANS_SLICES", 16)
-        patch.setattr(train, "STD_SLICES", 16)
+        patch.setitem(config.PRESETS, "tiny", TINY)
         patch.setattr(trainer, "LOG_LINES", 5)  # so that a line is a mean over several updates
         patch.setenv("PROSTATEVQ_CACHE", str(tmp_path_factory.mktemp("cache")))
         threads = torch.get_num_threads()

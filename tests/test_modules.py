@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import checkpoints
+import config
 import modules
 from modules import (
     VQVAE,
@@ -713,7 +713,7 @@ def test_detail_has_other_random_numbers_than_the_codes():
         generator = torch.Generator().manual_seed(stream_seed(seed, number))
         of_codes = torch.empty_like(noise).normal_(generator=generator)
         assert (noise - of_codes).abs().mean() > 0.5
-    assert checkpoints.LIMITS["seed"][1] < modules.REFINER_SEED_OFFSET
+    assert config.MAX_SEED < modules.REFINER_SEED_OFFSET
 
 
 def test_detail_of_a_simple_distribution_is_learnt():

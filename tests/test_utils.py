@@ -27,6 +27,7 @@ from matplotlib.patches import Rectangle
 from torch import nn
 
 import checkpoints
+import config
 import nifti
 import plots
 import utils
@@ -37,7 +38,8 @@ FILES = {"a.nii": "00000001", "b.nii": "00000002"}
 
 
 def config_of(**options):
-    options = {"data": "somewhere", "run": "r", "images": "i", "device": "cpu", "batch_size": 32, "seed": 0} | options
+    own = {"data": "somewhere", "run": "r", "images": "i", "device": "cpu"}
+    options = config.TrainConfig().model_dump(mode="json") | own | options
     return {
         "format": checkpoints.FORMAT,
         "options": options,

@@ -1,0 +1,246 @@
+"""Every option and hyper-parameter of a training: its type, range, unit and meaning; and the presets.
+
+`TrainConfig` alone declares them. The command line of train.py, its help, the options in config.json, their strict
+reading, and what must not change when a run is resumed all derive from it: a new option is a new field.
+"""
+
+import json
+import math
+from argparse import SUPPRESS, Action, ArgumentParser
+from collections.abc import Mapping
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+
+from utils import filled, number
+
+MOST_UPDATES = 10_000_000  # the losses since the last log line, of which there are 250, are kept in memory
+MAX_SEED = 2**32 - 1
+MAX_BATCH_SIZE = 65_536  # 8 GB of slices of 256x128
+
+Updates = Annotated[int, Ge(1), Le(MOST_UPDATES)]
+Width = Annotated[int, Ge(1), Le(65_536)]
+Layers = Annotated[int, Ge(1), Le(100)]
+Rate = Annotated[float, Gt(0), Le(10)]
+Decay = Annotated[float, Ge(0), Le(1)]
+SMALLEST_SIDE = 8  # pixels; SSIM's window needs 6
+Side = Annotated[int, Ge(SMALLEST_SIDE), Le(2048)]  # nifti.py reads no longer sides
+
+
+def option(group: str, default: Any, meaning: str, free: bool = False) -> Any:
+    """Declare a field: the heading it has in the help, its default, what it means, and whether a resumed run may have
+    another value."""
+    return Field(default, description=meaning, json_schema_extra={"group": group, "free": free})
+
+
+RUN, DATA, VQVAE, PRIOR, REFINER, OPTIMISER = "run", "data", "VQ-VAE", "prior", "refiner", "optimiser"
+
+
+class TrainConfig(BaseModel):
+    """The options of train.py. The defaults are those of --preset full."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
+
+    run: Path = option(RUN, Path("runs/default"), "run directory", free=True)
+    images: Path = option(RUN, Path("images"), "folder of figures", free=True)
+    preset: str = option(RUN, "full", "full: the published recipe; demo: smaller networks and phantom, in minutes")
+    device: str = option(RUN, "auto", "cpu, cuda, cuda:1 ...; auto takes a GPU where there is one", free=True)
+    seed: Annotated[int, Ge(0), Le(MAX_SEED)] = option(RUN, 0, "of all randomness")
+    checkpoint_every: Updates | None = option(
+        RUN, None, "updates between checkpoints; without it one per minute. A stop signal writes one too", free=True
+    )
+    allow_changed_data: bool = option(
+        RUN, False, "resume although files of the data were added, removed or altered since the run began", free=True
+    )
+
+    data: str = option(DATA, "phantom", "folder of 2D .nii/.nii.gz slices, or 'phantom', the embedded data", free=True)
+    slice_size: tuple[Side, Side] | None = option(
+        DATA, None, "rows and columns in pixels, to which slices are cropped or padded; without it the most common size"
+    )
+    phantom_size: tuple[Side, Side] = option(
+        DATA, (256, 128), "slice size of the phantom, where --slice-size is not given"
+    )
+    batch_size: Annotated[int, Ge(1), Le(MAX_BATCH_SIZE)] = option(DATA, 32, "slices per update of the VQ-VAE")
+    batch_divisor: Annotated[int, Ge(1), Le(MAX_BATCH_SIZE)] = option(
+        DATA, 4, "prior and refiner take this fraction of a batch per update: more, smaller updates in the same time"
+    )
+    augmentation: Annotated[float, Ge(0), Le(4)] = option(
+        DATA, 1.0, "strength of the prior's augmentation: rotation, scaling, shift, gamma. 0 is none"
+    )
+
+    updates: Updates = option(VQVAE, 5000, "updates of the VQ-VAE")
+    learning_rate: Rate = option(VQVAE, 1e-3, "peak learning rate")
+    encoder_warmup: Annotated[int, Ge(0), Le(MOST_UPDATES)] = option(
+        VQVAE, 100, "updates without quantisation before k-means starts the codebook; at most a sixth of --updates"
+    )
+    kmeans_slices: Annotated[int, Ge(1), Le(100_000)] = option(VQVAE, 128, "slices whose latents start the codebook")
+    downsampling: Annotated[int, Ge(1), Le(64)] = option(VQVAE, 4, "side of a code's square of pixels")
+    channels: Width = option(VQVAE, 128, "width of encoder and decoder")
+    residual_blocks: Layers = option(VQVAE, 2, "residual blocks of each")
+    hidden_channels: Width = option(VQVAE, 64, "width inside a residual block")
+    codebook_size: Width = option(VQVAE, 2048, "K, the number of embeddings")
+    embedding_dim: Width = option(VQVAE, 64, "D, the length of an embedding")
+    commitment_cost: Annotated[float, Ge(0), Le(100)] = option(VQVAE, 0.25, "weight of the embedding loss")
+    codebook_decay: Decay = option(VQVAE, 0.99, "decay of the codebook's EMA per update")
+
+    prior_updates: Updates = option(PRIOR, 20_000, "updates of the prior")
+    prior_learning_rate: Rate = option(PRIOR, 8e-3, "peak learning rate")
+    prior_channels: Width = option(PRIOR, 64, "width of both stacks")
+    prior_dilation_cycles: Layers = option(PRIOR, 2, "cycles through the dilations, each with the whole grid in reach")
+    prior_head_channels: Width = option(PRIOR, 256, "width of the layer before the logits")
+    prior_dropout: Annotated[float, Ge(0), Le(0.99)] = option(PRIOR, 0.1, "share of channels dropped")
+    prior_position_frequencies: Layers = option(PRIOR, 4, "Fourier features of the slice position")
+
+    refiner_updates: Updates = option(
+        REFINER, 20_000, "updates of the refiner; by default not more slices than the VQ-VAE sees"
+    )
+    refiner_learning_rate: Rate = option(REFINER, 4e-3, "peak learning rate")
+    refiner_channels: Width = option(REFINER, 128, "width on the code grid")
+    refiner_residual_blocks: Layers = option(REFINER, 4, "residual blocks on the code grid")
+    refiner_hidden_channels: Width = option(REFINER, 64, "width inside a residual block")
+    refiner_pixel_features: Width = option(REFINER, 14, "channels per pixel from the code grid")
+    refiner_pixel_channels: Width = option(REFINER, 32, "width of the layers on pixels")
+    refiner_time_frequencies: Layers = option(REFINER, 8, "Fourier features of the flow's time")
+    std_slices: Annotated[int, Ge(1), Le(100_000)] = option(
+        REFINER, 256, "slices from which the standard deviation of residuals is estimated"
+    )
+
+    adam_beta1: Annotated[float, Ge(0), Le(0.9999)] = option(OPTIMISER, 0.9, "AdamW's decay of the first moment")
+    adam_beta2: Annotated[float, Ge(0), Le(0.9999)] = option(OPTIMISER, 0.99, "AdamW's decay of the second moment")
+    warmup_updates: Annotated[int, Ge(1), Le(MOST_UPDATES)] = option(
+        OPTIMISER, 50, "updates of linear warm-up; the rate then falls to 0 along a cosine"
+    )
+    gradient_clip: Annotated[float, Gt(0), Le(1e9)] = option(
+        OPTIMISER, 1.0, "norm to which longer gradients are clipped"
+    )
+    ema_decay: Decay = option(OPTIMISER, 0.99, "decay per update of the EMA of the prior's and the refiner's weights")
+
+
+# What differs from the defaults.
+PRESETS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "demo": {
+        "phantom_size": (128, 64),
+        "augmentation": 0.0,
+        "updates": 1000,
+        "codebook_size": 512,
+        "prior_updates": 1600,
+        "prior_dilation_cycles": 1,
+        "refiner_updates": 3000,
+    },
+}
+FREE_OPTIONS = {name for name, field in TrainConfig.model_fields.items() if field.json_schema_extra["free"]}
+
+
+def configure(given: Mapping[str, Any]) -> TrainConfig:
+    """Return the preset that is asked for with the options that are given."""
+    chosen = PRESETS[given.get("preset", "full")]
+    config = TrainConfig(**chosen | given)
+    if "refiner_updates" in given:
+        return config
+    most = config.batch_divisor * config.updates  # the refiner then sees as many slices as the VQ-VAE
+    return config.model_copy(update={"refiner_updates": min(most, config.refiner_updates)})
+
+
+def check_options(values: object) -> None:
+    """Check the options of a config.json against `TrainConfig`.
+
+    Raises:
+        ValueError: Naming the first that is unknown, missing, or has another type or is out of range.
+    """
+    if not isinstance(values, dict):
+        raise ValueError("options is no set of named values")
+    missing = sorted(TrainConfig.model_fields.keys() - values.keys())
+    if missing:
+        raise ValueError(f"options.{missing[0]} is missing")
+    try:
+        # Paths may hold any bytes; pydantic takes only Unicode.
+        TrainConfig.model_validate_json(json.dumps(values, ensure_ascii=False).encode("utf-8", "replace"))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        name = str(first["loc"][0]) if first["loc"] else "one"
+        if first["type"] == "extra_forbidden":
+            raise ValueError(f"options.{name:.40} is unknown to this version") from None
+        raise ValueError(f"options.{name} cannot be {values.get(name)!r:.60}") from None
+
+
+# ---------------------------------------------------------------- command line
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """Give a parser one option per field, in groups. What is not given is not set: see `configure`."""
+    groups: dict[str, Any] = {}
+    for name, field in TrainConfig.model_fields.items():
+        heading = field.json_schema_extra["group"]
+        if heading not in groups:
+            groups[heading] = parser.add_argument_group(heading)
+        add_option(groups[heading], name, field)
+
+
+def add_option(group: Any, name: str, field: FieldInfo) -> Action:
+    """Add one field: its type and range as argparse checks them, its meaning and the presets' values as help."""
+    flag, items = f"--{name.replace('_', '-')}", item_types(field)
+    kind, limits = items[0]
+    meaning = f"{field.description} ({describe_range(limits)}{describe_default(name, field)})"
+    how: dict[str, Any] = {"default": SUPPRESS, "help": meaning}
+    if name == "preset":
+        return group.add_argument(flag, choices=PRESETS, **how)
+    if kind is bool:
+        return group.add_argument(flag, action="store_true", **how)
+    parse = number(kind, *limits) if kind in (int, float) else filled(kind)
+    if len(items) == 2:
+        return group.add_argument(flag, nargs=2, metavar=("H", "W"), type=parse, action=Pair, **how)
+    return group.add_argument(flag, metavar={int: "N", float: "X"}.get(kind, flag[2:].upper()), type=parse, **how)
+
+
+class Pair(Action):
+    """Keep two values as a tuple."""
+
+    def __call__(self, parser: ArgumentParser, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, tuple(values))
+
+
+def item_types(field: FieldInfo) -> list[tuple[type, tuple[float, float, bool]]]:
+    """Return the type of a field, or of both items of a pair, each with its limits (low, high, low is excluded)."""
+    kind = field.annotation
+    if get_origin(kind) in (Union, UnionType):
+        kind = get_args(kind)[0]  # the other is None
+    items = get_args(kind) if get_origin(kind) is tuple else (kind,)
+    parts = (get_args(item) if get_origin(item) is Annotated else (item, *field.metadata) for item in items)
+    return [split_limits(*part) for part in parts]
+
+
+def split_limits(kind: type, *limits: Ge | Gt | Le) -> tuple[type, tuple[float, float, bool]]:
+    """Return a type and its limits as `utils.number` takes them."""
+    low, high, above = -math.inf, math.inf, False
+    for limit in limits:
+        if isinstance(limit, Le):
+            high = limit.le
+        else:
+            low, above = (limit.gt, True) if isinstance(limit, Gt) else (limit.ge, False)
+    return kind, (low, high, above)
+
+
+def describe_range(limits: tuple[float, float, bool]) -> str:
+    """Return a field's range in words, "" where it has none."""
+    low, high, above = limits
+    return "" if high == math.inf else f"{'above ' if above else ''}{low:.10g} to {high:.10g}; "
+
+
+def describe_default(name: str, field: FieldInfo) -> str:
+    """Return a field's value where it is not given, in each preset if they differ."""
+    if field.default is None or isinstance(field.default, bool):
+        return "default: no"
+    values = {preset: chosen.get(name, field.default) for preset, chosen in PRESETS.items()}
+    if len(set(values.values())) == 1:
+        return f"default: {in_words(field.default)}"
+    return "default: " + ", ".join(f"{preset} {in_words(value)}" for preset, value in values.items())
+
+
+def in_words(value: Any) -> str:
+    """Return a value as it is given on the command line."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -1,0 +1,104 @@
+"""The options of a training: one declaration, from which the command line, the help and config.json follow."""
+
+import json
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+import checkpoints
+import config
+import train
+from config import FREE_OPTIONS, PRESETS, TrainConfig, check_options, configure
+from utils import RunError
+
+FIELDS = list(TrainConfig.model_fields)
+RECORDED = [name for name in FIELDS if name not in FREE_OPTIONS and name != "preset"]
+DEFAULTS = TrainConfig().model_dump(mode="json")
+
+
+def flag(name):
+    return f"--{name.replace('_', '-')}"
+
+
+def another_value(name):
+    """A value in range that is not the default, as text on the command line and as config.json has it."""
+    default = DEFAULTS[name]
+    if name == "slice_size" or isinstance(default, list):
+        return ["48", "24"], [48, 24]
+    value = default + 1 if isinstance(default, int) else round(default * 0.5 + 0.001, 6)
+    return [str(value)], value
+
+
+def test_the_options_that_may_change_on_resuming_say_where_and_not_what():
+    expected = {"run", "images", "device", "data", "checkpoint_every", "allow_changed_data"}
+    assert expected == FREE_OPTIONS
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_each_hyper_parameter_is_accepted_recorded_and_refused_on_resuming_with_another_value(name):
+    text, value = another_value(name)
+    options = train.parse_options([flag(name), *text])
+    recorded = options.model_dump(mode="json")
+    assert recorded[name] == value
+    assert {key for key in recorded if recorded[key] != DEFAULTS[key]} == {name}
+    check_options(json.loads(json.dumps(recorded)))
+    with pytest.raises(RunError, match=rf"{flag(name)} was .*, is "):
+        checkpoints.refuse_differences(Path("run"), DEFAULTS, recorded)
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_each_hyper_parameter_has_a_range_that_config_json_is_held_to(name):
+    for value in (-1, 1e12, "1", True, [1, 2, 3], {}):
+        with pytest.raises(ValueError, match=f"options.{name} cannot be "):
+            check_options(DEFAULTS | {name: value})
+
+
+def test_every_option_is_explained_with_its_default(capsys):
+    with pytest.raises(SystemExit):
+        train.parse_options(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for name, field in TrainConfig.model_fields.items():
+        assert flag(name) in shown
+        assert " ".join(field.description.split()) in shown
+    assert "full 2048, demo 512" in shown
+    assert "above 0 to 10; default: 0.008" in shown
+
+
+def test_what_is_given_goes_before_the_preset_and_the_preset_before_the_defaults():
+    assert configure({}) == TrainConfig()
+    demo = configure({"preset": "demo", "prior_updates": 7})
+    assert (demo.prior_updates, demo.codebook_size, demo.channels) == (7, 512, 128)
+    for name, chosen in PRESETS.items():
+        assert {key: getattr(configure({"preset": name}), key) for key in chosen} == chosen
+        assert all(getattr(TrainConfig(), key) != value for key, value in chosen.items())  # what differs, no more
+
+
+def test_options_cannot_be_changed_by_accident():
+    with pytest.raises(ValidationError):
+        TrainConfig().updates = 7
+    with pytest.raises(ValidationError):
+        configure({"colour": "blue"})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([], "options is no set of named values"),
+        (DEFAULTS | {"colour": "blue"}, "options.colour is unknown to this version"),
+        ({name: DEFAULTS[name] for name in FIELDS if name != "seed"}, "options.seed is missing"),
+        (DEFAULTS | {"prior_learning_rate": float("nan")}, "options.prior_learning_rate cannot be nan"),
+        (DEFAULTS | {"slice_size": [64]}, r"options.slice_size cannot be \[64\]"),
+    ],
+)
+def test_options_of_a_config_that_cannot_be_used_are_named(values, message):
+    with pytest.raises(ValueError, match=message):
+        check_options(values)
+
+
+def test_networks_take_their_shape_from_the_options():
+    options = train.parse_options(["--prior-channels", "24", "--codebook-size", "9", "--refiner-channels", "7"])
+    shape = train.network_config(train.PriorConfig, options, "prior_", grid=(2, 3), codebook_size=9)
+    assert (shape.channels, shape.codebook_size, shape.dilation_cycles) == (24, 9, 2)
+    assert train.network_config(train.VQVAEConfig, options).codebook_size == 9
+    assert config.TrainConfig.model_fields["prior_dropout"].default == train.PriorConfig().dropout
