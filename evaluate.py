@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from checkpoints import read_config, read_data_files, strict_json
-from dataset import DataError, Dataset, Slices, describe_changes, load_dataset
+from dataset import Dataset, Slices, describe_changes, load_dataset
 from metrics import (
     SMALLEST_SIDE,
     Nearest,
@@ -60,11 +60,10 @@ from utils import (
     Parser,
     RunError,
     check_folder,
-    fail,
     filled,
-    in_short,
     make_folder,
     number,
+    run_command,
     say,
     write_file,
 )
@@ -386,11 +385,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (DataError, RunError, OSError) as error:
-        fail(error)
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        fail(f"out of memory, try a smaller --num or --batch-size, or other --device ({in_short(error)})")
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    run_command(main)

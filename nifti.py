@@ -22,7 +22,7 @@ import nibabel as nib
 import numpy as np
 from nibabel.spatialimages import HeaderDataError
 
-from utils import printable
+from utils import UserError
 
 # Limits on what a file may claim, whoever wrote it. They bound memory, time and later arithmetic.
 MAX_SIDE = 2048  # pixels; in-plane MR matrices end near 1024, so a longer side means a broken header
@@ -39,14 +39,8 @@ LARGE_BYTES = 1 << 23  # per slice: larger ones are read one at a time, so that 
 LARGE_SLICE_LOCK = Lock()
 
 
-class DataError(Exception):
-    """Report data that cannot be used.
-
-    The message is for the user. It names the data and the reason, on one line that is safe to print.
-    """
-
-    def __init__(self, message: str) -> None:
-        super().__init__(printable(message))
+class DataError(UserError):
+    """Data that cannot be used; the message names them and the reason."""
 
 
 class RawSlice(NamedTuple):

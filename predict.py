@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from checkpoints import is_complete, load_weights, read_config
 from config import MAX_BATCH_SIZE, MAX_SEED
-from dataset import SAME_SPACING, DataError, denormalize, read_slices
+from dataset import SAME_SPACING, denormalize, read_slices
 from metrics import reconstruction_metrics
 from modules import (
     MICRO_BATCH_CODES,
@@ -39,12 +39,11 @@ from utils import (
     Parser,
     RunError,
     check_folder,
-    fail,
     filled,
-    in_short,
     number,
     pick_device,
     printable,
+    run_command,
     say,
     writing,
 )
@@ -395,11 +394,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (DataError, RunError, OSError) as error:
-        fail(error)
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        fail(f"out of memory, try a smaller --num or --batch-size, or other --device ({in_short(error)})")
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    run_command(main)

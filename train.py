@@ -41,10 +41,9 @@ from utils import (
     StopSignals,
     autocast,
     check_folder,
-    fail,
-    in_short,
     make_folder,
     pick_device,
+    run_command,
     say,
     seed_update,
 )
@@ -388,11 +387,4 @@ def train_stages(run: Run, state: dict, data: Dataset, options: TrainConfig, dev
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (DataError, RunError, OSError) as error:
-        fail(error)
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        fail(f"out of memory, try a smaller --batch-size or other --device ({in_short(error)})")
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    run_command(main)

@@ -21,11 +21,15 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 
-class RunError(Exception):
-    """A run directory that cannot be used as asked; its text is one line that is safe to print, for the user."""
+class UserError(Exception):
+    """What a user has to mend; its text is one line that is safe to print."""
 
     def __init__(self, message: str):
         super().__init__(printable(message))
+
+
+class RunError(UserError):
+    """A run directory, an option or a device that cannot be used as asked."""
 
 
 def printable(text: str) -> str:
@@ -51,6 +55,18 @@ def fail(message: object):
     """Print `error: message` on stderr and exit with status 2."""
     print(f"error: {printable(str(message))}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a command; what a user can mend ends it with one line on stderr and exit status 2, no traceback."""
+    try:
+        main()
+    except (UserError, OSError) as error:
+        fail(error)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        fail(f"out of memory, try a smaller --batch-size or other --device ({in_short(error)})")
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 def in_short(error: Exception) -> str:

@@ -28,7 +28,7 @@ import evaluate
 import metrics
 import predict
 from checkpoints import lock, read_config, save_weights
-from dataset import Slices, load_dataset
+from dataset import DataError, Slices, load_dataset
 from metrics import reconstruction_metrics
 from modules import GatedPixelCNN, PriorConfig, Refiner, RefinerConfig
 from utils import RunError, printable
@@ -896,6 +896,6 @@ def test_slices_that_cannot_be_read_leave_earlier_reconstructions(call, trained,
     folder = call("out", reconstruct=[trained.data / "keras_slices_test"])
     before = sorted(folder.iterdir())
     (tmp_path / "bad.nii.gz").write_bytes(b"no slice")
-    with pytest.raises(predict.DataError, match=r"bad\.nii\.gz"):
+    with pytest.raises(DataError, match=r"bad\.nii\.gz"):
         call("out", reconstruct=[tmp_path / "bad.nii.gz"])
     assert sorted(folder.iterdir()) == before
