@@ -29,6 +29,11 @@ def sample_and_decode(networks: predict.Networks, device: torch.device) -> torch
     return predict.draw_samples(options, networks, torch.full((count,), 0.5), device).slices
 
 
+def refine_in_parts(networks: predict.Networks, codes: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Refined slices (N, 1, 256, 128) of codes (N, h, w) as predict.py makes them: in parts that suit the device."""
+    return predict.refine(predict.parse_options([]), networks, range(len(codes)), codes, device)
+
+
 def main() -> None:
     """Print the JSON lines and the sentence."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -47,15 +52,17 @@ def main() -> None:
     refiner = Refiner(RefinerConfig(codebook_size=size)).to(device, memory_format=torch.channels_last).eval()
     positions = torch.rand(BATCH, device=device)
     codes = torch.randint(size, (BATCH, *GRID), device=device)
+    networks = predict.Networks(vqvae, prior, refiner)
     steps = sampling_steps(GRID, size, device)
     seconds = interleave(
         {
             "batch": lambda: prior.sample(range(BATCH), positions, top_p=predict.TOP_P),
             "one": lambda: prior.sample(range(1), positions[:1], top_p=predict.TOP_P),
             "forwards": lambda: sample_by_full_forwards(lambda c: prior(c, positions), codes, PLACES),
-            "slices": lambda: sample_and_decode(predict.Networks(vqvae, prior, refiner), device),
+            "slices": lambda: sample_and_decode(networks, device),
             "decoding": lambda: vqvae.decode(codes),
-            "refiner": lambda: refiner.sample(range(BATCH), codes, vqvae),
+            "refiner": lambda: refine_in_parts(networks, codes, device),
+            "refiner_at_once": lambda: refiner.sample(range(BATCH), codes, vqvae),
             **steps,
         },
         options.rounds,
@@ -74,6 +81,7 @@ def main() -> None:
     report("sampled_and_decoded_seconds", seconds["slices"], "s", **settings, slices=count)
     report("decoding_seconds", seconds["decoding"], "s", **settings)
     report("refiner_seconds", seconds["refiner"], "s", **settings)
+    report("refiner_at_once_seconds", seconds["refiner_at_once"], "s", **settings)
     for name in steps:
         whole = seconds[name] * GRID[0] * GRID[1]
         report(f"sampling_one_grid_seconds_{name}", whole, "s", **one, extrapolated_from=1)
