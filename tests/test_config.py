@@ -69,7 +69,8 @@ def test_what_is_given_goes_before_the_preset_and_the_preset_before_the_defaults
     assert configure({}) == TrainConfig()
     demo = configure({"preset": "demo", "prior_updates": 7})
     assert (demo.prior_updates, demo.codebook_size, demo.channels) == (7, 512, 128)
-    for name, chosen in PRESETS.items():
+    for name in ("full", "demo"):  # other tests may have one of their own
+        chosen = PRESETS[name]
         assert {key: getattr(configure({"preset": name}), key) for key in chosen} == chosen
         assert all(getattr(TrainConfig(), key) != value for key, value in chosen.items())  # what differs, no more
 
