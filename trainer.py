@@ -72,8 +72,7 @@ class Stage:
         options: TrainConfig,
         averaged: bool = False,
     ):
-        self.run, self.name, self.total, self.seed = run, name, updates, options.seed
-        self.options = options
+        self.run, self.name, self.total, self.options = run, name, updates, options
         self.ema = EMA(model, options.ema_decay) if averaged else None
         self.networks = {"model": model}  # what a checkpoint holds the weights of
         if averaged:
@@ -83,8 +82,7 @@ class Stage:
             step = torch.zeros((), device=weight.device)
             moments = {moment: torch.zeros_like(weight) for moment in ("exp_avg", "exp_avg_sq")}
             self.optimiser.state[weight] = {"step": step, **moments}
-        self.learning_rate, self.checkpoint_every = learning_rate, options.checkpoint_every
-        self.update, self.best = 0, float("inf")
+        self.learning_rate, self.update, self.best = learning_rate, 0, float("inf")
         self.losses: dict[str, list[Tensor]] = {}  # since the last log line
         self.clock, self.writer = Clock(CHECKPOINT_SECONDS), None
 
@@ -139,7 +137,7 @@ class Stage:
                 long = seconds > LONG_SECONDS or self.at_share(EVALUATIONS, self.update + 1)
                 self.run.unsaved = deepcopy(self.state()) if long else None
                 self.update += 1
-                seed_update(self.seed, self.name, self.update)
+                seed_update(self.options.seed, self.name, self.update)
                 began = time.monotonic()
                 if long:
                     signals.release()
@@ -242,7 +240,8 @@ class Stage:
         """Whether it is time for a checkpoint: after the last update always."""
         if self.update == self.total:
             return True
-        return self.update % self.checkpoint_every == 0 if self.checkpoint_every else self.clock.due()
+        every = self.options.checkpoint_every
+        return self.update % every == 0 if every else self.clock.due()
 
     def checkpoint(self) -> None:
         """Write all that resuming needs."""
