@@ -1,22 +1,26 @@
-"""Every option and hyper-parameter of a training: its type, range, unit and meaning; and the presets.
+"""Every option and hyper-parameter of a training: its type, range, unit and meaning; the presets; and config.json.
 
 `TrainConfig` alone declares them. The command line of train.py, its help, the options in config.json, their strict
-reading, and what must not change when a run is resumed all derive from it: a new option is a new field.
+reading, the ranges of what a weights file may claim, and what must not change when a run is resumed all derive from it:
+a new option is a new field.
 """
 
 import json
 import math
 from argparse import SUPPRESS, Action, ArgumentParser
 from collections.abc import Mapping
+from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
-from annotated_types import Ge, Gt, Le
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+import numpy as np
+from annotated_types import Ge, Gt, Le, MaxLen
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, create_model, model_validator
 from pydantic.fields import FieldInfo
 
-from utils import filled, number
+from console import nonempty, number
 
 MOST_UPDATES = 10_000_000  # the losses since the last log line, of which there are 250, are kept in memory
 MAX_SEED = 2**32 - 1
@@ -29,6 +33,46 @@ Rate = Annotated[float, Gt(0), Le(10)]
 Decay = Annotated[float, Ge(0), Le(1)]
 SMALLEST_SIDE = 8  # pixels; SSIM's window needs 6
 Side = Annotated[int, Ge(SMALLEST_SIDE), Le(2048)]  # nifti.py reads no longer sides
+# JSON has neither tuples nor paths: these two types are made of lists and strings.
+Pair = Annotated[tuple[Side, Side], Strict(False)]
+FilePath = Annotated[Path, Strict(False)]
+
+
+class StrictModel(BaseModel):
+    """A model that refuses unknown fields, other types, NaN and infinity."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def validate(model: type[Model], values: Any) -> Model:
+    """Make a model of plain values, which may be a stranger's.
+
+    Raises:
+        ValueError: Naming the first field that is unknown, missing, of another type or out of range.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+    name = ".".join(map(str, first["loc"]))
+    if first["type"] == "extra_forbidden":
+        raise ValueError(f"{name:.60} is unknown to this version")
+    if first["type"] == "missing":
+        raise ValueError(f"{name} is missing")
+    if first["type"] == "value_error":
+        raise ValueError(f"{name} {first['msg'].removeprefix('Value error, ')}".strip())
+    raise ValueError(f"{name or 'it':.60} cannot be {first['input']!r:.60}")
+
+
+def parse_json(model: type[Model], content: str | bytes) -> Model:
+    """Make a model of JSON. Raises ValueError, as `validate` does and where it is no JSON."""
+    try:
+        return validate(model, json.loads(content))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def option(group: str, default: Any, meaning: str, free: bool = False) -> Any:
@@ -40,13 +84,11 @@ def option(group: str, default: Any, meaning: str, free: bool = False) -> Any:
 RUN, DATA, VQVAE, PRIOR, REFINER, OPTIMISER = "run", "data", "VQ-VAE", "prior", "refiner", "optimiser"
 
 
-class TrainConfig(BaseModel):
+class TrainConfig(StrictModel):
     """The options of train.py. The defaults are those of --preset full."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
-
-    run: Path = option(RUN, Path("runs/default"), "run directory", free=True)
-    images: Path = option(RUN, Path("images"), "folder of figures", free=True)
+    run: FilePath = option(RUN, Path("runs/default"), "run directory", free=True)
+    images: FilePath = option(RUN, Path("images"), "folder of figures", free=True)
     preset: str = option(RUN, "full", "full: the published recipe; demo: smaller networks and phantom, in minutes")
     device: str = option(RUN, "auto", "cpu, cuda, cuda:1 ...; auto takes a GPU where there is one", free=True)
     seed: Annotated[int, Ge(0), Le(MAX_SEED)] = option(RUN, 0, "of all randomness")
@@ -58,12 +100,10 @@ class TrainConfig(BaseModel):
     )
 
     data: str = option(DATA, "phantom", "folder of 2D .nii/.nii.gz slices, or 'phantom', the embedded data", free=True)
-    slice_size: tuple[Side, Side] | None = option(
+    slice_size: Pair | None = option(
         DATA, None, "rows and columns in pixels, to which slices are cropped or padded; without it the most common size"
     )
-    phantom_size: tuple[Side, Side] = option(
-        DATA, (256, 128), "slice size of the phantom, where --slice-size is not given"
-    )
+    phantom_size: Pair = option(DATA, (256, 128), "slice size of the phantom, where --slice-size is not given")
     batch_size: Annotated[int, Ge(1), Le(MAX_BATCH_SIZE)] = option(DATA, 32, "slices per update of the VQ-VAE")
     batch_divisor: Annotated[int, Ge(1), Le(MAX_BATCH_SIZE)] = option(
         DATA, 4, "prior and refiner take this fraction of a batch per update: more, smaller updates in the same time"
@@ -146,26 +186,99 @@ def configure(given: Mapping[str, Any]) -> TrainConfig:
     return config.model_copy(update={"refiner_updates": min(most, config.refiner_updates)})
 
 
-def check_options(values: object) -> None:
-    """Check the options of a config.json against `TrainConfig`.
+# ---------------------------------------------------------------- networks
+
+
+def network_config(kind: type, options: TrainConfig, prefix: str = "", **given: Any) -> Any:
+    """Return a network's config: each field is given, or is the option of that name with a prefix."""
+    chosen = {field.name: getattr(options, prefix + field.name) for field in fields(kind) if field.name not in given}
+    return kind(**chosen, **given)
+
+
+@cache
+def network_model(kind: type, prefix: str = "") -> type[StrictModel]:
+    """Return the strict model of a network's config, with the ranges of the options that its fields come from."""
+    options = TrainConfig.model_fields
+    types: dict[str, Any] = {"grid": Annotated[tuple[Width, Width], Strict(False)]}
+    for name in (field.name for field in fields(kind) if field.name not in types):
+        field = options[prefix + name] if prefix + name in options else options[name]
+        types[name] = Annotated[(field.annotation, *field.metadata)]
+    return create_model(
+        kind.__name__, __base__=StrictModel, **{field.name: types[field.name] for field in fields(kind)}
+    )
+
+
+# ---------------------------------------------------------------- config.json
+
+FORMAT = 2  # of a run directory; raise it when this version and an older one would misread each other's
+FLOAT32 = np.finfo(np.float32)
+Text = Annotated[str, MaxLen(4096)]
+Row = Annotated[tuple[float, float, float, float], Strict(False)]
+
+
+def check_format(values: Any) -> Any:
+    """Return the content of a run's file unless it says that it is of another version's format; the first said none.
 
     Raises:
-        ValueError: Naming the first that is unknown, missing, or has another type or is out of range.
+        ValueError: Naming both formats; without this, the first unknown field would be named.
     """
-    if not isinstance(values, dict):
-        raise ValueError("options is no set of named values")
-    missing = sorted(TrainConfig.model_fields.keys() - values.keys())
-    if missing:
-        raise ValueError(f"options.{missing[0]} is missing")
-    try:
-        # Paths may hold any bytes; pydantic takes only Unicode.
-        TrainConfig.model_validate_json(json.dumps(values, ensure_ascii=False).encode("utf-8", "replace"))
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        name = str(first["loc"][0]) if first["loc"] else "one"
-        if first["type"] == "extra_forbidden":
-            raise ValueError(f"options.{name:.40} is unknown to this version") from None
-        raise ValueError(f"options.{name} cannot be {values.get(name)!r:.60}") from None
+    given = values.get("format", 1) if isinstance(values, dict) else FORMAT
+    if type(given) is int and given != FORMAT:
+        age = "a newer" if given > FORMAT else "an older"
+        raise ValueError(f"it is of run format {str(given):.20}, of {age} version than this one, which reads {FORMAT}")
+    return values
+
+
+class Intensity(StrictModel):
+    """How pixels become values in [-1, 1]."""
+
+    percentile: Annotated[float, Ge(0), Le(100)] = Field(description="of a volume's pixels: the value that becomes 1")
+    scale: Annotated[float, Ge(float(FLOAT32.tiny)), Le(float(FLOAT32.max))] = Field(
+        description="median of the volumes' values at that percentile; samples are written with it"
+    )
+
+
+class Positions(StrictModel):
+    """The positions of the training slices in their volumes, of which sampling draws."""
+
+    quantiles: Annotated[list[Annotated[float, Ge(0), Le(1)]], MaxLen(101)] = Field(
+        description="101 quantiles of the known positions; empty if none is known"
+    )
+    unknown: Annotated[float, Ge(0), Le(1)] = Field(description="share of slices whose position is unknown")
+
+    @model_validator(mode="after")
+    def check_quantiles(self) -> "Positions":
+        if len(self.quantiles) != 101 and (self.quantiles or self.unknown < 1):
+            raise ValueError(f"has {len(self.quantiles)} quantiles, not 101")
+        return self
+
+
+class RunConfig(StrictModel):
+    """The content of config.json: what a run was made with and what sampling needs of its data."""
+
+    format: int = FORMAT
+    options: TrainConfig
+    slice_size: Annotated[tuple[Width, Width], Strict(False)] = Field(description="rows and columns in pixels")
+    intensity: Intensity
+    affine: Annotated[tuple[Row, Row, Row, Row], Strict(False)] = Field(description="of training slices, in mm")
+    positions: Positions
+    fingerprint: Text = Field(description="hash of the data's names and content")
+    libraries: dict[str, Text] = Field(description="versions, by name")
+    command: list[str] = Field(description="the command line that began the run")
+    git_revision: Text | None = Field(description="of the code, `-dirty` if it was changed; null outside a repository")
+
+    @model_validator(mode="before")
+    @classmethod
+    def check_format(cls, values: Any) -> Any:
+        return check_format(values)
+
+    @model_validator(mode="after")
+    def check_affine(self) -> "RunConfig":
+        rows, columns, through = np.array(self.affine)[:3, :3].T
+        largest, area = np.abs(self.affine).max(), np.linalg.norm(np.cross(rows, columns))
+        if largest > 1e13 or area < 1e-12 or np.linalg.norm(through) < 1e-6:
+            raise ValueError("affine is no voxel grid")
+        return self
 
 
 # ---------------------------------------------------------------- command line
@@ -191,13 +304,13 @@ def add_option(group: Any, name: str, field: FieldInfo) -> Action:
         return group.add_argument(flag, choices=PRESETS, **how)
     if kind is bool:
         return group.add_argument(flag, action="store_true", **how)
-    parse = number(kind, *limits) if kind in (int, float) else filled(kind)
+    parse = number(kind, *limits) if kind in (int, float) else nonempty(kind)
     if len(items) == 2:
-        return group.add_argument(flag, nargs=2, metavar=("H", "W"), type=parse, action=Pair, **how)
+        return group.add_argument(flag, nargs=2, metavar=("H", "W"), type=parse, action=PairAction, **how)
     return group.add_argument(flag, metavar={int: "N", float: "X"}.get(kind, flag[2:].upper()), type=parse, **how)
 
 
-class Pair(Action):
+class PairAction(Action):
     """Keep two values as a tuple."""
 
     def __call__(self, parser: ArgumentParser, namespace: Any, values: Any, option_string: str | None = None) -> None:
@@ -209,20 +322,24 @@ def item_types(field: FieldInfo) -> list[tuple[type, tuple[float, float, bool]]]
     kind = field.annotation
     if get_origin(kind) in (Union, UnionType):
         kind = get_args(kind)[0]  # the other is None
+    if get_origin(kind) is Annotated:
+        kind = get_args(kind)[0]
     items = get_args(kind) if get_origin(kind) is tuple else (kind,)
     parts = (get_args(item) if get_origin(item) is Annotated else (item, *field.metadata) for item in items)
     return [split_limits(*part) for part in parts]
 
 
-def split_limits(kind: type, *limits: Ge | Gt | Le) -> tuple[type, tuple[float, float, bool]]:
-    """Return a type and its limits as `utils.number` takes them."""
-    low, high, above = -math.inf, math.inf, False
-    for limit in limits:
+def split_limits(kind: type, *metadata: Any) -> tuple[type, tuple[float, float, bool]]:
+    """Return a type and its limits as `console.number` takes them."""
+    low, high, exclusive = -math.inf, math.inf, False
+    for limit in metadata:
         if isinstance(limit, Le):
             high = limit.le
-        else:
-            low, above = (limit.gt, True) if isinstance(limit, Gt) else (limit.ge, False)
-    return kind, (low, high, above)
+        elif isinstance(limit, Ge):
+            low = limit.ge
+        elif isinstance(limit, Gt):
+            low, exclusive = limit.gt, True
+    return kind, (low, high, exclusive)
 
 
 def describe_range(limits: tuple[float, float, bool]) -> str:

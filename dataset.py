@@ -57,7 +57,7 @@ from files import (
     with_forward_slashes,
 )
 from nifti import MAX_SIDE, DataError, RawSlice, open_regular, read_shape, read_slice
-from utils import printable
+from console import printable
 
 CACHE_FORMAT = 5  # raise it when the same files would give other pixels or another index, notices included
 PERCENTILE = 99.5  # of a volume's pixels: the value that maps to +1; the few brighter ones are vessels

@@ -22,7 +22,7 @@ import nibabel as nib
 import numpy as np
 from nibabel.spatialimages import HeaderDataError
 
-from utils import UserError
+from console import UserError
 
 # Limits on what a file may claim, whoever wrote it. They bound memory, time and later arithmetic.
 MAX_SIDE = 2048  # pixels; in-plane MR matrices end near 1024, so a longer side means a broken header

@@ -13,7 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import PercentFormatter
 
-from utils import RunError, make_folder, printable, say, write_file
+from console import RunError, logger, printable
+from utils import make_folder, write_file
 
 TRAIN, VALIDATE = "#9aa5b1", "#c2410c"
 PLAIN = {"parse_math": False}  # of text that holds a name: two dollar signs would make mathematics of it
@@ -45,7 +46,7 @@ def save_figure(figure: Figure, path: Path) -> None:
             warnings.filterwarnings("ignore", "Glyph .* missing from")  # names may be in any script: boxes are drawn
             write_file(path, lambda part: figure.savefig(part, format="png", dpi=120))
     except RunError as error:
-        say(f"warning: {error}")
+        logger.warning("%s", error)
 
 
 # ---------------------------------------------------------------- training

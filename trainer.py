@@ -1,13 +1,16 @@
-"""The training loop that the three recipes of train.py share: batches, updates, average, log, checkpoints, stops."""
+"""The training loop of all three networks: batches, updates, EMA, log, validation, checkpoints, stop signals."""
 
 import math
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from importlib import util
 from itertools import takewhile
 from pathlib import Path
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -15,245 +18,404 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoints import Run, check_fields, is_series, real, restore, save_weights, tensors_in, text, whole
+from checkpoints import Checkpoint, Run, check_tensors, save_weights
 from config import TrainConfig
-from dataset import Dataset, batch_indices, to_float
+from console import RunError, logger, say
+from dataset import Slices, batch_indices, to_float
 from modules import AUGMENTATIONS, MICRO_BATCH_CODES
-from nifti import left_right_axis
-from utils import Clock, RunError, autocast, say, seed_update, writing
+from utils import autocast, seed_update, writing
 
-EVALUATIONS = 20  # a stage
-LOG_LINES = 250  # of the training losses, a stage
-CHECKPOINT_SECONDS = 60
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+Network = TypeVar("Network", bound=nn.Module)
+T = TypeVar("T")
+
+VALIDATIONS = 20  # per stage
+LOG_LINES = 250  # of the training losses, per stage
+INTERVAL_SECONDS = 60  # between checkpoints, and between figures
 COPIED_SLICES = 4096  # at a time to a GPU's memory: 128 MB of 256x128
-LONG_SECONDS = 1  # an update that takes longer is left on a signal: a checkpoint has to be written in five
-COLLAPSED = (0.1, 500)  # share of codes used, and for how many updates
+COLLAPSE_SHARE, COLLAPSE_UPDATES = 0.1, 500  # the codebook has collapsed if it uses fewer codes for so many updates
 
 
-# ---------------------------------------------------------------- updates
+# ---------------------------------------------------------------- optimiser
 
 
 def make_optimiser(network: nn.Module, options: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW as all three networks are trained with: no weight decay, one fused kernel."""
+    """Return the optimiser of all three networks: AdamW (Loshchilov and Hutter 2019) without weight decay."""
     betas = options.adam_beta1, options.adam_beta2
     return torch.optim.AdamW(network.parameters(), betas=betas, weight_decay=0.0, fused=True)
 
 
 def schedule(update: int, total: int, warmup: int) -> float:
-    """The learning rate of an update, from 1 to total, as a share of its peak: linear warm-up, cosine decay to 0."""
+    """Return the learning rate of an update as a share of its peak: linear warm-up, times a cosine decay to 0.
+
+    Args:
+        update: From 1 to `total`.
+        total: Updates of the stage.
+        warmup: Updates of the warm-up.
+    """
     return min(1.0, update / warmup) * (0.5 + 0.5 * math.cos(math.pi * (update - 1) / total))
 
 
-class EMA:
-    """The moving average of a network's weights, a network itself. Its memory grows to some 100 updates."""
+class EMA(Generic[Network]):
+    """An exponential moving average of a network's weights, as a network of its own.
 
-    def __init__(self, network: nn.Module, decay: float):
+    The decay starts at 1/10 and rises to its final value, so that the first weights are soon forgotten.
+    """
+
+    def __init__(self, network: Network, decay: float):
         self.network, self.decay = deepcopy(network), decay
-        # Both listed once, and moved by one kernel: a GPU's host would else be busy with each weight in turn.
+        # Listed once and moved by one kernel: otherwise the host of a GPU would be busy with each weight in turn.
         self.weights = list(self.network.parameters()), list(network.parameters())
 
     @torch.no_grad()
-    def follow(self, update: int) -> None:
-        """One step of the average, after an update, counted from 1."""
+    def step(self, update: int) -> None:
+        """Move the average towards the weights after an update, which is counted from 1."""
         decay = min(self.decay, update / (update + 9))
         torch._foreach_lerp_(*self.weights, 1 - decay)
 
 
-class Stage:
-    """What the training loops share: resuming, the optimiser's step, log lines, checkpoints, a stop on a signal."""
+# ---------------------------------------------------------------- stop signals
+
+
+class StopSignals:
+    """Stop signals as SystemExit(128 + number): SIGINT (130), SIGTERM (143), and SIGHUP (129) of a terminal.
+
+    It is raised at once or, within `deferred`, by the next `check`. After the first signal further ones are ignored,
+    since torchrun and Slurm send several; but a second SIGINT goes to the previous handler, for a user who will not
+    wait. Signals that the process was started to ignore, for instance by nohup, stay ignored.
+    """
+
+    NUMBERS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+    def __enter__(self) -> "StopSignals":
+        self.requested, self.is_deferred = 0, False
+        handled = [number for number in self.NUMBERS if signal.getsignal(number) != signal.SIG_IGN]
+        self.previous = {number: signal.signal(number, self.handle) for number in handled}
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        self.requested = number
+        for other, handler in self.previous.items():
+            # Not SIG_IGN: Python reports a signal that is already pending as ignored.
+            signal.signal(other, handler if other == signal.SIGINT else lambda *_: None)
+        if not self.is_deferred:
+            self.check()
+
+    def check(self) -> None:
+        """Raise SystemExit if a signal has come."""
+        if self.requested:
+            raise SystemExit(128 + self.requested)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Let signals wait for the next `check`, at the latest for the end of the block."""
+        self.is_deferred = True
+        try:
+            yield
+        finally:
+            self.is_deferred = False
+        self.check()
+
+
+# ---------------------------------------------------------------- training loop
+
+
+class Interval:
+    """Whether some seconds have passed since it was last due."""
+
+    def __init__(self, seconds: float):
+        self.seconds, self.last = seconds, time.monotonic()
+
+    def is_due(self) -> bool:
+        """Return whether it is time, and if so start the next interval."""
+        if time.monotonic() - self.last < self.seconds:
+            return False
+        self.last = time.monotonic()
+        return True
+
+
+class Trainer(Generic[Network]):
+    """The training of one network. A recipe derives from it and says what its losses, validation and figures are.
+
+    A stop signal is heeded after an update or a batch of validation; a checkpoint is then written first. A resumed
+    training continues bit for bit, since all randomness of an update follows from its number.
+
+    Args:
+        run: The run directory.
+        stop: The stop signals.
+        options: Of the training.
+        loader: The batches.
+        model: The network.
+        updates: How many in all.
+        learning_rate: At its peak.
+        with_ema: Whether the network that is validated and saved is an EMA of the weights.
+    """
+
+    stage: str  # "vqvae", "prior" or "refiner": names weights, log lines and options
+    objective: str  # the loss that is minimised, one of `compute_losses`
+    criterion: str  # the value of `validate` whose lowest decides which weights are kept
+    first_validation = 1  # earlier updates are not followed by one
 
     def __init__(
         self,
         run: Run,
-        name: str,
-        model: nn.Module,
+        stop: StopSignals,
+        options: TrainConfig,
+        loader: "BatchLoader",
+        model: Network,
         updates: int,
         learning_rate: float,
-        options: TrainConfig,
-        averaged: bool = False,
+        with_ema: bool = True,
     ):
-        self.run, self.name, self.total, self.options = run, name, updates, options
-        self.ema = EMA(model, options.ema_decay) if averaged else None
-        self.networks = {"model": model}  # what a checkpoint holds the weights of
-        if averaged:
-            self.networks["averaged"] = self.ema.network
+        self.run, self.stop, self.options, self.loader = run, stop, options, loader
+        self.device, self.model, self.total, self.learning_rate = loader.device, model, updates, learning_rate
         self.optimiser = make_optimiser(model, options)
-        for weight in model.parameters():  # as its first step would make them, so that a checkpoint has its place
-            step = torch.zeros((), device=weight.device)
-            moments = {moment: torch.zeros_like(weight) for moment in ("exp_avg", "exp_avg_sq")}
-            self.optimiser.state[weight] = {"step": step, **moments}
-        self.learning_rate, self.update, self.best = learning_rate, 0, float("inf")
+        for weight in model.parameters():  # as the first step would: what a checkpoint is restored to
+            self.optimiser.state[weight] = {
+                "step": torch.zeros((), device=weight.device),
+                "exp_avg": torch.zeros_like(weight),
+                "exp_avg_sq": torch.zeros_like(weight),
+            }
+        self.ema = EMA(model, options.ema_decay) if with_ema else None
+        self.saved_model = self.ema.network if self.ema else model
+        self.update, self.best, self.validation_pending = 0, math.inf, False
         self.losses: dict[str, list[Tensor]] = {}  # since the last log line
-        self.clock, self.writer = Clock(CHECKPOINT_SECONDS), None
+        self.checkpoint_interval, self.figure_interval = Interval(INTERVAL_SECONDS), Interval(INTERVAL_SECONDS)
+        self.writer: SummaryWriter | None = None
 
-    def tensors(self) -> dict[str, dict]:
-        """What is learned: a checkpoint's tensors, which resuming writes to."""
-        weights = {name: network.state_dict() for name, network in self.networks.items()}
-        return weights | {"optimiser": self.optimiser.state_dict()["state"]}
+    # What a recipe defines.
 
-    def state(self) -> dict:
-        """All that resuming needs, after an update. Raises RunError where training diverged."""
-        losses, tensors = self.noted(), self.tensors()
-        if not all(tensor.isfinite().all() for tensor in tensors_in(tensors)):  # one by one: devices may differ
-            raise self.diverged("a weight", self.update)
-        plain = {"stage": self.name, "update": self.update, "best": self.best, "losses": losses}
-        return plain | tensors | {"log_bytes": self.run.log_bytes()}
+    def compute_losses(self) -> Iterator[dict[str, Tensor]]:
+        """Yield the losses of this update's micro-batches, so weighted that their sum is the loss of the batch."""
+        raise NotImplementedError
 
-    def resume(self, state: dict) -> None:
-        """Go on from a checkpoint of this stage; from the beginning where it is another's.
+    def validate(self) -> dict[str, float]:
+        """Return losses and metrics of the validation slices, whose batches are wrapped in `until_stopped`."""
+        raise NotImplementedError
 
-        Raises RunError where it does not fit. Empties `state`, whose tensors are still in the file.
+    def draw_figures(self) -> None:
+        """Write the figures of this stage."""
+        raise NotImplementedError
+
+    # The loop.
+
+    def fit(self, checkpoint: Checkpoint | None) -> None:
+        """Train to the last update, from a checkpoint if it is of this stage.
+
+        Raises:
+            SystemExit: A stop signal came; the checkpoint is written.
+            RunError: The training diverged, the checkpoint does not fit, or a file cannot be written.
         """
-        if state.get("stage") != self.name:
-            return
-        tensors = self.tensors()
-        plain = {name: value for name, value in state.items() if name not in tensors}
-        checks = {"update": whole(0, self.total), "best": real(0, math.inf), "losses": is_series}
-        try:
-            check_fields(plain, checks | {"stage": text, "log_bytes": real(0, math.inf)})
-            restore(tensors, {name: state.get(name) for name in tensors})
-        except ValueError as error:
-            raise RunError(f"{self.run.checkpoint_path} cannot be used: {error}; choose another --run") from None
-        self.update, self.best = state["update"], state["best"]
-        device = next(self.networks["model"].parameters()).device
-        for name, values in state["losses"].items():
-            self.losses[name] = list(torch.tensor(values, dtype=torch.float32, device=device))
-        state.clear()
+        if checkpoint and checkpoint.header.stage == self.stage:
+            self.restore(checkpoint)
+        with self.progress() as bar, self.stop.deferred():
+            try:
+                if self.validation_pending:  # it was stopped within a validation
+                    self.run_validation()
+                while self.update < self.total:
+                    self.update += 1
+                    self.train_update()
+                    bar.update()
+                    if self.is_due(LOG_LINES):
+                        self.log_training()
+                    if self.is_due(VALIDATIONS) and self.update >= self.first_validation:
+                        self.run_validation()
+                    if self.is_checkpoint_due():
+                        self.save_checkpoint()
+                    self.stop.check()
+            except SystemExit:
+                self.save_checkpoint()
+                raise
+            self.save_checkpoint()
 
-    def updates(self) -> Iterator[int]:
-        """The updates still to do, counted from 1; between them checkpoints, and the stop if one was asked for."""
-        self.writer = tensorboard(self.run.path / "tensorboard" / self.name, self.update)
-        self.bar = tqdm(total=self.total, initial=self.update, desc=self.name, unit="update", disable=None)
-        self.started, self.start = time.monotonic(), self.update
-        seconds = math.inf  # the first one may take long
-        with ExitStack() as closing:
-            closing.callback(self.bar.close)
-            if self.writer:
-                closing.callback(close_tensorboard, self.writer)
-            signals = self.run.signals
-            signals.hold()
-            while self.update < self.total:
-                # A signal waits for an update's end, or leaves a long one: what was before it is then saved.
-                long = seconds > LONG_SECONDS or self.at_share(EVALUATIONS, self.update + 1)
-                self.run.unsaved = deepcopy(self.state()) if long else None
-                self.update += 1
-                seed_update(self.options.seed, self.name, self.update)
-                began = time.monotonic()
-                if long:
-                    signals.release()
-                yield self.update
-                signals.hold()
-                seconds = time.monotonic() - began
-                self.bar.update()
-                stop = signals.received
-                if stop or self.checkpoint_due():
-                    self.checkpoint()
-                if stop:
-                    break
-            signals.release()
-
-    def step(self, losses: Iterable[Tensor]) -> Tensor:
-        """Take one step down the gradient of the sum of losses, clipped to a norm, and return that sum."""
+    def train_update(self) -> None:
+        """One update: losses in micro-batches, gradient clipping, an optimiser step, the EMA."""
+        seed_update(self.options.seed, self.stage, self.update)
+        self.model.train()
         for group in self.optimiser.param_groups:
-            group["lr"] = self.learning_rate * schedule(self.update, self.total, self.options.warmup_updates)
+            group["lr"] = self.current_rate()
         self.optimiser.zero_grad()
-        total = 0.0
-        for loss in losses:
-            loss.backward()
-            total = total + loss.detach()
-        nn.utils.clip_grad_norm_(self.networks["model"].parameters(), self.options.gradient_clip)
+        sums: dict[str, Tensor] = {}
+        for losses in self.compute_losses():
+            losses[self.objective].backward()
+            for name, loss in losses.items():
+                sums[name] = sums.get(name, 0.0) + loss.detach()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.options.gradient_clip)
         self.optimiser.step()
         if self.ema:
-            self.ema.follow(self.update)
-        return total
+            self.ema.step(self.update)
+        for name, value in (sums | {"gradient_norm": norm}).items():
+            self.losses.setdefault(name, []).append(value)  # tensors: a GPU's host does not wait for the number
 
-    def keep_best(self, loss: float, network: nn.Module) -> None:
-        """Write the weights of the lowest validation loss so far."""
-        if loss < self.best:
-            self.best = loss
-            save_weights(self.run.path / f"{self.name}.safetensors", network)
+    def run_validation(self) -> None:
+        """Validate, log, keep the best weights, and from time to time draw the figures."""
+        self.validation_pending = True
+        values = self.validate()
+        self.log("validate", values)
+        if values[self.criterion] < self.best:
+            self.best = values[self.criterion]
+            save_weights(self.run.path / f"{self.stage}.safetensors", self.saved_model)
+        self.validation_pending = False
+        if self.figure_interval.is_due() or self.update == self.total:
+            self.draw_figures()
 
-    def note(self, **losses: Tensor) -> None:
-        """Keep training losses, and log their means now and then. A GPU is not waited for in between."""
-        for name, loss in losses.items():
-            self.losses.setdefault(name, []).append(loss.detach())
-        if self.at_share(LOG_LINES):
-            self.log("train", {name: sum(values) / len(values) for name, values in self.noted().items()})
-            self.losses = {}
+    def until_stopped(self, batches: Iterable[T]) -> Iterator[T]:
+        """Yield batches of validation until a stop signal comes, then raise SystemExit."""
+        for batch in batches:
+            self.stop.check()
+            yield batch
 
-    def noted(self) -> dict[str, list[float]]:
-        """The training losses since the last log line. Raises RunError naming the first that is not finite."""
+    def current_rate(self) -> float:
+        """Return the learning rate of this update."""
+        return self.learning_rate * schedule(self.update, self.total, self.options.warmup_updates)
+
+    def is_due(self, times: int) -> bool:
+        """Return whether this update is one of `times` evenly spaced ones, the last of which is the last update."""
+        return self.update * times // self.total > (self.update - 1) * times // self.total
+
+    def is_checkpoint_due(self) -> bool:
+        """Return whether it is time for a checkpoint; the last update has one anyway."""
+        every = self.options.checkpoint_every
+        return self.update % every == 0 if every else self.checkpoint_interval.is_due()
+
+    # The log.
+
+    @contextmanager
+    def progress(self) -> Iterator[tqdm]:
+        """Show a progress bar, and write to TensorBoard where that is installed."""
+        self.writer = open_tensorboard(self.run.path / "tensorboard" / self.stage, self.update)
+        self.started, self.first = time.monotonic(), self.update
+        with tqdm(total=self.total, initial=self.update, desc=self.stage, unit="update", disable=None) as bar:
+            try:
+                yield bar
+            finally:
+                if self.writer:
+                    with suppress(OSError):  # a full disk was reported before, and metrics.jsonl has the same values
+                        self.writer.close()
+
+    def read_losses(self) -> dict[str, list[float]]:
+        """Return the training losses since the last log line. Raises RunError naming the first that is not finite."""
         losses = {name: torch.stack(values).tolist() for name, values in self.losses.items()}
         for name, values in losses.items():
             for update, loss in enumerate(values, self.update - len(values) + 1):
                 if not math.isfinite(loss):
-                    raise self.diverged(f"the {name}", update)
+                    raise self.divergence_error(f"the {name}", update)
         return losses
 
-    def diverged(self, what: str, update: int) -> RunError:
-        """What to say where training diverged, and what to try."""
-        return RunError(
-            f"{self.name} update {update}: {what} is not finite, most likely because the learning rate, "
-            f"{self.learning_rate:g}, is too high for these batches: try a larger --batch-size, or a lower rate "
-            f"with --{'' if self.name == 'vqvae' else self.name + '-'}learning-rate; the checkpoint before is kept"
-        )
-
-    def validation_due(self) -> bool:
-        """Whether this update is one of those, evenly spread, after which the networks are validated."""
-        return self.at_share(EVALUATIONS)
-
-    def at_share(self, times: int, update: int | None = None) -> bool:
-        """Whether an update, this one if none is given, is one of `times` evenly spread, the last among them."""
-        update = self.update if update is None else update
-        return update * times // self.total > (update - 1) * times // self.total
+    def log_training(self) -> None:
+        """Log the mean training losses and gradient norm since the last line, and the learning rate."""
+        means = {name: sum(values) / len(values) for name, values in self.read_losses().items()}
+        self.log("train", means | {"learning_rate": self.current_rate()})
+        self.losses = {}
 
     def log(self, split: str, values: dict[str, float]) -> None:
-        """To metrics.jsonl, TensorBoard, and for validation the terminal. Raises RunError where training diverged."""
+        """Write values to metrics.jsonl and TensorBoard; those of validation also to the terminal.
+
+        Raises:
+            RunError: A value is not finite.
+        """
         for name, value in values.items():
             if not math.isfinite(value):
-                raise self.diverged(f"the {name} in {'training' if split == 'train' else 'validation'}", self.update)
-        self.run.log(self.name, split, self.update, values)
+                raise self.divergence_error(f"the {name} of {split}", self.update)
+        self.run.log(self.stage, split, self.update, values)
         if self.writer:
             for name, value in values.items():
-                self.writer.add_scalar(f"{self.name}/{split}/{name}", value, self.update)
+                self.writer.add_scalar(f"{self.stage}/{split}/{name}", value, self.update)
         if split == "validate":
-            rate = (self.update - self.start) / (time.monotonic() - self.started)
-            left = int((self.total - self.update) / rate)
-            figures = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-            speed = f"{rate:.2f} updates/s  {left // 60}:{left % 60:02d} left"
-            say(f"{self.name} {self.update}/{self.total}  {figures}  {speed}")
-            if "codes_used" in values:
-                self.warn_of_collapse()
+            self.report_validation(values)
+            self.warn_of_collapse()
+
+    def report_validation(self, values: dict[str, float]) -> None:
+        """Print the values of a validation, the speed and the time that is left."""
+        rate = (self.update - self.first) / (time.monotonic() - self.started)
+        left = int((self.total - self.update) / rate) if rate else 0
+        listed = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        speed = f"{rate:.2f} updates/s  {left // 60}:{left % 60:02d} left"
+        say(f"{self.stage} {self.update}/{self.total}  {listed}  {speed}")
 
     def warn_of_collapse(self) -> None:
-        """Say so once where hardly any codes have been used for long."""
-        share, long = COLLAPSED
-        updates, used = self.run.curves(self.name)["validate", "codes_used"]
-        few = [update for update, _ in takewhile(lambda line: line[1] < share, zip(updates[::-1], used[::-1]))]
-        if len(few) > 1 and few[0] - few[-1] >= long > few[1] - few[-1]:
-            say(
-                f"warning: under {share:.0%} of the codes were used since update {few[-1]}, the codebook collapses: "
-                "try a larger --batch-size or another --seed, or a smaller --codebook-size"
+        """Warn once if the codebook has collapsed: hardly any codes have been used for long."""
+        updates, used = self.run.curves(self.stage).get(("validate", "codes_used"), ([], []))
+        few = [update for update, _ in takewhile(lambda line: line[1] < COLLAPSE_SHARE, zip(updates[::-1], used[::-1]))]
+        if len(few) > 1 and few[0] - few[-1] >= COLLAPSE_UPDATES > few[1] - few[-1]:
+            logger.warning(
+                "codebook collapse: less than %.0f%% of the codes have been used since update %d; "
+                "try a larger --batch-size, another --seed or a smaller --codebook-size",
+                100 * COLLAPSE_SHARE,
+                few[-1],
             )
 
-    def checkpoint_due(self) -> bool:
-        """Whether it is time for a checkpoint: after the last update always."""
-        if self.update == self.total:
-            return True
-        every = self.options.checkpoint_every
-        return self.update % every == 0 if every else self.clock.due()
+    def divergence_error(self, what: str, update: int) -> RunError:
+        """Return the error for a value that is not finite."""
+        option = "--learning-rate" if self.stage == "vqvae" else f"--{self.stage}-learning-rate"
+        return RunError(
+            f"{self.stage} update {update}: {what} is not finite, most likely because the learning rate, "
+            f"{self.learning_rate:g}, is too high for these batches: try a larger --batch-size or a lower {option}; "
+            "the last checkpoint is kept"
+        )
 
-    def checkpoint(self) -> None:
-        """Write all that resuming needs."""
-        self.run.save(**self.state())
+    # Checkpoints.
+
+    def learned_tensors(self) -> dict[str, Tensor]:
+        """Return the tensors that an update changes, by name: weights, their EMA, and the optimiser's moments."""
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        if self.ema:
+            tensors |= {f"ema.{name}": tensor for name, tensor in self.ema.network.state_dict().items()}
+        for name, weight in self.model.named_parameters():
+            tensors |= {f"optimiser.{name}.{key}": value for key, value in self.optimiser.state[weight].items()}
+        return tensors
+
+    def save_checkpoint(self) -> None:
+        """Write all that resuming needs. Raises RunError if the training diverged."""
+        losses = {f"losses.{name}": torch.tensor(values) for name, values in self.read_losses().items()}
+        tensors = {name: tensor.cpu() for name, tensor in self.learned_tensors().items()}
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
+            raise self.divergence_error("a weight", self.update)
+        best = self.best if math.isfinite(self.best) else None
+        self.run.save_checkpoint(self.stage, tensors | losses, self.update, best, self.validation_pending)
         if self.writer:
             with writing(self.run.path / "tensorboard"):
                 self.writer.flush()
 
+    @torch.no_grad()
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Continue from a checkpoint of this stage. Raises RunError if it does not fit."""
+        header, learned = checkpoint.header, self.learned_tensors()
+        losses = {name: tensor for name, tensor in checkpoint.tensors.items() if name.startswith("losses.")}
+        try:
+            if header.update > self.total:
+                raise ValueError(f"its update {header.update} is after the last, {self.total}")
+            check_losses(losses, header.update)
+            check_tensors(learned, {name: of for name, of in checkpoint.tensors.items() if name not in losses})
+        except ValueError as error:
+            raise RunError(f"{self.run.checkpoint_path} cannot be used: {error}; choose another --run") from None
+        for name, tensor in learned.items():
+            tensor.copy_(checkpoint.tensors[name])
+        self.losses = {name.removeprefix("losses."): list(values.to(self.device)) for name, values in losses.items()}
+        self.update, self.validation_pending = header.update, header.validation_pending
+        self.best = math.inf if header.best is None else header.best
 
-def tensorboard(path: Path, update: int):
-    """A TensorBoard writer that goes on at `update`, or None where tensorboard is not installed, or takes no such name:
-    it wants UTF-8."""
+
+def check_losses(losses: dict[str, Tensor], update: int) -> None:
+    """Raise ValueError unless losses are finite float32 series, one number per update since the last log line."""
+    for name, values in losses.items():
+        if values.dtype != torch.float32 or values.ndim != 1 or not 0 < len(values) <= update:
+            raise ValueError(f"its {name:.60} is no series of numbers")
+        if not values.isfinite().all():
+            raise ValueError(f"its {name:.60} is not finite")
+
+
+def open_tensorboard(path: Path, update: int) -> "SummaryWriter | None":
+    """Return a TensorBoard writer that continues after an update.
+
+    None if tensorboard is not installed, or if the path is not UTF-8, which tensorboard needs.
+    """
     if util.find_spec("tensorboard") is None or not str(path).isprintable():
         return None
     from torch.utils.tensorboard import SummaryWriter  # costs a second; needed by train.py alone
@@ -262,54 +424,56 @@ def tensorboard(path: Path, update: int):
     return SummaryWriter(path, purge_step=update + 1, flush_secs=10**9)
 
 
-def close_tensorboard(writer) -> None:
-    """Close it without a word: what it cannot write stands in metrics.jsonl too, and of a full disk it was told."""
-    with suppress(OSError):
-        writer.close()
-
-
 # ---------------------------------------------------------------- batches
 
 
 class BatchLoader:
-    """The training slices of each update, mirrored and varied at random, and their positions.
+    """The training slices of each update, flipped and augmented at random, and their positions.
 
-    On a GPU their pixels lie in its memory, where they leave half of it free, and a batch is one gather there; else the
-    host gathers them. It never waits for the GPU. Whether they fit is decided once for all stages.
+    On a GPU, pixels that fill less than half of its free memory are kept there, and a batch is one gather; otherwise
+    the host gathers it. The host never waits for the GPU. Whether they fit is decided once for all stages.
     """
 
-    def __init__(self, data: Dataset, options, device: torch.device):
-        self.train, self.batch_size, self.seed = data.train, options.batch_size, options.seed
-        self.device, self.left_right = device, left_right_axis(data.affine)
-        self.positions = torch.from_numpy(data.train.positions).to(device)
-        resident = device.type == "cuda" and data.train.pixels.nbytes < free_memory(device) / 2
-        self.pixels = to_device(data.train.pixels, device) if resident else None
+    def __init__(self, train: Slices, left_right: int | None, options: TrainConfig, device: torch.device):
+        self.train, self.left_right, self.device = train, left_right, device
+        self.batch_size, self.seed = options.batch_size, options.seed
+        self.positions = torch.from_numpy(train.positions).to(device)
+        resident = device.type == "cuda" and train.pixels.nbytes < free_memory(device) / 2
+        self.pixels = to_device(train.pixels, device) if resident else None
 
-    def __call__(self, update: int, share: int = 1, augmentation: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-        """Of a `share`-th of a batch: slices (N, 1, H, W), positions (N,) and how the slices were varied
-        (N, AUGMENTATIONS), on the device."""
-        chosen = batch_indices(len(self.train), -(-self.batch_size // share), self.seed, update - 1)
+    def __call__(self, update: int, divisor: int = 1, augmentation: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the batch of an update, on the device.
+
+        Args:
+            update: Counted from 1.
+            divisor: Of the batch size.
+            augmentation: Strength; 0 is none.
+
+        Returns:
+            Slices (N, 1, H, W) in [-1, 1], positions (N,) and augmentation parameters (N, AUGMENTATIONS).
+        """
+        chosen = batch_indices(len(self.train), -(-self.batch_size // divisor), self.seed, update - 1)
         indices = self.send(torch.from_numpy(chosen))
         pixels = self.send(torch.from_numpy(self.train.pixels[chosen])) if self.pixels is None else self.pixels[indices]
-        variation = augmentation * torch.randn(len(chosen), AUGMENTATIONS, device=self.device)
+        parameters = augmentation * torch.randn(len(chosen), AUGMENTATIONS, device=self.device)
         slices = random_flip(to_float(pixels), self.left_right)
         if augmentation:
-            slices = augment(slices, variation)
-        return slices.contiguous(memory_format=torch.channels_last), self.positions[indices], variation
+            slices = augment(slices, parameters)
+        return slices.contiguous(memory_format=torch.channels_last), self.positions[indices], parameters
 
     def send(self, values: Tensor) -> Tensor:
-        """Values on the device. From pinned memory, since the host waits until any other has been copied."""
+        """Copy to the device, from pinned memory: for any other the host would wait."""
         return values.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else values
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes of a GPU's memory that this process may still fill: PyTorch keeps what was freed for itself."""
+    """Return the bytes of a GPU's memory that this process may still fill: PyTorch keeps what was freed for itself."""
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + kept
 
 
 def to_device(pixels: np.ndarray, device: torch.device) -> Tensor:
-    """Pixels (N, H, W), which may be mapped from a file, on a device. The host holds a part at a time."""
+    """Copy pixels (N, H, W), which may be mapped from a file, to a device in parts: the host holds one at a time."""
     there = torch.empty(pixels.shape, dtype=torch.uint8, device=device)
     for start in range(0, len(pixels), COPIED_SLICES):
         part = pixels[start : start + COPIED_SLICES]
@@ -317,15 +481,21 @@ def to_device(pixels: np.ndarray, device: torch.device) -> Tensor:
     return there
 
 
-def micro_batches(loss_of: Callable[..., Tensor], codes: Tensor, *others: Tensor) -> Iterator[Tensor]:
-    """Yield the losses of micro-batches, weighted so that their sum is the loss of the batch.
+def device_batches(batches: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
+    """Yield batches of slices (N, 1, H, W) on a device, in the memory format of the networks."""
+    for batch in batches:
+        yield batch.to(device, memory_format=torch.channels_last)
 
-    On a CPU a micro-batch has some MICRO_BATCH_CODES codes, so that its activations stay in the caches.
+
+def micro_batches(loss_of: Callable[..., Tensor], codes: Tensor, *others: Tensor) -> Iterator[Tensor]:
+    """Yield the losses of micro-batches, so weighted that their sum is the loss of the batch.
+
+    On a CPU a micro-batch has about MICRO_BATCH_CODES codes, so that its activations stay in the caches.
 
     Args:
         loss_of: Maps codes and others to a mean over slices.
         codes: (N, h, w).
-        others: Tensors (N, ...), split alike.
+        others: Tensors (N, ...), which are split alike.
     """
     size = len(codes) if codes.is_cuda else max(1, MICRO_BATCH_CODES // codes[0].numel())
     for part in zip(*(of.split(size) for of in (codes, *others))):
@@ -335,28 +505,32 @@ def micro_batches(loss_of: Callable[..., Tensor], codes: Tensor, *others: Tensor
 
 
 def random_flip(slices: Tensor, axis: int | None) -> Tensor:
-    """Slices (N, 1, H, W), each mirrored along the axis by the toss of a coin: a mirrored pelvis is one too."""
+    """Flip slices (N, 1, H, W) along an axis with probability 1/2 each; None flips none. A mirrored pelvis is one."""
     if axis is None:
         return slices
-    heads = torch.rand(len(slices), 1, 1, 1, device=slices.device) < 0.5
-    return torch.where(heads, slices.flip(axis), slices)
+    flipped = torch.rand(len(slices), 1, 1, 1, device=slices.device) < 0.5
+    return torch.where(flipped, slices.flip(axis), slices)
 
 
-def augment(slices: Tensor, variation: Tensor) -> Tensor:
-    """Slices (N, 1, H, W), each turned, stretched, shifted and changed in contrast a little, as patients differ.
+def augment(slices: Tensor, parameters: Tensor) -> Tensor:
+    """Rotate, scale and shift slices and change their contrast a little, as patients differ.
 
-    variation: (N, 6), of which 1 stands for 3.4 degrees, 5 % along either axis, 1.5 % of either side, and 15 % of the
-    exponent (gamma) of brightness in [0, 1]. What comes in from outside is the mirror image of what lies at the edge:
-    tissue where the slice ends within the body, so that samples do not take over black borders.
+    Pixels from outside the slice are reflected at its edge: the slice ends within the body, and samples shall not
+    reproduce black borders.
+
+    Args:
+        slices: (N, 1, H, W) in [-1, 1].
+        parameters: (N, 6): rotation, scale and shift along both axes, gamma. 1 stands for 3.4 degrees, 5 %, 1.5 % of a
+            side, and 15 % of gamma, the exponent of brightness in [0, 1].
     """
     height, width = slices.shape[2:]
-    angle = 0.06 * variation[:, 0]
-    stretch = (0.05 * variation[:, 1:3]).exp()
-    shift = 0.03 * variation[:, 3:5]  # grid_sample's coordinates: a side is 2 long
+    angle = 0.06 * parameters[:, 0]
+    scale = (0.05 * parameters[:, 1:3]).exp()
+    shift = 0.03 * parameters[:, 3:5]  # grid_sample's coordinates: a side is 2 long
     cos, sin = angle.cos(), angle.sin()
-    across = torch.stack([cos * stretch[:, 0], -sin * stretch[:, 0] * height / width, shift[:, 0]], 1)
-    along = torch.stack([sin * stretch[:, 1] * width / height, cos * stretch[:, 1], shift[:, 1]], 1)
-    places = F.affine_grid(torch.stack([across, along], 1), list(slices.shape), align_corners=False)
-    brightness = F.grid_sample((slices + 1) / 2, places, padding_mode="reflection", align_corners=False).clamp(0, 1)
-    gamma = (0.15 * variation[:, 5]).exp()[:, None, None, None]
+    row_x = torch.stack([cos * scale[:, 0], -sin * scale[:, 0] * height / width, shift[:, 0]], 1)
+    row_y = torch.stack([sin * scale[:, 1] * width / height, cos * scale[:, 1], shift[:, 1]], 1)
+    grid = F.affine_grid(torch.stack([row_x, row_y], 1), list(slices.shape), align_corners=False)
+    brightness = F.grid_sample((slices + 1) / 2, grid, padding_mode="reflection", align_corners=False).clamp(0, 1)
+    gamma = (0.15 * parameters[:, 5]).exp()[:, None, None, None]
     return 2 * brightness**gamma - 1
