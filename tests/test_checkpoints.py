@@ -76,7 +76,7 @@ def test_an_empty_folder_can_become_a_run(tmp_path):
 
 
 @pytest.mark.parametrize("names", [["thesis.tex"], ["data.json"], ["lock", "thesis.tex"]])
-def test_a_folder_of_other_things_is_refused(tmp_path, names):
+def test_a_folder_that_is_no_run_is_refused(tmp_path, names):
     for name in names:
         (tmp_path / name).write_text("years")
     with pytest.raises(RunError, match="not a run directory"):
@@ -99,7 +99,7 @@ def test_a_place_below_a_file_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["config.json", "data.json"])
-def test_a_run_that_was_killed_at_its_very_beginning_begins_anew(tmp_path, name):
+def test_a_run_killed_while_it_is_created_starts_over(tmp_path, name):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "replace", lambda old, new: 1 / 0 if new.name == name else os.rename(old, new))
         patch.setattr(Path, "unlink", lambda path, **_: None)  # a killed process tidies nothing up
@@ -111,7 +111,7 @@ def test_a_run_that_was_killed_at_its_very_beginning_begins_anew(tmp_path, name)
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "lock", "training.pt"])
-def test_files_that_lead_out_of_the_run_are_refused(tmp_path, name):
+def test_symlinks_in_a_run_are_refused(tmp_path, name):
     """A stranger's run must not write to what a link in it leads to."""
     begin(tmp_path / "run")
     (tmp_path / "mine").write_text("years")
@@ -142,7 +142,7 @@ def test_options_that_change_no_result_may_differ(tmp_path):
     assert checkpoints.read_config(tmp_path)["options"]["images"] == "i"
 
 
-def test_tuples_and_lists_are_no_difference(tmp_path):
+def test_a_slice_size_as_tuple_or_list_is_the_same_option(tmp_path):
     begin(tmp_path, slice_size=(64, 32))
     begin(tmp_path, slice_size=(64, 32))
     with pytest.raises(RunError, match="--slice-size was"):
@@ -207,7 +207,7 @@ def test_a_config_is_checked_field_by_field(tmp_path, place, value, message):
         checkpoints.read_config(tmp_path)
 
 
-def test_a_field_that_is_missing_is_named(tmp_path):
+def test_a_missing_config_field_is_named(tmp_path):
     begin(tmp_path)
     config = checkpoints.read_config(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({name: config[name] for name in config if name != "affine"}))
@@ -216,13 +216,13 @@ def test_a_field_that_is_missing_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"[]", b"{", b'{"a.nii": 3}', b'{"a.nii": "' + b"7" * 5000 + b'"}'])
-def test_damaged_names_of_the_data_are_a_run_error(run, content):
+def test_a_damaged_data_json_is_a_run_error(run, content):
     (run.path / "data.json").write_bytes(content)
     with pytest.raises(RunError, match=r"data\.json cannot be used"):
         checkpoints.read_data_files(run.path)
 
 
-def test_too_many_files_are_not_kept(tmp_path, monkeypatch):
+def test_data_json_is_left_empty_beyond_its_size_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, "MAX_DATA", 10)
     with Run(tmp_path, config_of(), FILES) as run:
         assert checkpoints.read_data_files(run.path) == {}
@@ -248,7 +248,7 @@ def in_child(task):
     return answer
 
 
-def test_a_second_process_is_refused(run):
+def test_the_lock_refuses_a_second_process(run):
     refused = f"{run.path} is in use by process {os.getpid()} on "
     assert in_child(lambda: f"got {checkpoints.lock(run.path)}").startswith(refused)
     with pytest.raises(RunError, match=refused):
@@ -265,14 +265,14 @@ def test_a_killed_process_leaves_no_lock(tmp_path):
     begin(tmp_path)
 
 
-def test_a_run_that_is_refused_is_not_held(tmp_path):
+def test_a_refused_run_is_unlocked(tmp_path):
     begin(tmp_path)
     with pytest.raises(RunError, match="--seed was 0, is 1"):
         begin(tmp_path, seed=1)
     begin(tmp_path)
 
 
-def test_a_place_that_cannot_be_locked_is_used_and_it_says_so(tmp_path, monkeypatch, capsys):
+def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, capsys):
     def refuse(handle, how):
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -281,14 +281,14 @@ def test_a_place_that_cannot_be_locked_is_used_and_it_says_so(tmp_path, monkeypa
     assert "cannot be locked here (No locks available)" in capsys.readouterr().out
 
 
-def test_a_run_can_be_read_while_it_is_held(run):
+def test_config_can_be_read_while_the_run_is_locked(run):
     assert checkpoints.read_config(run.path)["options"]["seed"] == 0
 
 
 # ---------------------------------------------------------------- checkpoints and the log
 
 
-def test_what_reads_other_than_it_was_written_takes_no_place(tmp_path, monkeypatch):
+def test_a_checkpoint_that_reads_back_differently_is_not_rotated_in(tmp_path, monkeypatch):
     path, before = tmp_path / "file", tmp_path / "before"
     checkpoints.write_tensors(path, b"old", before)
     with monkeypatch.context() as patch:
@@ -300,14 +300,14 @@ def test_what_reads_other_than_it_was_written_takes_no_place(tmp_path, monkeypat
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"file": b"new", "before": b"old"}
 
 
-def test_what_would_not_be_read_again_is_not_written(tmp_path, monkeypatch):
+def test_a_checkpoint_above_the_size_limit_is_not_written(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, "MAX_TENSORS", 2)
     with pytest.raises(RunError, match="would have 3 bytes"):
         checkpoints.write_tensors(tmp_path / "file", b"new")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_checkpoint_comes_back_as_it_was(run):
+def test_checkpoint_round_trip(run):
     assert run.load() == {}
     tensor = torch.randn(3, 4)
     run.save(stage="vqvae", update=7, best=float("inf"), model={"w": tensor}, losses={"loss": [0.1]})
@@ -317,7 +317,7 @@ def test_a_checkpoint_comes_back_as_it_was(run):
     assert state["losses"] == {"loss": [0.1]}
 
 
-def test_lines_logged_after_the_checkpoint_are_dropped(run):
+def test_resuming_truncates_the_log_to_the_checkpoint(run):
     run.log("vqvae", "train", 1, {"loss": 1.0})
     run.save(stage="vqvae", update=1)
     kept = run.log_path.read_bytes()
@@ -330,13 +330,13 @@ def test_lines_logged_after_the_checkpoint_are_dropped(run):
     assert run.curves("vqvae") == {("train", "loss"): ([1, 2], [1.0, 3.0])}
 
 
-def test_without_a_checkpoint_the_log_starts_anew(run):
+def test_without_a_checkpoint_the_log_starts_empty(run):
     run.log("vqvae", "train", 1, {"loss": 1.0})
     assert run.load() == {}
     assert run.log_path.read_bytes() == b""
 
 
-def test_a_log_that_lost_lines_is_not_filled_up(run):
+def test_a_log_shorter_than_at_the_checkpoint_is_not_padded(run):
     for update in (1, 2):
         run.log("vqvae", "train", update, {"total_loss": 1.0})
     run.save(stage="vqvae")
@@ -354,7 +354,7 @@ LINE = b'{"stage": "vqvae", "split": "train", "update": 1, "loss": %s}\n'
     [b"junk\n", b"[]\n", b'"line"\n', b"3\n", b"{}\n", b"[" * 9999, LINE % b"NaN", LINE % b"[1]", LINE % b'"1"']
     + [(LINE % b"1").replace(b"1,", b"-1,"), (LINE % b"1").replace(b'"vqvae"', b"7"), b"\xff\n"],
 )
-def test_a_log_of_other_things_is_a_run_error(run, line):
+def test_a_malformed_log_line_is_a_run_error(run, line):
     run.log("vqvae", "train", 1, {"loss": 1.0})
     with open(run.log_path, "ab") as file:
         file.write(line)
@@ -363,7 +363,7 @@ def test_a_log_of_other_things_is_a_run_error(run, line):
         run.load()
 
 
-def test_a_checkpoint_that_does_not_read_is_named_and_the_one_before_it_is_used(run, capsys):
+def test_a_corrupt_checkpoint_falls_back_to_the_previous_one(run, capsys):
     for update in (1, 2):
         run.log("vqvae", "train", update, {"loss": 1.0})
         run.save(stage="vqvae", update=update, model={"w": torch.full((100,), update)})
@@ -388,8 +388,8 @@ def test_a_checkpoint_that_does_not_read_is_named_and_the_one_before_it_is_used(
 @pytest.mark.parametrize(
     ("place", "call"), [(Path, "write_bytes"), (Path, "read_bytes"), (os, "fsync"), (os, "replace")]
 )
-def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(run, monkeypatch, place, call):
-    """At each call that it makes, from the first to the last."""
+def test_checkpoint_rotation_keeps_the_previous_one_when_writing_fails(run, monkeypatch, place, call):
+    """A full disk at each call that saving makes, from the first to the last."""
     run.save(stage="vqvae", update=1)
     real = getattr(place, call)
     for fails in range(1, 9):
@@ -433,7 +433,7 @@ def test_a_file_size_limit_is_a_run_error(run):
     assert not list(run.path.glob("*.part"))
 
 
-def test_on_a_stop_what_is_newer_than_the_checkpoint_is_saved(tmp_path, capsys):
+def test_a_stop_saves_the_updates_since_the_last_checkpoint(tmp_path, capsys):
     with pytest.raises(SystemExit), Run(tmp_path, config_of(), FILES) as run:
         run.save(stage="vqvae", update=3)
         run.log("vqvae", "train", 4, {"loss": 1.0})
@@ -446,7 +446,7 @@ def test_on_a_stop_what_is_newer_than_the_checkpoint_is_saved(tmp_path, capsys):
         assert run.log_path.read_text().count("\n") == 1
 
 
-def test_an_error_saves_nothing(tmp_path):
+def test_an_error_writes_no_checkpoint(tmp_path):
     with pytest.raises(ZeroDivisionError), Run(tmp_path, config_of(), FILES) as run:
         run.unsaved = {"stage": "vqvae", "update": 4}
         raise ZeroDivisionError
@@ -569,15 +569,15 @@ def test_a_hostile_checkpoint_is_a_run_error(run, tmp_path, write):
     assert run.log_bytes() > 0
 
 
-def test_the_canary_sings_where_code_is_run(tmp_path):
-    """Else the test above would prove nothing."""
+def test_the_hostile_pickle_runs_code_without_weights_only(tmp_path):
+    """The control of the test above: with it the canary is created."""
     in_a_checkpoint(tmp_path / "x.pt", tmp_path / "canary")
     torch.load(tmp_path / "x.pt", weights_only=False)
     assert (tmp_path / "canary").exists()
 
 
-def test_a_storage_that_claims_more_than_it_holds_gives_nothing_away(run):
-    """What lies behind a storage in memory must not come in with it."""
+def test_a_storage_that_claims_more_than_it_holds_is_refused(run):
+    """Else a tensor would show the memory behind its storage."""
     run.save(stage="vqvae", model={"w": torch.zeros(4)})
     with zipfile.ZipFile(run.checkpoint_path) as file:
         parts = {name: file.read(name) for name in file.namelist()}
@@ -598,7 +598,7 @@ def changed(**entries):
     return {"model": {"w": torch.ones(2, 3)}, "optimiser": {0: {"step": torch.ones(())}}} | entries
 
 
-def test_restore_copies_into_what_is_there():
+def test_restore_copies_in_place_and_keeps_the_memory_format():
     live = {"model": {"w": torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last)}}
     tensor = live["model"]["w"]
     values = torch.randn(2, 3, 4, 5)
@@ -625,7 +625,7 @@ def test_restore_copies_into_what_is_there():
         (changed(optimiser=OrderedDict({"0": {"step": torch.ones(())}})), "its optimiser entries are not those"),
     ],
 )
-def test_what_does_not_fit_is_named_and_nothing_is_copied(saved, message):
+def test_restore_names_a_mismatch_and_copies_nothing(saved, message):
     with pytest.raises(ValueError, match=message):
         checkpoints.restore(LIVE, saved)
     assert not any(tensor.any() for tensor in checkpoints.tensors_in(LIVE))
@@ -648,7 +648,7 @@ class Pair(nn.Module):
         self.register_buffer("counts", torch.arange(3))
 
 
-def test_weights_come_back_with_their_config(tmp_path):
+def test_weights_and_config_round_trip(tmp_path):
     made = Pair(PairConfig((4, 5), 0.25))
     save_weights(tmp_path / "w.safetensors", made)
     loaded = load_weights(tmp_path / "w.safetensors", Pair, PairConfig)
@@ -660,7 +660,7 @@ def test_weights_come_back_with_their_config(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["w.safetensors"]
 
 
-def test_weights_in_another_memory_order_come_back(tmp_path):
+def test_channels_last_weights_round_trip(tmp_path):
     class Image(nn.Module):
         def __init__(self, config):
             super().__init__()
@@ -757,14 +757,14 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize(("write", "message"), DAMAGES.items())
-def test_weights_that_cannot_be_used(tmp_path, write, message):
+def test_damaged_weights_are_a_run_error(tmp_path, write, message):
     write(tmp_path / "w.safetensors")
     with pytest.raises(RunError, match=rf"w\.safetensors cannot be used: .*({message})"):
         load_weights(tmp_path / "w.safetensors", Pair, PairConfig)
 
 
-def test_tensors_in_each_others_place_are_noticed(tmp_path):
-    """Where they have the same shape, so that no shape tells."""
+def test_swapped_tensors_fail_the_checksum(tmp_path):
+    """They have the same shape, so that comparing shapes finds nothing."""
 
     class Two(Pair):
         def __init__(self, config):
@@ -781,7 +781,7 @@ def test_tensors_in_each_others_place_are_noticed(tmp_path):
         load_weights(path, Two, PairConfig)
 
 
-def test_a_network_takes_no_memory_before_its_shapes_are_compared(tmp_path):
+def test_shapes_are_compared_on_the_meta_device(tmp_path):
     """The largest that a config may ask for would take 17 GB."""
     with_config(size=[65_536, 65_536])(tmp_path / "w.safetensors")
     made = []
@@ -795,6 +795,6 @@ def test_a_network_takes_no_memory_before_its_shapes_are_compared(tmp_path):
     assert [pair.weight.device.type for pair in made] == ["meta"]
 
 
-def test_weights_that_are_not_there(tmp_path):
+def test_missing_weights_are_a_run_error(tmp_path):
     with pytest.raises(RunError, match=r"w\.safetensors does not exist"):
         load_weights(tmp_path / "w.safetensors", Pair, PairConfig)

@@ -54,7 +54,7 @@ def test_a_figure_that_cannot_be_written_is_a_warning(tmp_path, capsys):
         "\x1b[31m",
     ],
 )
-def test_any_name_can_stand_in_a_figure(tmp_path, name):
+def test_names_are_not_parsed_as_markup_in_a_figure(tmp_path, name):
     """Names are not markup, need not be Unicode, and may have letters that the font lacks; no warning, no traceback."""
     slices = np.zeros((1, 32, 16))
     title = f"{plots.caption(f'folder/{name}.nii.gz')}\nSSIM 0.9"
@@ -71,7 +71,7 @@ def test_prior_loss_figure(tmp_path):
     read_png(path, 720, 432)
 
 
-def test_detail_loss_figure(tmp_path):
+def test_refiner_loss_figure(tmp_path):
     path = tmp_path / "new" / "loss.png"
     plots.refiner_loss_figure(path, curves_of("flow_loss"))
     read_png(path, 720, 432)
@@ -84,8 +84,8 @@ def test_detail_loss_figure(tmp_path):
         (lambda curves: plots.prior_loss_figure("loss.png", curves, 512), "bits_per_code", "kept: 1.00 bits"),
     ],
 )
-def test_loss_figures_mark_the_weights_that_are_kept(monkeypatch, draw, name, kept):
-    """Those of the lowest validation loss."""
+def test_loss_figures_mark_the_lowest_validation_loss(monkeypatch, draw, name, kept):
+    """It is the one whose weights are kept."""
     drawn = []
     monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.append(figure))
     draw(curves_of(name))
@@ -101,7 +101,7 @@ def test_codebook_figure(tmp_path):
     read_png(path, 1200, 408)
 
 
-def test_figures_hold_no_state_of_pyplot(tmp_path):
+def test_figures_leave_pyplot_state_alone(tmp_path):
     import matplotlib.pyplot as plt
 
     before = plt.get_fignums()
@@ -118,13 +118,13 @@ def test_draw_curves_draws_both_splits():
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("update", "unit")
 
 
-def test_draw_curves_leaves_out_what_was_not_logged():
+def test_draw_curves_leaves_out_a_split_that_was_not_logged():
     axes = Figure().subplots()
     plots.draw_curves(axes, curves_of("ssim"), "ssim", "title", "unit")
     assert [line.get_label() for line in axes.lines] == ["validation"]
 
 
-def test_upright_puts_the_front_on_top_and_row_0_left():
+def test_upright_puts_anterior_on_top_and_row_0_left():
     slices = np.zeros((2, 6, 4))
     slices[1, 5, 0] = 1  # last row, first column: the front, at the other side
     pictures = plots.upright(slices)
@@ -170,12 +170,12 @@ def test_small_samples_are_drawn_larger(tmp_path):
     np.testing.assert_allclose(shown[36:-3, 3:-3], 0, atol=0.01)
 
 
-def test_spread_is_even_and_within():
+def test_evenly_spaced_indices():
     assert plots.evenly_spaced(60, 6).tolist() == [5, 15, 25, 35, 45, 55]
     assert plots.evenly_spaced(3, 6).tolist() == [0, 1, 2]
 
 
-def test_grey_levels_are_those_of_the_slice_whatever_is_beside_it(tmp_path):
+def test_samples_have_a_fixed_grey_scale(tmp_path):
     """No stretching to what the sheet happens to hold: -1 is black and +1 white, 0 half way, 2 and -3 are clipped."""
     values = np.array([0.0, 0.2, -0.5, -3.0, 2.0, 0.1, 0.0])
     slices = np.broadcast_to(values[:, None, None], (7, 160, 24))
@@ -208,7 +208,7 @@ def test_reconstructions_figure(tmp_path):
     assert (red[:, 0] > red[:, 2] + 0.2).all()
 
 
-def test_detail_figure(tmp_path, monkeypatch):
+def test_refinement_figure(tmp_path, monkeypatch):
     """A row a strip, under its name; a column a slice, under its title; upright, -1 black and 1 white."""
     strips = {"slice": np.stack([marked_slice(64, 32, 0.0, 1.0)] * 3), "decoded": np.zeros((3, 64, 32))}
     path = tmp_path / "new" / "refinement.png"
@@ -263,7 +263,7 @@ def test_evaluation_figure(tmp_path, coverage):
     read_png(path, 1440, (2 * 11.6 / 4 / 2 + 5.2) * 120)
 
 
-def test_bars_stand_in_order_with_their_numbers():
+def test_draw_bars_keeps_the_order_and_labels_the_values():
     axes = Figure().subplots()
     plots.draw_bars(axes, {"one": 0.25, "other": 2.0}, ("black", "red"), ".1f", "a title", "lower is better")
     assert [bar.get_width() for bar in axes.patches] == [0.25, 2.0]
@@ -273,7 +273,7 @@ def test_bars_stand_in_order_with_their_numbers():
     assert axes.get_xlim()[0] == 0
 
 
-def test_histograms_of_distances_are_shares_on_the_same_bins():
+def test_draw_distances_normalises_histograms_on_shared_bins():
     axes = Figure().subplots()
     distances = {"samples": np.array([0.1, 0.2, 0.2, 0.9]), "slices": np.array([0.5, 0.5])}
     plots.draw_distances(axes, distances, "a title")

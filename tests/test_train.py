@@ -84,7 +84,7 @@ def test_the_config_is_written_before_anything_is_trained(options, monkeypatch):
         train.main(arguments(**options))
 
 
-def test_metrics_have_the_promised_names(trained):
+def test_metrics_have_the_documented_names(trained):
     lines = lines_of(trained.run)
     names = {}
     for line in lines:
@@ -130,7 +130,7 @@ def best_line(lines, stage, name):
     return min(select(lines, stage, "validate"), key=lambda line: line[name])
 
 
-def test_the_weights_are_those_that_were_measured(trained):
+def test_saved_weights_reproduce_the_best_validation_line(trained):
     """The best validation line of each stage again, from the saved weights, of the VQ-VAE in single precision."""
     vqvae = load_weights(trained.run / "vqvae.safetensors", VQVAE, VQVAEConfig)
     prior = load_weights(trained.run / "prior.safetensors", GatedPixelCNN, PriorConfig)
@@ -178,7 +178,7 @@ def make_the_third_best(monkeypatch, evaluate):
 
 
 @pytest.mark.parametrize(("stage", "evaluate", "loss"), BEST)
-def test_the_weights_kept_are_those_of_the_best_validation_loss(options, monkeypatch, stage, evaluate, loss):
+def test_the_weights_of_the_best_validation_loss_are_kept(options, monkeypatch, stage, evaluate, loss):
     measured = make_the_third_best(monkeypatch, evaluate)
     train.main(arguments(**options))
     logged = [line[loss] for line in select(lines_of(options["run"]), stage, "validate")]
@@ -189,7 +189,7 @@ def test_the_weights_kept_are_those_of_the_best_validation_loss(options, monkeyp
 
 
 @pytest.mark.parametrize(("stage", "evaluate", "update"), [("vqvae", 0, 7), ("prior", 1, 5), ("refiner", 2, 5)])
-def test_the_best_weights_outlive_a_stop(options, monkeypatch, stage, evaluate, update):
+def test_the_best_weights_survive_a_stop(options, monkeypatch, stage, evaluate, update):
     """A run that is resumed at its fifth evaluation of a stage has to keep the weights of the third."""
     measured = make_the_third_best(monkeypatch, BEST[evaluate][1])
     at_updates(monkeypatch, {(stage, update): send(signal.SIGTERM)})
@@ -201,8 +201,8 @@ def test_the_best_weights_outlive_a_stop(options, monkeypatch, stage, evaluate, 
     assert same_weights(load_file(options["run"] / f"{stage}.safetensors"), measured[2])
 
 
-def test_later_stages_get_the_best_vqvae(options, monkeypatch):
-    """Not the one of the last update."""
+def test_prior_and_refiner_train_on_the_best_vqvae(options, monkeypatch):
+    """And not on the VQ-VAE of the last update."""
     measured, given = make_the_third_best(monkeypatch, "evaluate_vqvae"), []
     for name in ("train_prior", "train_refiner"):
         monkeypatch.setattr(train, name, lambda run, state, vqvae, *_: given.append(vqvae.state_dict()))
@@ -263,7 +263,7 @@ def test_evaluation_does_not_depend_on_the_batch_size(trained):
         assert train.evaluate_prior(prior, codes, positions, batch_size) == pytest.approx(nats, rel=1e-3)
 
 
-def test_detail_is_always_validated_with_the_same_noise(trained):
+def test_refiner_validation_always_uses_the_same_noise(trained):
     vqvae = load_weights(trained.run / "vqvae.safetensors", VQVAE, VQVAEConfig)
     refiner = load_weights(trained.run / "refiner.safetensors", Refiner, RefinerConfig)
     slices, cpu = load_dataset(str(trained.data), None, (4, 4), 0).train, torch.device("cpu")
@@ -278,7 +278,7 @@ def test_detail_is_always_validated_with_the_same_noise(trained):
     assert train.evaluate_refiner(refiner, vqvae, slices, other, cpu) != losses[0]
 
 
-def test_a_loss_of_detail_is_the_mean_over_slices_and_not_over_batches(trained, monkeypatch):
+def test_validation_flow_loss_is_the_mean_over_slices_and_not_over_batches(trained, monkeypatch):
     """Batches of 5, 5 and 2 slices; the loss of each is its number."""
     vqvae, batches = load_weights(trained.run / "vqvae.safetensors", VQVAE, VQVAEConfig), itertools.count(1)
     monkeypatch.setattr(Refiner, "loss", lambda *_: torch.tensor(float(next(batches))))
@@ -287,8 +287,8 @@ def test_a_loss_of_detail_is_the_mean_over_slices_and_not_over_batches(trained, 
     assert loss == pytest.approx((5 * 1 + 5 * 2 + 2 * 3) / 12)
 
 
-def test_the_spread_of_detail_is_measured_on_decoded_training_slices(trained, monkeypatch):
-    """24 slices are each of the 12 twice; they, their codes and what these are decoded to, but for bfloat16."""
+def test_residual_std_is_fitted_on_decoded_training_slices(trained, monkeypatch):
+    """24 slices are each of the 12 twice; slices, codes and decoded slices agree up to bfloat16."""
     vqvae = load_weights(trained.run / "vqvae.safetensors", VQVAE, VQVAEConfig)
     data, cpu = load_dataset(str(trained.data), None, (4, 4), 0), torch.device("cpu")
     every = data.train.batch(range(12))
@@ -311,7 +311,7 @@ def test_the_spread_of_detail_is_measured_on_decoded_training_slices(trained, mo
     assert saved.std() > 0.1 * saved.mean() > 0  # codes differ
 
 
-def test_the_figure_of_detail_shows_what_its_strips_are_called(trained, tmp_path, monkeypatch):
+def test_refinement_figure_strips_match_their_names(trained, tmp_path, monkeypatch):
     vqvae = load_weights(trained.run / "vqvae.safetensors", VQVAE, VQVAEConfig)
     refiner = load_weights(trained.run / "refiner.safetensors", Refiner, RefinerConfig)
     slices, drawn = load_dataset(str(trained.data)).validate, []
@@ -331,8 +331,8 @@ def test_the_figure_of_detail_shows_what_its_strips_are_called(trained, tmp_path
         np.testing.assert_allclose(strip, pictures[:, 0].numpy(), atol=1e-5)
 
 
-def test_detail_is_learnt_of_slices_as_they_are(options, monkeypatch):
-    """Mirrored, but not varied: what was turned or stretched has been smoothed. The prior's are varied.
+def test_augmentation_is_for_the_prior_only(options, monkeypatch):
+    """The refiner's slices are flipped, but not augmented: rotation and scaling smooth them. The prior's are augmented.
 
     Of the batch's five slices each update of prior and refiner sees two, a quarter rounded up.
     """
@@ -355,7 +355,7 @@ def test_describe_positions():
     assert train.describe_positions(np.array([np.nan, np.nan])) == {"quantiles": [], "unknown": 1}
 
 
-def test_the_axis_that_slices_are_mirrored_along_is_said():
+def test_the_flip_axis_is_reported():
     lying = np.diag([-1.0, 1, 1, 1])
     assert "along their first axis" in train.describe_flip(lying)
     assert "along their second axis" in train.describe_flip(lying[:, [1, 0, 2, 3]])
@@ -363,7 +363,7 @@ def test_the_axis_that_slices_are_mirrored_along_is_said():
 
 
 @pytest.mark.parametrize("share, warned", [(1.0, True), (0.96, True), (0.94, False), (0.5, False)])
-def test_a_prior_that_has_learned_nothing_is_warned_of(capsys, share, warned):
+def test_a_prior_no_better_than_code_frequencies_is_warned_of(capsys, share, warned):
     """Codes that are used equally often cost log K nats by their frequencies alone."""
     codes = torch.arange(16).repeat(8).view(2, 8, 8)
     train.warn_if_unigram(share * math.log(16), codes, 16)
@@ -396,7 +396,7 @@ STOPS = [
 
 
 @pytest.mark.parametrize("stops", STOPS)
-def test_a_stopped_and_resumed_run_equals_one_without_a_stop(options, trained, monkeypatch, capsys, stops):
+def test_a_resumed_run_equals_an_uninterrupted_one(options, trained, monkeypatch, capsys, stops):
     """Each update of so short a training has a validation: a signal leaves it, and the update before is saved."""
     hooks = {(stage, update): send(kind) for stage, update, kind in stops}
     at_updates(monkeypatch, hooks)
@@ -412,7 +412,7 @@ def test_a_stopped_and_resumed_run_equals_one_without_a_stop(options, trained, m
     assert_same_run(options["run"], trained.run)
 
 
-def test_resuming_does_not_measure_the_spread_of_detail_again(options, trained, monkeypatch):
+def test_resuming_does_not_refit_residual_std(options, trained, monkeypatch):
     at_updates(monkeypatch, {("refiner", 2): send(signal.SIGTERM)})
     with pytest.raises(SystemExit):
         train.main(arguments(**options))
@@ -453,7 +453,9 @@ def at_call(monkeypatch, place, name, call, act):
         (train, "write_refiner_figures", 1, ("refiner", 5), signal.SIGINT),
     ],
 )
-def test_a_signal_between_updates_loses_nothing(options, trained, monkeypatch, capsys, place, name, call, before, kind):
+def test_a_stop_signal_between_updates_loses_nothing(
+    options, trained, monkeypatch, capsys, place, name, call, before, kind
+):
     """In a validation, while figures are drawn, between the stages: nothing waits, and nothing is made twice."""
     with monkeypatch.context() as patch:
         at_call(patch, place, name, call, send(kind))
@@ -500,7 +502,7 @@ def kill():
         [("refiner", 1), ("refiner", 5), ("refiner", 6)],
     ],
 )
-def test_a_killed_run_goes_on_from_its_last_checkpoint(options, trained, monkeypatch, kills):
+def test_a_killed_run_resumes_from_its_last_checkpoint(options, trained, monkeypatch, kills):
     """Updates and log lines since then are lost, and made anew, the same."""
     monkeypatch.setattr(train, "Clock", EveryThird)
     for place in kills:
@@ -583,7 +585,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(options, trained, monkeypatch
 
 
 @pytest.mark.parametrize("damage", [b"junk", None])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(options, stopped, trained, capsys, damage):
+def test_a_damaged_checkpoint_falls_back_to_the_previous_one(options, stopped, trained, capsys, damage):
     path = options["run"] / "training.pt"
     content = bytearray(path.read_bytes())
     with zipfile.ZipFile(path) as archive:
@@ -602,9 +604,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(options, st
     ("stage", "place", "name", "loss"),
     [("prior", GatedPixelCNN, "nll", "nats_per_code"), ("refiner", Refiner, "loss", "flow_loss")],
 )
-def test_a_loss_that_is_not_finite_ends_the_run_and_the_checkpoint_stays(
-    options, monkeypatch, stage, place, name, loss
-):
+def test_a_non_finite_loss_ends_the_run_and_keeps_the_checkpoint(options, monkeypatch, stage, place, name, loss):
     monkeypatch.setattr(trainer, "EVALUATIONS", 1)
     monkeypatch.setattr(trainer, "LOG_LINES", 1)
     real, calls = getattr(place, name), itertools.count(1)
@@ -625,7 +625,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_the_checkpoint_stays(
     ("stage", "evaluate", "loss"),
     [("prior", "evaluate_prior", "nats_per_code"), ("refiner", "evaluate_refiner", "flow_loss")],
 )
-def test_a_validation_that_is_not_finite_ends_the_run(options, monkeypatch, stage, evaluate, loss):
+def test_a_non_finite_validation_loss_ends_the_run(options, monkeypatch, stage, evaluate, loss):
     monkeypatch.setattr(train, evaluate, lambda *_: math.inf)
     with pytest.raises(RunError, match=f"{stage} update 1: the {loss} in validation is not finite"):
         train.main(arguments(**options))
@@ -709,7 +709,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(options, stopped, act, messag
         (lambda state: state["averaged"]["residual_std"].fill_(math.inf), "its averaged residual_std is not finite"),
     ],
 )
-def test_a_checkpoint_of_detail_that_does_not_fit_is_refused(options, nearly_done, act, message):
+def test_a_refiner_checkpoint_that_does_not_fit_is_refused(options, nearly_done, act, message):
     shutil.copytree(nearly_done, options["run"])
     change_checkpoint(options["run"], act)
     with pytest.raises(RunError, match=rf"training\.pt cannot be used: {message}"):
@@ -759,7 +759,7 @@ def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_complete_run_says_so_and_stays_as_it_is(trained, tiny_preset, tmp_path, capsys):
+def test_a_complete_run_is_left_unchanged(trained, tiny_preset, tmp_path, capsys):
     before = contents(trained.run)
     same = {"data": trained.data, "run": trained.run, "preset": tiny_preset, "batch_size": 5}
     train.main(arguments(**same, images=tmp_path / "images"))
@@ -936,11 +936,11 @@ def test_a_run_of_any_name_is_trained_and_goes_on(options, slices_folder, tmp_pa
         ({"updates": 60, "refiner_updates": 900}, 900),
     ],
 )
-def test_detail_sees_no_more_slices_than_the_vqvae_where_its_updates_are_not_given(given, expected):
+def test_default_refiner_updates_are_limited_by_those_of_the_vqvae(given, expected):
     assert train.parse_options(arguments(preset="demo", **given)).refiner_updates == expected
 
 
-def test_config_json_has_a_check_for_each_option(tiny_preset):
+def test_no_options_give_the_defaults_of_train_config(tiny_preset):
     assert train.parse_options([]) == config.TrainConfig()
 
 
@@ -964,6 +964,7 @@ def wait_for_content(path, process):
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_from_data_to_samples(tmp_path):
     """The demo networks on slices of 32x16: stopped by SIGTERM, completed by the same command, sampled from."""
     data, run, images, out = (tmp_path / name for name in ("data", "run", "images", "samples"))

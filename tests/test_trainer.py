@@ -21,7 +21,7 @@ from utils import RunError
 # ---------------------------------------------------------------- optimiser and EMA weights
 
 
-def test_the_rate_rises_and_falls_to_nothing():
+def test_learning_rate_warms_up_and_decays_by_a_cosine_to_zero():
     weight = torch.nn.Linear(1, 1)
     stage = trainer.Stage(None, "vqvae", weight, 400, 0.5, train.parse_options([]))
     rates = []
@@ -37,8 +37,8 @@ def test_the_rate_rises_and_falls_to_nothing():
     assert (np.diff(rates[49:]) < 0).all()
 
 
-def test_averaged_weights_forget_the_first_ones_soon():
-    """Weights that are 1 after a start at 0: by hand, and nearly there after a few updates."""
+def test_ema_decay_grows_from_its_start():
+    """From weights of 0 to weights of 1: the EMA agrees with a recursion by hand and is near 1 after 30 updates."""
     layer = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.zeros_(layer.weight)
     average = trainer.EMA(layer, 0.99)
@@ -55,8 +55,8 @@ def test_averaged_weights_forget_the_first_ones_soon():
 
 
 @pytest.mark.parametrize("length, kept", [(0.5, 0.5), (1.0, 1.0), (1e4, 1.0)])
-def test_a_step_cuts_long_gradients_of_all_weights_together(length, kept):
-    """The gradient's length is that of both weights; Adam's first moment is a tenth of it after the first step."""
+def test_gradient_clipping_uses_the_norm_over_all_weights(length, kept):
+    """The norm is that of both gradients; Adam's first moment is a tenth of the clipped gradient after one step."""
     layer = torch.nn.Linear(1, 1)
     stage = trainer.Stage(None, "prior", layer, 400, 8e-3, train.parse_options([]))
     stage.update = 1
@@ -65,7 +65,7 @@ def test_a_step_cuts_long_gradients_of_all_weights_together(length, kept):
     assert moments == pytest.approx([0.06 * kept, 0.08 * kept])
 
 
-def test_a_stage_averages_the_weights_that_it_is_asked_to():
+def test_a_stage_keeps_ema_weights_only_where_asked():
     layer = torch.nn.Linear(3, 1)
     options = train.parse_options([])
     stage = trainer.Stage(None, "refiner", layer, 400, 0.5, options, averaged=True)
@@ -83,8 +83,8 @@ def test_a_stage_averages_the_weights_that_it_is_asked_to():
 # ---------------------------------------------------------------- batches and augmentation
 
 
-def test_a_batch_in_parts_has_the_loss_and_the_gradient_of_the_whole(monkeypatch):
-    """Five slices of 16 codes in parts of 2, 2 and 1, without autocast, whose rounding would differ."""
+def test_micro_batches_add_up_to_the_loss_and_gradient_of_the_batch(monkeypatch):
+    """Five slices of 16 codes in micro-batches of 2, 2 and 1; without autocast, whose rounding would differ."""
     monkeypatch.setattr(trainer, "autocast", lambda device: torch.autocast(device.type, enabled=False))
     prior = GatedPixelCNN(PriorConfig(grid=(4, 4), codebook_size=7, channels=8, dropout=0.0, head_channels=8))
     codes, positions = torch.randint(7, (5, 4, 4)), torch.rand(5)
@@ -101,7 +101,7 @@ def test_a_batch_in_parts_has_the_loss_and_the_gradient_of_the_whole(monkeypatch
             assert gradient is None or torch.allclose(weight.grad, gradient, atol=1e-6)
 
 
-def test_mirror_turns_about_half_of_the_slices_round():
+def test_random_flip_flips_about_half_of_the_slices():
     """200 tosses: outside 60 to 140 once in 1e8 seeds, and this one is fixed."""
     torch.manual_seed(0)
     slices = torch.arange(8.0).view(1, 1, 4, 2).repeat(200, 1, 1, 1)
@@ -114,7 +114,7 @@ def test_mirror_turns_about_half_of_the_slices_round():
     assert torch.equal(trainer.random_flip(slices, None), slices)
 
 
-def test_varied_slices_are_slices_each_changed_a_little(slices_folder):
+def test_augmentation_changes_each_slice_a_little(slices_folder):
     torch.manual_seed(0)
     slices = load_dataset(str(slices_folder)).train.batch(range(12))
     varied = trainer.augment(slices, torch.randn(12, 6))
@@ -129,7 +129,7 @@ def test_varied_slices_are_slices_each_changed_a_little(slices_folder):
     torch.testing.assert_close(trainer.augment(slices, torch.zeros(12, 6)), slices)
 
 
-def test_what_comes_in_from_outside_is_what_lies_at_the_edge():
+def test_augmentation_pads_by_reflection():
     """Slices that end within the body have no black border afterwards."""
     torch.manual_seed(0)
     variation = 2 * torch.randn(50, 6)
@@ -142,8 +142,8 @@ def test_what_comes_in_from_outside_is_what_lies_at_the_edge():
     torch.testing.assert_close(moved, expected, rtol=0, atol=1e-4)
 
 
-def test_strength_scales_what_is_done_to_slices():
-    """A bright dot off the centre: turning moves it along a circle, and a weak variation not as far as a strong one."""
+def test_augmentation_strength_scales_displacements():
+    """A bright dot off the centre: its displacement by rotation, shift and scaling is proportional to the strength."""
     slices = torch.full((400, 1, 32, 64), -1.0)
     slices[:, :, 16, 56] = 1
 
@@ -165,8 +165,8 @@ def test_strength_scales_what_is_done_to_slices():
     assert abs(weak_columns.std() / columns.std() - 0.25) < 0.05
 
 
-def test_slices_in_the_memory_of_a_gpu_are_the_same(options, slices_folder, monkeypatch):
-    """The path of a GPU, on the CPU."""
+def test_batches_of_slices_held_on_the_device_are_the_same(options, slices_folder, monkeypatch):
+    """The code path of a GPU, on the CPU."""
     given = train.parse_options(arguments(**options))
     feed = trainer.BatchLoader(load_dataset(str(slices_folder)), given, torch.device("cpu"))
     monkeypatch.setattr(trainer, "COPIED_SLICES", 5)  # of 12
@@ -185,7 +185,7 @@ def test_slices_in_the_memory_of_a_gpu_are_the_same(options, slices_folder, monk
 # ---------------------------------------------------------------- checkpoints and validations
 
 
-def test_evaluations_are_evenly_spread(options):
+def test_validations_are_evenly_spaced(options):
     train.main(arguments(**options | {"updates": 47, "prior_updates": 1, "refiner_updates": 2}))
     lines = lines_of(options["run"])
     updates = [line["update"] for line in select(lines, "vqvae", "validate")]
@@ -197,7 +197,7 @@ def test_evaluations_are_evenly_spread(options):
     assert [line["update"] for line in select(lines, "refiner", "validate")] == [1, 2]
 
 
-def test_checkpoints_are_made_every_so_many_updates(options, monkeypatch):
+def test_checkpoint_every_saves_after_that_many_updates(options, monkeypatch):
     saved = []
     real = checkpoints.Run.save
     monkeypatch.setattr(checkpoints.Run, "save", lambda run, **state: (saved.append(state), real(run, **state)))
@@ -207,7 +207,7 @@ def test_checkpoints_are_made_every_so_many_updates(options, monkeypatch):
     assert places == [(stage, update) for stage, updates in expected.items() for update in updates]
 
 
-def test_without_the_option_a_checkpoint_is_made_in_at_most_two_minutes():
+def test_checkpoint_interval_is_at_most_two_minutes_by_default():
     assert trainer.CHECKPOINT_SECONDS <= 120
     stage = trainer.Stage(None, "vqvae", torch.nn.Linear(1, 1), 1000, 0.5, train.parse_options([]))
     stage.update = 7
@@ -217,7 +217,7 @@ def test_without_the_option_a_checkpoint_is_made_in_at_most_two_minutes():
 
 
 @pytest.mark.parametrize(("place", "value"), [("weight", math.nan), ("moment", -math.inf)])
-def test_what_is_not_finite_is_never_saved(tmp_path, value, place):
+def test_non_finite_weights_or_adam_moments_are_never_saved(tmp_path, value, place):
     linear = torch.nn.Linear(2, 2)
     with checkpoints.Run(tmp_path / "run", {"options": {}}, {}) as run:
         stage = trainer.Stage(run, "vqvae", linear, 400, 0.5, train.parse_options([]))
@@ -240,8 +240,8 @@ def test_what_is_not_finite_is_never_saved(tmp_path, value, place):
         ([1.0] * 3 + [0.0] * 7, [900]),
     ],
 )
-def test_a_collapsing_codebook_is_told_of_once(tmp_path, monkeypatch, used, warned):
-    """Validated every 100 updates."""
+def test_codebook_collapse_is_warned_of_once(tmp_path, monkeypatch, used, warned):
+    """The share of codes in use, at validations every 100 updates."""
     said = []
     monkeypatch.setattr(trainer, "say", said.append)
     with checkpoints.Run(tmp_path / "run", {"options": {}}, {}) as run:
@@ -259,7 +259,7 @@ def test_a_collapsing_codebook_is_told_of_once(tmp_path, monkeypatch, used, warn
 # ---------------------------------------------------------------- stop signals
 
 
-def test_a_signal_waits_for_the_end_of_a_short_update(options, monkeypatch):
+def test_a_stop_signal_waits_for_the_end_of_a_short_update(options, monkeypatch):
     monkeypatch.setattr(trainer, "EVALUATIONS", 2)
     train.main(arguments(**options | {"run": options["run"].with_name("unbroken")}))
     places = [("vqvae", 4), ("vqvae", 8), ("prior", 3), ("refiner", 2)]
@@ -275,8 +275,8 @@ def test_a_signal_waits_for_the_end_of_a_short_update(options, monkeypatch):
 
 
 @pytest.mark.parametrize("place", [("vqvae", 4), ("prior", 9), ("refiner", 2)])
-def test_a_second_termination_does_not_cost_the_checkpoint(options, monkeypatch, place):
-    """torchrun and Slurm send SIGTERM twice: here in an update, in a long one (the last), and while it is saved."""
+def test_a_second_sigterm_does_not_lose_the_checkpoint(options, monkeypatch, place):
+    """torchrun and Slurm send SIGTERM twice: in an update, in a long one (the last), and during a save."""
     monkeypatch.setattr(trainer, "EVALUATIONS", 2)
     real = checkpoints.write_tensors
 
@@ -297,7 +297,7 @@ def test_a_second_termination_does_not_cost_the_checkpoint(options, monkeypatch,
     assert (state["stage"], state["update"]) == (place if place != ("prior", 9) else ("prior", 8))
 
 
-def test_a_validation_of_a_minute_delays_no_stop(options, monkeypatch):
+def test_a_stop_signal_interrupts_a_long_validation(options, monkeypatch):
     monkeypatch.setattr(train, "evaluate_vqvae", lambda *_: time.sleep(60))
     threading.Timer(1, send(signal.SIGTERM)).start()
     start = time.monotonic()
@@ -308,8 +308,8 @@ def test_a_validation_of_a_minute_delays_no_stop(options, monkeypatch):
     assert torch.load(options["run"] / "training.pt", weights_only=True)["update"] == 2
 
 
-def test_an_update_of_a_minute_delays_no_stop(options, monkeypatch):
-    """The first one is left in any case, a later one where the one before it took long."""
+def test_a_stop_signal_interrupts_a_long_update(options, monkeypatch):
+    """The first update is left in any case, a later one where the update before it took long."""
     monkeypatch.setattr(trainer, "EVALUATIONS", 1)
     monkeypatch.setattr(trainer, "LONG_SECONDS", 0.2)
     seconds = iter([0.0, 0.3, 60])

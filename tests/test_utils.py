@@ -35,7 +35,7 @@ def test_number_keeps_its_range(parse, good, bad):
         parse("many")
 
 
-def test_numbers_are_of_their_kind():
+def test_number_gives_an_int_or_a_float():
     assert isinstance(number(int, 0)("3"), int)
     assert isinstance(number(float, 0)("3"), float)
     with pytest.raises(ValueError):
@@ -90,14 +90,14 @@ def test_a_device_that_is_not_there(name):
     assert "\n" not in str(error.value)
 
 
-def test_an_error_is_one_line_that_is_safe_to_print():
+def test_run_error_escapes_control_characters():
     assert str(RunError("two\nlines \x1b[31mred\udcff é")) == "two\\nlines \\x1b[31mred\\udcff é"
 
 
 # ---------------------------------------------------------------- seeds, signals, clock
 
 
-def test_an_update_has_its_own_seed():
+def test_seed_update_gives_each_stage_and_update_its_own_random_numbers():
     def drawn(*key):
         seed_update(*key)
         return tuple(torch.rand(4).tolist())
@@ -110,7 +110,7 @@ def test_an_update_has_its_own_seed():
 
 
 @pytest.mark.parametrize(("kind", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_stop_signal_exits_at_once_and_the_handlers_come_back(kind, status):
+def test_a_stop_signal_exits_at_once_and_restores_the_handlers(kind, status):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as stop, StopSignals():
         assert signal.getsignal(kind) not in before
@@ -134,7 +134,7 @@ def test_a_stop_signal_waits_where_it_is_held():
     assert done
 
 
-def test_handlers_come_back_without_a_signal_and_after_an_error():
+def test_handlers_are_restored_without_a_signal_and_after_an_error():
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with pytest.raises(ZeroDivisionError), StopSignals() as signals:
         signals.hold()
@@ -143,7 +143,7 @@ def test_handlers_come_back_without_a_signal_and_after_an_error():
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
-def test_the_second_signal_stops_at_once():
+def test_a_second_interrupt_stops_at_once():
     with pytest.raises(KeyboardInterrupt), StopSignals() as signals:
         signals.hold()
         os.kill(os.getpid(), signal.SIGINT)
@@ -152,7 +152,7 @@ def test_the_second_signal_stops_at_once():
         pytest.fail("went on after the second signal")
 
 
-def test_the_second_interrupt_is_for_who_was_there_before():
+def test_a_second_interrupt_goes_to_the_outer_handler():
     with pytest.raises(SystemExit) as stop, StopSignals(), StopSignals() as inner:
         inner.hold()
         os.kill(os.getpid(), signal.SIGTERM)
@@ -161,8 +161,8 @@ def test_the_second_interrupt_is_for_who_was_there_before():
     assert stop.value.code == 130
 
 
-def test_signals_that_come_together_are_no_error():
-    """Python runs the handlers of both after one another, the second with what the first has left in its place."""
+def test_two_signals_at_once_are_no_error():
+    """Python runs both handlers one after the other, the second with the handlers that the first has installed."""
     with pytest.raises(SystemExit) as stop, StopSignals() as signals:
         signals.hold()
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGINT])
@@ -189,13 +189,13 @@ def say_to(stream, *lines):
             utils.say(line)
 
 
-def test_any_line_can_be_said_whatever_stdout_encodes():
+def test_say_escapes_what_stdout_cannot_encode():
     stream = io.TextIOWrapper(io.BytesIO(), "ascii", write_through=True)
     say_to(stream, "K\u00f6ln \u524d \udcf6 \n")
     assert stream.buffer.getvalue() == rb"K\xf6ln \u524d \udcf6 \n" + b"\n"
 
 
-def test_a_stdout_that_is_gone_ends_nothing():
+def test_say_survives_a_closed_stdout():
     """A reader like `head` that has gone, or a log on a full disk."""
 
     class Full(io.StringIO):
@@ -209,7 +209,7 @@ def test_a_stdout_that_is_gone_ends_nothing():
 
 
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
-def test_further_terminations_are_ignored(first):
+def test_repeated_sigterm_is_ignored(first):
     """torchrun and Slurm send several to a process."""
     with pytest.raises(SystemExit) as stop, StopSignals() as signals:
         signals.hold()
@@ -219,7 +219,7 @@ def test_further_terminations_are_ignored(first):
     assert stop.value.code == 128 + first
 
 
-def test_clock(monkeypatch):
+def test_clock_is_due_after_each_interval(monkeypatch):
     now = [100.0]
     monkeypatch.setattr("utils.time.monotonic", lambda: now[0])
     clock = Clock(60)
@@ -281,8 +281,8 @@ def test_check_folder_says_where_nothing_can_be_written(tmp_path, place):
         utils.check_folder("--out", tmp_path / place)
 
 
-def test_figures_of_one_name_are_written_by_two_at_once(tmp_path):
-    """Runs that share a folder of images: neither takes the other's unfinished file."""
+def test_write_file_has_a_temporary_file_of_its_own(tmp_path):
+    """Two runs that share a folder of figures: neither overwrites the other's temporary file."""
     path = tmp_path / "loss.png"
 
     def write(part):
