@@ -13,7 +13,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import pickle
 import re
 import resource
 import shutil
@@ -25,7 +24,6 @@ import tempfile
 import time
 import traceback
 import warnings
-import zipfile
 import zlib
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
@@ -36,21 +34,23 @@ from shutil import rmtree
 
 import nibabel
 import numpy as np
-import safetensors.torch
 import torch
 from numpy.random import Generator
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the project's files are not installed
 
+from broken_writes import CHECKPOINT_CALLS, half_done
 from conftest import TINY
+from tampering import extend, flip_bits, judge_run, move, pick, resume, set_pixels, tamper, truncate
+from trainings import WEIGHTS
 
 import config
 import phantom
 import predict
 import train
 import trainer
-from checkpoints import Run, read_checkpoint
+from checkpoints import read_checkpoint
 from dataset import DataError, load_dataset, read_slices
 from utils import RunError, writing
 
@@ -95,17 +95,6 @@ def valid_files() -> list[bytes]:
     return [image.to_bytes() for image in written]
 
 
-def pick(rng: Generator, choices):
-    """One of them; rng.choice would make an array of them first, and change their types."""
-    return choices[rng.integers(len(choices))]
-
-
-def flip_bits(rng: Generator, raw: bytearray) -> bytes:
-    for place in rng.integers(8 * len(raw), size=rng.integers(1, 20)).tolist():
-        raw[place // 8] ^= 1 << place % 8
-    return raw
-
-
 def set_fields(rng: Generator, raw: bytearray) -> bytes:
     """Header fields at their extremes."""
     order = "<" if raw[0] else ">"
@@ -127,13 +116,6 @@ def set_fields(rng: Generator, raw: bytearray) -> bytes:
     return raw
 
 
-def set_pixels(rng: Generator, raw: bytearray) -> bytes:
-    """Bytes of all ones, which are NaN in floats, or zeros, or any."""
-    start, length = int(rng.integers(len(raw))), int(rng.integers(1, 64))
-    raw[start : start + length] = pick(rng, (b"\xff" * length, bytes(length), rng.bytes(length)))
-    return raw
-
-
 def swap_bytes(rng: Generator, raw: bytearray) -> bytes:
     """The header, or part of it, in the other byte order."""
     width, start, end = pick(rng, (2, 4, 8)), pick(rng, (0, 4, 40)), pick(rng, (4, 40, 56, 348, len(raw)))
@@ -143,24 +125,10 @@ def swap_bytes(rng: Generator, raw: bytearray) -> bytes:
     return raw
 
 
-def truncate(rng: Generator, raw: bytearray) -> bytes:
-    return raw[: pick(rng, (rng.integers(400), rng.integers(len(raw)), len(raw) - 1))]
-
-
-def extend(rng: Generator, raw: bytearray) -> bytes:
-    return raw + pick(rng, (rng.bytes(rng.integers(1, 5000)), bytes(rng.integers(1, 100_000)), raw))
-
-
 def splice(rng: Generator, raw: bytearray) -> bytes:
     """The beginning of one file and the end of another."""
     other = pick(rng, valid_files())
     return raw[: rng.integers(len(raw))] + other[rng.integers(len(other)) :]
-
-
-def move(rng: Generator, raw: bytearray) -> bytes:
-    """A stretch taken out, or put in twice."""
-    start, length = rng.integers(len(raw)), rng.integers(1, 100)
-    return raw[:start] + raw[start + length * pick(rng, (1, -1)) :]
 
 
 MUTATIONS = (flip_bits, set_fields, set_fields, set_fields, set_pixels, swap_bytes, truncate, extend, splice, move)
@@ -358,16 +326,6 @@ def files(count: int | None, seed: int) -> dict:
 
 # ---------------------------------------------------------------- runs: killed, starved of disk, tampered with
 
-CHECKPOINT_CALLS = (  # all through which a run's files are written, and read back
-    (Path, "write_bytes"),
-    (Path, "write_text"),
-    (Path, "read_bytes"),
-    (os, "fsync"),
-    (os, "replace"),
-    (os, "truncate"),
-    (Run, "log"),
-)
-WEIGHTS = ("vqvae.safetensors", "prior.safetensors", "refiner.safetensors")
 IN_STAGES = ("in_vqvae", "in_prior", "in_refiner")
 STOP_SECONDS = 5
 LOAD_SECONDS = 5
@@ -463,16 +421,6 @@ def on_calls(act: Callable[[int, Callable, tuple], object]) -> None:
     for place, name in CHECKPOINT_CALLS:
         real = getattr(place, name)
         setattr(place, name, lambda *given, real=real: act(next(numbers), real, given))
-
-
-def half_done(real: Callable, given: tuple) -> None:
-    """What is left of a call that did not come to its end."""
-    if real.__name__ in ("write_bytes", "write_text"):
-        path, content = given
-        real(path, content[: len(content) // 2])
-    elif real.__name__ == "log":
-        with open(given[0].log_path, "a") as file:
-            file.write('{"stage": "vq')
 
 
 def kill_at(number: int, moment: str) -> Callable[[], None]:
@@ -652,208 +600,7 @@ def fill(ballast: Path, left: int) -> None:
     ballast.write_bytes(bytes(max(free - left, 0)))
 
 
-# What a field may be set to; JSON takes them all.
-EXTREMES = (0, 1, -1, 2, 7, 10**6, 10**9, 2**63, 10**40, 0.5, -0.5, 1e-300, 1e300, float("nan"), float("inf"), None)
-EXTREMES += (True, False, "", "1", "x" * 5000, "\n\x1b[2J\ud800", [], {}, [[]], [1, 2], [10**6] * 2, {"a": 1})
-
-
-def leaves(value, place=()):
-    """The places of all values in nested lists and dicts."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [place] * bool(place) + [leaf for key, below in items for leaf in leaves(below, (*place, key))]
-
-
-def set_value(rng: Generator, nested: dict) -> None:
-    """A value of nested lists and dicts taken out, put in, or set to an extreme one."""
-    *above, last = pick(rng, leaves(nested))
-    for key in above:
-        nested = nested[key]
-    way = rng.random()
-    if way < 0.1:
-        del nested[last]
-    elif way < 0.2 and isinstance(nested, dict):
-        nested[pick(rng, ("colour", "__class__", "x" * 300, "a\nb", "../config"))] = pick(rng, EXTREMES)
-    else:
-        nested[last] = pick(rng, EXTREMES)
-
-
-def tamper_with_text(rng: Generator, path: Path, canary: Path) -> bool:
-    """JSON that is well-formed but holds other values, or is nested without end."""
-    lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
-    values = [json.loads(line) for line in lines]
-    if not values or rng.random() < 0.05:
-        path.write_text(pick(rng, ("[" * 100_000, '{"a":' * 100_000, "1" * 100_000, '"' + "\\ud800" * 1000 + '"')))
-        return True
-    for _ in range(rng.integers(1, 4)):
-        set_value(rng, pick(rng, values) or values[0])
-    path.write_text("\n".join(map(json.dumps, values)) + "\n")
-    return False
-
-
-def tamper_with_weights(rng: Generator, path: Path, canary: Path) -> bool:
-    """A well-formed safetensors file of other tensors, or with another config."""
-    with safetensors.safe_open(path, "pt") as file:
-        tensors, header = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
-    if rng.random() < 0.4:
-        config = json.loads(header["config"])
-        for _ in range(rng.integers(1, 3)):
-            set_value(rng, config)
-        header["config"] = json.dumps(config)
-    else:
-        tamper_with_tensors(rng, tensors)
-    if rng.random() < 0.5:  # as its writer would have made it
-        config = json.loads(header["config"]) | {"checksum": None}
-        header["config"] = json.dumps(config)
-    safetensors.torch.save_file({name: tensor.clone() for name, tensor in tensors.items()}, path, header)
-    return False
-
-
-def tamper_with_tensors(rng: Generator, tensors: dict) -> None:
-    name, other = pick(rng, list(tensors)), pick(rng, list(tensors))
-    tensor = tensors[name]
-    ways = (
-        lambda: {name: tensors[other], other: tensor},
-        lambda: {"more": tensor, "../more": tensor},
-        lambda: {name: tensor[..., None] if tensor.ndim < 3 else tensor.flatten()},
-        lambda: {name: torch.zeros(3, 5)},
-        lambda: {name: tensor.double()},
-        lambda: {name: tensor.bfloat16()},
-        lambda: {name: torch.full_like(tensor, pick(rng, (torch.nan, torch.inf)))},
-        lambda: {name: torch.zeros(0)},
-    )
-    changed = pick(rng, ways)()
-    del tensors[name]
-    tensors.update(changed)
-
-
-def tamper_with_checkpoint(rng: Generator, path: Path, canary: Path) -> bool:
-    """A well-formed checkpoint of other values or tensors, or one that would run code or take all memory."""
-    state = torch.load(path, weights_only=True)
-    way = rng.random()
-    if way < 0.3:
-        torch.save(state | {"update": Evil(canary)}, path, _use_new_zipfile_serialization=rng.random() < 0.7)
-        return True
-    if way < 0.4:
-        pick(rng, (plain_pickle, hungry_pickle, doubling_pickle, swelling_zip))(path, canary)
-        return True
-    if way < 0.6 and state["stage"] != "done":
-        networks = [state[name] for name in ("model", "averaged") if name in state]
-        tamper_with_tensors(rng, pick(rng, [*networks, pick(rng, list(state["optimiser"].values()))]))
-    else:
-        plain = {name: value for name, value in state.items() if name not in ("model", "optimiser")}
-        set_value(rng, plain)
-        state = {name: state[name] for name in state.keys() & {"model", "optimiser"}} | plain
-    torch.save(state, path)
-    return False
-
-
-class Evil:
-    """What leaves a folder behind where a pickle of it is loaded."""
-
-    def __init__(self, canary: Path):
-        self.canary = canary
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.canary),)
-
-
-def plain_pickle(path: Path, canary: Path) -> None:
-    path.write_bytes(pickle.dumps(Evil(canary)))
-
-
-def zip_of(path: Path, pickled: bytes, storage: bytes = b"", compression: int = zipfile.ZIP_STORED) -> None:
-    """A checkpoint file of that pickle and one storage."""
-    with zipfile.ZipFile(path, "w", compression) as file:
-        for name, content in (("data.pkl", pickled), ("version", b"3\n"), ("data/0", storage)):
-            file.writestr(f"archive/{name}", content)
-
-
-def hungry_pickle(path: Path, canary: Path) -> None:
-    """Asks for 100 GB by means that weights_only allows."""
-    zip_of(path, b"\x80\x02c__builtin__\nbytearray\n\x8a\x06\x00\x00\x00\x00\x17\x00\x85R.")
-
-
-def doubling_pickle(path: Path, canary: Path) -> None:
-    """Names a list again and again, each time to be copied."""
-    pairs = b"]q\x00(" + b"K\x01K\x02\x86" * 50_000 + b"e"
-    zip_of(path, b"\x80\x02" + pairs + b"ccollections\nOrderedDict\nq\x01" + b"h\x01h\x00\x85R" * 50_000 + b".")
-
-
-def swelling_zip(path: Path, canary: Path) -> None:
-    zip_of(path, b"\x80\x02N.", bytes(100 << 20), zipfile.ZIP_DEFLATED)
-
-
-def tamper_with_bytes(rng: Generator, path: Path, canary: Path) -> bool:
-    """A file damaged, cut, lengthened, mixed with another, or evil from its first byte."""
-    content = bytearray(path.read_bytes()) or bytearray(b"\0")
-    other = pick(rng, [file for file in sorted(path.parent.iterdir()) if file.is_file()])
-    if rng.random() < 0.1:
-        plain_pickle(path, canary)
-        return True
-    if path.suffix == ".safetensors" and rng.random() < 0.2:  # its header's length, or its JSON
-        place = int(rng.integers(8 + int.from_bytes(content[:8], "little")))
-        content[place] ^= 1 << int(rng.integers(8))
-        path.write_bytes(content)
-        return False
-    way = pick(rng, (flip_bits, flip_bits, set_pixels, truncate, truncate, extend, move, None))
-    path.write_bytes(way(rng, content) if way else other.read_bytes())
-    return False
-
-
-def tamper_with_place(rng: Generator, path: Path, canary: Path) -> bool:
-    """Something else where a file should be."""
-    path.unlink()
-    ways = (
-        lambda: None,
-        path.mkdir,
-        lambda: os.mkfifo(path),
-        lambda: path.symlink_to("/dev/zero"),
-        lambda: path.symlink_to(canary.with_name("outside")),
-        lambda: path.symlink_to(path),
-        lambda: os.truncate(os.open(path, os.O_CREAT | os.O_WRONLY), 40 << 30),  # 40 GB that take no room
-    )
-    pick(rng, ways)()
-    return False
-
-
 READ_BY_PREDICT = ("config.json", *WEIGHTS)
-
-
-def tamper(rng: Generator, run: Path, canary: Path) -> tuple[str, bool]:
-    """Tampers with a file of a run; gives its name, and whether it then has to be refused."""
-    names = [file.name for file in sorted(run.iterdir()) if file.suffix in (".json", ".jsonl", ".safetensors", ".pt")]
-    path = run / pick(rng, names)
-    kinds = {".pt": tamper_with_checkpoint, ".safetensors": tamper_with_weights}
-    way = pick(rng, (kinds.get(path.suffix, tamper_with_text),) * 3 + (tamper_with_bytes,) * 2 + (tamper_with_place,))
-    evil = way(rng, path, canary)
-    if path.name == "data.json":  # which is read only where the data changed
-        config = json.loads((run / "config.json").read_text())
-        (run / "config.json").write_text(json.dumps(config | {"fingerprint": "0"}))
-    if path.name == "training.pt":  # else the one before it would be used
-        (run / "training.pt.before").unlink()
-        if path.is_file() and not path.is_symlink() and path.stat().st_size < 10**9:
-            shutil.copy(path, run / "training.pt.before")
-    return path.name, evil
-
-
-class Resumed(BaseException):
-    """A run was loaded, and would go on."""
-
-
-def judge_run(load: Callable[[], None], run: Path) -> tuple[str, str]:
-    """What comes of it: "loaded", "refused" or "crashed", and how."""
-    try:
-        load()
-    except Resumed:
-        pass
-    except (RunError, DataError) as refusal:
-        message = str(refusal)
-        if message.isprintable() and len(message) < 1000 and str(run) in message:
-            return "refused", message
-        return "crashed", f"the message is not one line that names the run: {message!r}"
-    except BaseException:
-        return "crashed", traceback.format_exc()
-    return "loaded", ""
 
 
 def measure(task: Callable[[], tuple[str, str]], seconds: int = GIVE_UP_SECONDS) -> tuple[str, str, float, float]:
@@ -946,16 +693,6 @@ def unread(base: Path) -> set[tuple[str, str]]:
     """Which files a command does not look at in a run that has come so far."""
     read = ["vqvae.safetensors"] if base.name in ("prior", "refiner") else []
     return {("train.py", name) for name in WEIGHTS if name not in read}
-
-
-def resume(arguments: list[str]) -> None:
-    """Goes on with a training as far as its first update."""
-
-    def updates(stage: trainer.Stage):
-        raise Resumed
-
-    trainer.Stage.updates = updates
-    train.main(arguments)
 
 
 def memory_of(task: Callable[[Callable[[], None]], object]) -> list[float]:

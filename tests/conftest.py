@@ -99,3 +99,22 @@ def complaint(monkeypatch, capsys):
         return error
 
     return run
+
+
+def make_quick(patch):
+    """Without figures and TensorBoard, which take most of the time of a tiny training."""
+    patch.setattr(trainer, "tensorboard", lambda *_: None)
+    for name in ("write_vqvae_figures", "prior_loss_figure", "write_refiner_figures"):
+        patch.setattr(train, name, lambda *_: None)
+
+
+def options_of(data, run, preset):
+    images = run.with_name("images")
+    return {"data": data, "run": run, "images": images, "preset": preset, "batch_size": 5, "device": "cpu"}
+
+
+@pytest.fixture
+def options(tmp_path, slices_folder, tiny_preset, monkeypatch):
+    """Of a training like the `trained` one, elsewhere."""
+    make_quick(monkeypatch)
+    return options_of(slices_folder, tmp_path / "run", tiny_preset)

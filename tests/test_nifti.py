@@ -276,3 +276,12 @@ def test_a_gzip_with_a_long_name_is_bounded(tmp_path, length):
         assert "far longer than its content" in reason(path)
     else:
         np.testing.assert_array_equal(read(path).image, picture(1))
+
+
+@pytest.mark.parametrize(("columns", "axis"), [("xyz", 2), ("yxz", 3), ("zyx", None)])
+def test_left_right_axis(columns, axis):
+    """The first axis of a slice is axis 2 of a batch; where none of both runs from side to side there is none."""
+    affine = np.eye(4)
+    affine[:3, :3] = np.eye(3)[:, ["xyz".index(column) for column in columns]]
+    affine[:3, :3] *= -2.5
+    assert nifti.left_right_axis(affine) == axis

@@ -1,4 +1,4 @@
-"""Whole trainings of a second each: what they write, that stopping changes nothing, and what they refuse."""
+"""train.py: whole trainings of a second each: what they write, that stopping changes nothing, and what they refuse."""
 
 import errno
 import itertools
@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import zipfile
 from collections import Counter
@@ -22,10 +21,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from campaign import CHECKPOINT_CALLS, WEIGHTS, half_done, judge_run, resume, tamper
-from conftest import VQVAE_TINY
+from broken_writes import CHECKPOINT_CALLS, half_done
+from conftest import VQVAE_TINY, make_quick, options_of
 from matplotlib.image import imread
 from safetensors.torch import load_file
+from tampering import judge_run, resume, tamper
+from trainings import UPDATES, WEIGHTS, arguments, assert_same_run, at_updates, lines_of, same_weights, select, send
 
 import checkpoints
 import config
@@ -48,41 +49,6 @@ VQVAE_LOSSES = {"reconstruction_loss", "embedding_loss", "total_loss"}
 VQVAE_METRICS = VQVAE_LOSSES | {"ssim", "psnr", "codes_used", "perplexity"}
 PRIOR_LOSSES = {"nats_per_code", "bits_per_code"}
 REFINER_LOSSES = {"flow_loss"}
-UPDATES = {"vqvae": 12, "prior": 9, "refiner": 6}  # of the tiny preset
-
-
-def arguments(**options):
-    texts = []
-    for name, value in options.items():
-        texts += [f"--{name.replace('_', '-')}", *(str(value).split() if isinstance(value, str) else [str(value)])]
-    return texts
-
-
-def lines_of(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def select(lines, stage, split):
-    return [line for line in lines if (line["stage"], line["split"]) == (stage, split)]
-
-
-def make_quick(patch):
-    """Without figures and TensorBoard, which take most of the time of a tiny training."""
-    patch.setattr(trainer, "tensorboard", lambda *_: None)
-    for name in ("write_vqvae_figures", "prior_loss_figure", "write_refiner_figures"):
-        patch.setattr(train, name, lambda *_: None)
-
-
-def options_of(data, run, preset):
-    images = run.with_name("images")
-    return {"data": data, "run": run, "images": images, "preset": preset, "batch_size": 5, "device": "cpu"}
-
-
-@pytest.fixture
-def options(tmp_path, slices_folder, tiny_preset, monkeypatch):
-    """Of a training like the `trained` one, elsewhere."""
-    make_quick(monkeypatch)
-    return options_of(slices_folder, tmp_path / "run", tiny_preset)
 
 
 # ---------------------------------------------------------------- what a training writes
@@ -118,7 +84,7 @@ def test_the_config_is_written_before_anything_is_trained(options, monkeypatch):
         train.main(arguments(**options))
 
 
-def test_metrics_have_the_promised_names(trained):
+def test_metrics_have_the_documented_names(trained):
     lines = lines_of(trained.run)
     names = {}
     for line in lines:
@@ -160,23 +126,11 @@ def test_validation_is_also_made_after_the_last_update(trained):
             assert updates[-1] == last
 
 
-def test_evaluations_are_evenly_spread(options):
-    train.main(arguments(**options | {"updates": 47, "prior_updates": 1, "refiner_updates": 2}))
-    lines = lines_of(options["run"])
-    updates = [line["update"] for line in select(lines, "vqvae", "validate")]
-    warm_up = 47 // 6
-    assert updates[0] <= warm_up + 3
-    assert updates[-1] == 47
-    assert set(np.diff(updates)) <= {2, 3}
-    assert [line["update"] for line in select(lines, "prior", "validate")] == [1]
-    assert [line["update"] for line in select(lines, "refiner", "validate")] == [1, 2]
-
-
 def best_line(lines, stage, name):
     return min(select(lines, stage, "validate"), key=lambda line: line[name])
 
 
-def test_the_weights_are_those_that_were_measured(trained):
+def test_saved_weights_reproduce_the_best_validation_line(trained):
     """The best validation line of each stage again, from the saved weights, of the VQ-VAE in single precision."""
     vqvae = load_weights(trained.run / "vqvae.safetensors", VQVAE, VQVAEConfig)
     prior = load_weights(trained.run / "prior.safetensors", GatedPixelCNN, PriorConfig)
@@ -223,12 +177,8 @@ def make_the_third_best(monkeypatch, evaluate):
     return measured
 
 
-def same_weights(weights, others):
-    return weights.keys() == others.keys() and all(torch.equal(weights[name], others[name]) for name in weights)
-
-
 @pytest.mark.parametrize(("stage", "evaluate", "loss"), BEST)
-def test_the_weights_kept_are_those_of_the_best_validation_loss(options, monkeypatch, stage, evaluate, loss):
+def test_the_weights_of_the_best_validation_loss_are_kept(options, monkeypatch, stage, evaluate, loss):
     measured = make_the_third_best(monkeypatch, evaluate)
     train.main(arguments(**options))
     logged = [line[loss] for line in select(lines_of(options["run"]), stage, "validate")]
@@ -239,7 +189,7 @@ def test_the_weights_kept_are_those_of_the_best_validation_loss(options, monkeyp
 
 
 @pytest.mark.parametrize(("stage", "evaluate", "update"), [("vqvae", 0, 7), ("prior", 1, 5), ("refiner", 2, 5)])
-def test_the_best_weights_outlive_a_stop(options, monkeypatch, stage, evaluate, update):
+def test_the_best_weights_survive_a_stop(options, monkeypatch, stage, evaluate, update):
     """A run that is resumed at its fifth evaluation of a stage has to keep the weights of the third."""
     measured = make_the_third_best(monkeypatch, BEST[evaluate][1])
     at_updates(monkeypatch, {(stage, update): send(signal.SIGTERM)})
@@ -251,8 +201,8 @@ def test_the_best_weights_outlive_a_stop(options, monkeypatch, stage, evaluate, 
     assert same_weights(load_file(options["run"] / f"{stage}.safetensors"), measured[2])
 
 
-def test_later_stages_get_the_best_vqvae(options, monkeypatch):
-    """Not the one of the last update."""
+def test_prior_and_refiner_train_on_the_best_vqvae(options, monkeypatch):
+    """And not on the VQ-VAE of the last update."""
     measured, given = make_the_third_best(monkeypatch, "evaluate_vqvae"), []
     for name in ("train_prior", "train_refiner"):
         monkeypatch.setattr(train, name, lambda run, state, vqvae, *_: given.append(vqvae.state_dict()))
@@ -297,40 +247,6 @@ def test_losses_fall(options, monkeypatch):
     assert min(validated) < 0.95 * validated[0]
 
 
-def test_the_rate_rises_and_falls_to_nothing():
-    weight = torch.nn.Linear(1, 1)
-    stage = trainer.Stage(None, "vqvae", weight, 400, 0.5, train.parse_options([]))
-    rates = []
-    for stage.update in range(1, 401):
-        stage.step([weight(torch.ones(1)).square().sum()])
-        rates.append(stage.optimiser.param_groups[0]["lr"])
-    assert rates[0] == pytest.approx(0.5 / 50)
-    assert rates[24] == pytest.approx(0.25, rel=0.02)
-    assert rates[200] == pytest.approx(0.25)
-    assert 0 < rates[-1] < 1e-4
-    assert np.argmax(rates) == 49
-    assert (np.diff(rates[:50]) > 0).all()
-    assert (np.diff(rates[49:]) < 0).all()
-
-
-def test_a_batch_in_parts_has_the_loss_and_the_gradient_of_the_whole(monkeypatch):
-    """Five slices of 16 codes in parts of 2, 2 and 1, without autocast, whose rounding would differ."""
-    monkeypatch.setattr(trainer, "autocast", lambda device: torch.autocast(device.type, enabled=False))
-    prior = GatedPixelCNN(PriorConfig(grid=(4, 4), codebook_size=7, channels=8, dropout=0.0, head_channels=8))
-    codes, positions = torch.randint(7, (5, 4, 4)), torch.rand(5)
-    whole = F.cross_entropy(prior(codes, positions), codes)
-    expected = torch.autograd.grad(whole, list(prior.parameters()), allow_unused=True)
-    for size, count in ((33, 3), (8, 5), (80, 1)):
-        monkeypatch.setattr(trainer, "MICRO_BATCH_CODES", size)
-        prior.zero_grad()
-        losses = list(trainer.micro_batches(prior.nll, codes, positions))
-        assert len(losses) == count
-        sum(losses).backward()
-        assert sum(losses).item() == pytest.approx(whole.item(), rel=1e-5)
-        for weight, gradient in zip(prior.parameters(), expected):
-            assert gradient is None or torch.allclose(weight.grad, gradient, atol=1e-6)
-
-
 def test_evaluation_does_not_depend_on_the_batch_size(trained):
     vqvae = load_weights(trained.run / "vqvae.safetensors", VQVAE, VQVAEConfig)
     prior = load_weights(trained.run / "prior.safetensors", GatedPixelCNN, PriorConfig)
@@ -347,7 +263,7 @@ def test_evaluation_does_not_depend_on_the_batch_size(trained):
         assert train.evaluate_prior(prior, codes, positions, batch_size) == pytest.approx(nats, rel=1e-3)
 
 
-def test_detail_is_always_validated_with_the_same_noise(trained):
+def test_refiner_validation_always_uses_the_same_noise(trained):
     vqvae = load_weights(trained.run / "vqvae.safetensors", VQVAE, VQVAEConfig)
     refiner = load_weights(trained.run / "refiner.safetensors", Refiner, RefinerConfig)
     slices, cpu = load_dataset(str(trained.data), None, (4, 4), 0).train, torch.device("cpu")
@@ -362,7 +278,7 @@ def test_detail_is_always_validated_with_the_same_noise(trained):
     assert train.evaluate_refiner(refiner, vqvae, slices, other, cpu) != losses[0]
 
 
-def test_a_loss_of_detail_is_the_mean_over_slices_and_not_over_batches(trained, monkeypatch):
+def test_validation_flow_loss_is_the_mean_over_slices_and_not_over_batches(trained, monkeypatch):
     """Batches of 5, 5 and 2 slices; the loss of each is its number."""
     vqvae, batches = load_weights(trained.run / "vqvae.safetensors", VQVAE, VQVAEConfig), itertools.count(1)
     monkeypatch.setattr(Refiner, "loss", lambda *_: torch.tensor(float(next(batches))))
@@ -371,8 +287,8 @@ def test_a_loss_of_detail_is_the_mean_over_slices_and_not_over_batches(trained, 
     assert loss == pytest.approx((5 * 1 + 5 * 2 + 2 * 3) / 12)
 
 
-def test_the_spread_of_detail_is_measured_on_decoded_training_slices(trained, monkeypatch):
-    """24 slices are each of the 12 twice; they, their codes and what these are decoded to, but for bfloat16."""
+def test_residual_std_is_fitted_on_decoded_training_slices(trained, monkeypatch):
+    """24 slices are each of the 12 twice; slices, codes and decoded slices agree up to bfloat16."""
     vqvae = load_weights(trained.run / "vqvae.safetensors", VQVAE, VQVAEConfig)
     data, cpu = load_dataset(str(trained.data), None, (4, 4), 0), torch.device("cpu")
     every = data.train.batch(range(12))
@@ -395,7 +311,7 @@ def test_the_spread_of_detail_is_measured_on_decoded_training_slices(trained, mo
     assert saved.std() > 0.1 * saved.mean() > 0  # codes differ
 
 
-def test_the_figure_of_detail_shows_what_its_strips_are_called(trained, tmp_path, monkeypatch):
+def test_refinement_figure_strips_match_their_names(trained, tmp_path, monkeypatch):
     vqvae = load_weights(trained.run / "vqvae.safetensors", VQVAE, VQVAEConfig)
     refiner = load_weights(trained.run / "refiner.safetensors", Refiner, RefinerConfig)
     slices, drawn = load_dataset(str(trained.data)).validate, []
@@ -415,8 +331,8 @@ def test_the_figure_of_detail_shows_what_its_strips_are_called(trained, tmp_path
         np.testing.assert_allclose(strip, pictures[:, 0].numpy(), atol=1e-5)
 
 
-def test_detail_is_learnt_of_slices_as_they_are(options, monkeypatch):
-    """Mirrored, but not varied: what was turned or stretched has been smoothed. The prior's are varied.
+def test_augmentation_is_for_the_prior_only(options, monkeypatch):
+    """The refiner's slices are flipped, but not augmented: rotation and scaling smooth them. The prior's are augmented.
 
     Of the batch's five slices each update of prior and refiner sees two, a quarter rounded up.
     """
@@ -439,91 +355,7 @@ def test_describe_positions():
     assert train.describe_positions(np.array([np.nan, np.nan])) == {"quantiles": [], "unknown": 1}
 
 
-def test_mirror_turns_about_half_of_the_slices_round():
-    """200 tosses: outside 60 to 140 once in 1e8 seeds, and this one is fixed."""
-    torch.manual_seed(0)
-    slices = torch.arange(8.0).view(1, 1, 4, 2).repeat(200, 1, 1, 1)
-    for axis in (2, 3):
-        mirrored = trainer.random_flip(slices, axis)
-        turned = (mirrored == slices.flip(axis)).flatten(1).all(1)
-        kept = (mirrored == slices).flatten(1).all(1)
-        assert (turned ^ kept).all()
-        assert 60 < turned.sum() < 140
-    assert torch.equal(trainer.random_flip(slices, None), slices)
-
-
-def test_averaged_weights_forget_the_first_ones_soon():
-    """Weights that are 1 after a start at 0: by hand, and nearly there after a few updates."""
-    layer = torch.nn.Linear(1, 1, bias=False)
-    torch.nn.init.zeros_(layer.weight)
-    average = trainer.EMA(layer, 0.99)
-    torch.nn.init.ones_(layer.weight)
-    expected = 0.0
-    for update in range(1, 2000):
-        average.follow(update)
-        expected += (1 - expected) * max(0.01, 9 / (9 + update))
-        if update in (1, 5, 30, 1999):
-            assert average.network.weight.item() == pytest.approx(expected, abs=1e-5)
-        if update == 30:
-            assert expected > 0.9999
-    assert layer.weight.item() == 1
-
-
-@pytest.mark.parametrize("length, kept", [(0.5, 0.5), (1.0, 1.0), (1e4, 1.0)])
-def test_a_step_cuts_long_gradients_of_all_weights_together(length, kept):
-    """The gradient's length is that of both weights; Adam's first moment is a tenth of it after the first step."""
-    layer = torch.nn.Linear(1, 1)
-    stage = trainer.Stage(None, "prior", layer, 400, 8e-3, train.parse_options([]))
-    stage.update = 1
-    stage.step([0.6 * length * layer.weight.sum(), 0.8 * length * layer.bias.sum()])  # of two parts of a batch
-    moments = [stage.optimiser.state[weight]["exp_avg"].item() for weight in layer.parameters()]
-    assert moments == pytest.approx([0.06 * kept, 0.08 * kept])
-
-
-def test_a_stage_averages_the_weights_that_it_is_asked_to():
-    layer = torch.nn.Linear(3, 1)
-    options = train.parse_options([])
-    stage = trainer.Stage(None, "refiner", layer, 400, 0.5, options, averaged=True)
-    expected = trainer.EMA(layer, 0.99)
-    for stage.update in range(1, 6):
-        stage.step([layer(torch.ones(3)).square().sum()])
-        expected.follow(stage.update)
-        averaged = stage.networks["averaged"]
-        assert same_weights(averaged.state_dict(), expected.network.state_dict())
-    assert not same_weights(averaged.state_dict(), layer.state_dict())
-    assert stage.tensors().keys() == {"model", "averaged", "optimiser"}
-    assert trainer.Stage(None, "vqvae", layer, 400, 0.5, options).tensors().keys() == {"model", "optimiser"}
-
-
-def test_varied_slices_are_slices_each_changed_a_little(slices_folder):
-    torch.manual_seed(0)
-    slices = load_dataset(str(slices_folder)).train.batch(range(12))
-    varied = trainer.augment(slices, torch.randn(12, 6))
-    assert varied.shape == slices.shape
-    assert varied.min() >= -1
-    assert varied.max() <= 1
-    change = (varied - slices).square().mean((1, 2, 3))
-    other = (slices.roll(4, 0) - slices).square().mean((1, 2, 3))  # another patient's
-    assert (change > 0).all()
-    assert change.mean() < other.mean()
-    assert len(change.unique()) == 12
-    torch.testing.assert_close(trainer.augment(slices, torch.zeros(12, 6)), slices)
-
-
-def test_what_comes_in_from_outside_is_what_lies_at_the_edge():
-    """Slices that end within the body have no black border afterwards."""
-    torch.manual_seed(0)
-    variation = 2 * torch.randn(50, 6)
-    variation[:, 5] = 0  # contrast stays
-    slices = torch.full((50, 1, 32, 16), -0.5)
-    torch.testing.assert_close(trainer.augment(slices, variation), slices)
-    columns = torch.linspace(-1, 1, 20).expand(1, 1, 8, 20)
-    moved = trainer.augment(columns, torch.tensor([[0.0, 0, 0, 10, 0, 0]]))  # by 0.15 of the width, 3 columns
-    expected = torch.cat([columns[..., 3:], columns[..., 17:].flip(3)], 3)  # a mirror image
-    torch.testing.assert_close(moved, expected, rtol=0, atol=1e-4)
-
-
-def test_the_axis_that_slices_are_mirrored_along_is_said():
+def test_the_flip_axis_is_reported():
     lying = np.diag([-1.0, 1, 1, 1])
     assert "along their first axis" in train.describe_flip(lying)
     assert "along their second axis" in train.describe_flip(lying[:, [1, 0, 2, 3]])
@@ -531,53 +363,13 @@ def test_the_axis_that_slices_are_mirrored_along_is_said():
 
 
 @pytest.mark.parametrize("share, warned", [(1.0, True), (0.96, True), (0.94, False), (0.5, False)])
-def test_a_prior_that_has_learned_nothing_is_warned_of(capsys, share, warned):
+def test_a_prior_no_better_than_code_frequencies_is_warned_of(capsys, share, warned):
     """Codes that are used equally often cost log K nats by their frequencies alone."""
     codes = torch.arange(16).repeat(8).view(2, 8, 8)
     train.warn_if_unigram(share * math.log(16), codes, 16)
     assert ("warning: the prior has learned hardly more" in capsys.readouterr().out) == warned
     train.warn_if_unigram(share * math.log(16), codes[:1], 16)  # too few to tell
     assert capsys.readouterr().out == ""
-
-
-def test_strength_scales_what_is_done_to_slices():
-    """A bright dot off the centre: turning moves it along a circle, and a weak variation not as far as a strong one."""
-    slices = torch.full((400, 1, 32, 64), -1.0)
-    slices[:, :, 16, 56] = 1
-
-    def places(strength):
-        torch.manual_seed(0)
-        light = (trainer.augment(slices, strength * torch.randn(400, 6))[:, 0] + 1).double()
-        light = light / light.sum((1, 2), keepdim=True)
-        rows = (light.sum(2) * torch.arange(32)).sum(1)
-        columns = (light.sum(1) * torch.arange(64)).sum(1)
-        return rows, columns
-
-    # A turn of 0.06 rad at 24 pixels is 1.4 rows, a shift 0.5 of 32 rows: 1.5 in all. A stretch of 5 % is 1.2 columns,
-    # a shift 1 of 64: 1.6. Standard deviations of 400 draws lie within 15 % (four times their error of 3.5 %).
-    rows, columns = places(1.0)
-    assert abs(rows.std() / 1.52 - 1) < 0.15
-    assert abs(columns.std() / 1.55 - 1) < 0.15
-    weak_rows, weak_columns = places(0.25)
-    assert abs(weak_rows.std() / rows.std() - 0.25) < 0.05
-    assert abs(weak_columns.std() / columns.std() - 0.25) < 0.05
-
-
-def test_slices_in_the_memory_of_a_gpu_are_the_same(options, slices_folder, monkeypatch):
-    """The path of a GPU, on the CPU."""
-    given = train.parse_options(arguments(**options))
-    feed = trainer.BatchLoader(load_dataset(str(slices_folder)), given, torch.device("cpu"))
-    monkeypatch.setattr(trainer, "COPIED_SLICES", 5)  # of 12
-    for update in (1, 2, 9):
-        torch.manual_seed(update)
-        slices, *told = feed(update, augmentation=1.0)
-        feed.pixels = trainer.to_device(feed.train.pixels, feed.device)
-        torch.manual_seed(update)
-        resident, *told_again = feed(update, augmentation=1.0)
-        feed.pixels = None
-        assert torch.equal(slices, resident)
-        assert all(map(torch.equal, told, told_again))
-        assert slices.shape == (given.batch_size, 1, 64, 32)
 
 
 def test_the_seed_decides(options, trained):
@@ -589,31 +381,6 @@ def test_the_seed_decides(options, trained):
 
 
 # ---------------------------------------------------------------- stopping and going on
-
-
-def assert_same_run(run, other):
-    for name in WEIGHTS:
-        here, there = load_file(run / name), load_file(other / name)
-        assert here.keys() == there.keys()
-        for key in here:
-            assert torch.equal(here[key], there[key]), key
-    assert (run / "metrics.jsonl").read_text() == (other / "metrics.jsonl").read_text()
-
-
-def at_updates(monkeypatch, hooks):
-    """Call each hook once, as its (stage, update) begins."""
-    real = trainer.seed_update
-
-    def seed_update(seed, stage, update):
-        real(seed, stage, update)
-        if (stage, update) in hooks:
-            hooks.pop((stage, update))()
-
-    monkeypatch.setattr(trainer, "seed_update", seed_update)
-
-
-def send(kind):
-    return lambda: os.kill(os.getpid(), kind)
 
 
 STOPS = [
@@ -629,7 +396,7 @@ STOPS = [
 
 
 @pytest.mark.parametrize("stops", STOPS)
-def test_a_stopped_and_resumed_run_equals_one_without_a_stop(options, trained, monkeypatch, capsys, stops):
+def test_a_resumed_run_equals_an_uninterrupted_one(options, trained, monkeypatch, capsys, stops):
     """Each update of so short a training has a validation: a signal leaves it, and the update before is saved."""
     hooks = {(stage, update): send(kind) for stage, update, kind in stops}
     at_updates(monkeypatch, hooks)
@@ -645,51 +412,13 @@ def test_a_stopped_and_resumed_run_equals_one_without_a_stop(options, trained, m
     assert_same_run(options["run"], trained.run)
 
 
-def test_resuming_does_not_measure_the_spread_of_detail_again(options, trained, monkeypatch):
+def test_resuming_does_not_refit_residual_std(options, trained, monkeypatch):
     at_updates(monkeypatch, {("refiner", 2): send(signal.SIGTERM)})
     with pytest.raises(SystemExit):
         train.main(arguments(**options))
     monkeypatch.setattr(train, "reconstruct_subset", lambda *_: 1 / 0)
     train.main(arguments(**options))
     assert_same_run(options["run"], trained.run)
-
-
-def test_a_signal_waits_for_the_end_of_a_short_update(options, monkeypatch):
-    monkeypatch.setattr(trainer, "EVALUATIONS", 2)
-    train.main(arguments(**options | {"run": options["run"].with_name("unbroken")}))
-    places = [("vqvae", 4), ("vqvae", 8), ("prior", 3), ("refiner", 2)]
-    stops = dict(zip(places, map(send, (signal.SIGTERM, signal.SIGINT) * 2)))
-    for place in list(stops):
-        at_updates(monkeypatch, stops)
-        with pytest.raises(SystemExit):
-            train.main(arguments(**options))
-        state = torch.load(options["run"] / "training.pt", weights_only=True)
-        assert (state["stage"], state["update"]) == place
-    train.main(arguments(**options))
-    assert_same_run(options["run"], options["run"].with_name("unbroken"))
-
-
-@pytest.mark.parametrize("place", [("vqvae", 4), ("prior", 9), ("refiner", 2)])
-def test_a_second_termination_does_not_cost_the_checkpoint(options, monkeypatch, place):
-    """torchrun and Slurm send SIGTERM twice: here in an update, in a long one (the last), and while it is saved."""
-    monkeypatch.setattr(trainer, "EVALUATIONS", 2)
-    real = checkpoints.write_tensors
-
-    def write_tensors(*given):
-        send(signal.SIGTERM)()
-        real(*given)
-
-    def stop():
-        monkeypatch.setattr(checkpoints, "write_tensors", write_tensors)
-        send(signal.SIGTERM)()
-        send(signal.SIGTERM)()
-
-    at_updates(monkeypatch, {place: stop})
-    with pytest.raises(SystemExit) as status:
-        train.main(arguments(**options))
-    assert status.value.code == 143
-    state = torch.load(options["run"] / "training.pt", weights_only=True)
-    assert (state["stage"], state["update"]) == (place if place != ("prior", 9) else ("prior", 8))
 
 
 def at_call(monkeypatch, place, name, call, act):
@@ -724,7 +453,9 @@ def at_call(monkeypatch, place, name, call, act):
         (train, "write_refiner_figures", 1, ("refiner", 5), signal.SIGINT),
     ],
 )
-def test_a_signal_between_updates_loses_nothing(options, trained, monkeypatch, capsys, place, name, call, before, kind):
+def test_a_stop_signal_between_updates_loses_nothing(
+    options, trained, monkeypatch, capsys, place, name, call, before, kind
+):
     """In a validation, while figures are drawn, between the stages: nothing waits, and nothing is made twice."""
     with monkeypatch.context() as patch:
         at_call(patch, place, name, call, send(kind))
@@ -741,52 +472,6 @@ def test_a_signal_between_updates_loses_nothing(options, trained, monkeypatch, c
     assert stop.value.code == 128 + kind
     train.main(arguments(**options))
     assert_same_run(options["run"], trained.run)
-
-
-def test_a_validation_of_a_minute_delays_no_stop(options, monkeypatch):
-    monkeypatch.setattr(train, "evaluate_vqvae", lambda *_: time.sleep(60))
-    threading.Timer(1, send(signal.SIGTERM)).start()
-    start = time.monotonic()
-    with pytest.raises(SystemExit) as stop:
-        train.main(arguments(**options))
-    assert time.monotonic() - start < 5
-    assert stop.value.code == 143
-    assert torch.load(options["run"] / "training.pt", weights_only=True)["update"] == 2
-
-
-def test_an_update_of_a_minute_delays_no_stop(options, monkeypatch):
-    """The first one is left in any case, a later one where the one before it took long."""
-    monkeypatch.setattr(trainer, "EVALUATIONS", 1)
-    monkeypatch.setattr(trainer, "LONG_SECONDS", 0.2)
-    seconds = iter([0.0, 0.3, 60])
-    at_updates(monkeypatch, {("vqvae", 3): lambda: threading.Timer(0.3, send(signal.SIGINT)).start()})
-    real = train.F.mse_loss
-    monkeypatch.setattr(train.F, "mse_loss", lambda *given: (time.sleep(next(seconds)), real(*given))[1])
-    start = time.monotonic()
-    with pytest.raises(SystemExit) as stop:
-        train.main(arguments(**options))
-    assert time.monotonic() - start < 5
-    assert stop.value.code == 130
-    assert torch.load(options["run"] / "training.pt", weights_only=True)["update"] == 2
-
-
-def test_checkpoints_are_made_every_so_many_updates(options, monkeypatch):
-    saved = []
-    real = checkpoints.Run.save
-    monkeypatch.setattr(checkpoints.Run, "save", lambda run, **state: (saved.append(state), real(run, **state)))
-    train.main(arguments(**options, checkpoint_every=5))
-    places = [(state["stage"], state.get("update")) for state in saved]
-    expected = {"vqvae": (5, 10, 12), "prior": (0, 5, 9), "refiner": (0, 5, 6), "done": (None,)}
-    assert places == [(stage, update) for stage, updates in expected.items() for update in updates]
-
-
-def test_without_the_option_a_checkpoint_is_made_in_at_most_two_minutes():
-    assert trainer.CHECKPOINT_SECONDS <= 120
-    stage = trainer.Stage(None, "vqvae", torch.nn.Linear(1, 1), 1000, 0.5, train.parse_options([]))
-    stage.update = 7
-    assert not stage.checkpoint_due()
-    stage.clock.last -= trainer.CHECKPOINT_SECONDS
-    assert stage.checkpoint_due()
 
 
 class EveryThird:
@@ -817,7 +502,7 @@ def kill():
         [("refiner", 1), ("refiner", 5), ("refiner", 6)],
     ],
 )
-def test_a_killed_run_goes_on_from_its_last_checkpoint(options, trained, monkeypatch, kills):
+def test_a_killed_run_resumes_from_its_last_checkpoint(options, trained, monkeypatch, kills):
     """Updates and log lines since then are lost, and made anew, the same."""
     monkeypatch.setattr(train, "Clock", EveryThird)
     for place in kills:
@@ -900,7 +585,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(options, trained, monkeypatch
 
 
 @pytest.mark.parametrize("damage", [b"junk", None])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(options, stopped, trained, capsys, damage):
+def test_a_damaged_checkpoint_falls_back_to_the_previous_one(options, stopped, trained, capsys, damage):
     path = options["run"] / "training.pt"
     content = bytearray(path.read_bytes())
     with zipfile.ZipFile(path) as archive:
@@ -919,9 +604,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(options, st
     ("stage", "place", "name", "loss"),
     [("prior", GatedPixelCNN, "nll", "nats_per_code"), ("refiner", Refiner, "loss", "flow_loss")],
 )
-def test_a_loss_that_is_not_finite_ends_the_run_and_the_checkpoint_stays(
-    options, monkeypatch, stage, place, name, loss
-):
+def test_a_non_finite_loss_ends_the_run_and_keeps_the_checkpoint(options, monkeypatch, stage, place, name, loss):
     monkeypatch.setattr(trainer, "EVALUATIONS", 1)
     monkeypatch.setattr(trainer, "LOG_LINES", 1)
     real, calls = getattr(place, name), itertools.count(1)
@@ -942,51 +625,11 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_the_checkpoint_stays(
     ("stage", "evaluate", "loss"),
     [("prior", "evaluate_prior", "nats_per_code"), ("refiner", "evaluate_refiner", "flow_loss")],
 )
-def test_a_validation_that_is_not_finite_ends_the_run(options, monkeypatch, stage, evaluate, loss):
+def test_a_non_finite_validation_loss_ends_the_run(options, monkeypatch, stage, evaluate, loss):
     monkeypatch.setattr(train, evaluate, lambda *_: math.inf)
     with pytest.raises(RunError, match=f"{stage} update 1: the {loss} in validation is not finite"):
         train.main(arguments(**options))
     assert all(math.isfinite(value) for line in lines_of(options["run"]) for value in list(line.values())[2:])
-
-
-@pytest.mark.parametrize(("place", "value"), [("weight", math.nan), ("moment", -math.inf)])
-def test_what_is_not_finite_is_never_saved(tmp_path, value, place):
-    linear = torch.nn.Linear(2, 2)
-    with checkpoints.Run(tmp_path / "run", {"options": {}}, {}) as run:
-        stage = trainer.Stage(run, "vqvae", linear, 400, 0.5, train.parse_options([]))
-        stage.update = 7
-        with torch.no_grad():
-            weight = linear.weight
-            (weight if place == "weight" else stage.optimiser.state[weight]["exp_avg_sq"])[0, 1] = value
-        with pytest.raises(RunError, match="vqvae update 7: a weight is not finite"):
-            stage.checkpoint()
-        assert not run.checkpoint_path.exists()
-
-
-@pytest.mark.parametrize(
-    ("used", "warned"),
-    [
-        ([0.05] * 11, [600]),
-        ([0.05] * 5, []),
-        ([0.05] * 5 + [0.2] + [0.05] * 6, [1200]),
-        ([0.1] * 11, []),
-        ([1.0] * 3 + [0.0] * 7, [900]),
-    ],
-)
-def test_a_collapsing_codebook_is_told_of_once(tmp_path, monkeypatch, used, warned):
-    """Validated every 100 updates."""
-    said = []
-    monkeypatch.setattr(trainer, "say", said.append)
-    with checkpoints.Run(tmp_path / "run", {"options": {}}, {}) as run:
-        stage = trainer.Stage(run, "vqvae", torch.nn.Linear(1, 1), 5000, 0.5, train.parse_options([]))
-        stage.started, stage.start = 0, 0
-        for number, share in enumerate(used, 1):
-            stage.update = 100 * number
-            stage.log("validate", {"codes_used": share})
-            if "warning" in said[-1]:
-                assert "try a larger --batch-size" in said[-1]
-                said.append(stage.update)
-    assert [update for update in said if isinstance(update, int)] == warned
 
 
 # ---------------------------------------------------------------- a run directory of a stranger
@@ -1066,7 +709,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(options, stopped, act, messag
         (lambda state: state["averaged"]["residual_std"].fill_(math.inf), "its averaged residual_std is not finite"),
     ],
 )
-def test_a_checkpoint_of_detail_that_does_not_fit_is_refused(options, nearly_done, act, message):
+def test_a_refiner_checkpoint_that_does_not_fit_is_refused(options, nearly_done, act, message):
     shutil.copytree(nearly_done, options["run"])
     change_checkpoint(options["run"], act)
     with pytest.raises(RunError, match=rf"training\.pt cannot be used: {message}"):
@@ -1116,7 +759,7 @@ def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_complete_run_says_so_and_stays_as_it_is(trained, tiny_preset, tmp_path, capsys):
+def test_a_complete_run_is_left_unchanged(trained, tiny_preset, tmp_path, capsys):
     before = contents(trained.run)
     same = {"data": trained.data, "run": trained.run, "preset": tiny_preset, "batch_size": 5}
     train.main(arguments(**same, images=tmp_path / "images"))
@@ -1293,11 +936,11 @@ def test_a_run_of_any_name_is_trained_and_goes_on(options, slices_folder, tmp_pa
         ({"updates": 60, "refiner_updates": 900}, 900),
     ],
 )
-def test_detail_sees_no_more_slices_than_the_vqvae_where_its_updates_are_not_given(given, expected):
+def test_default_refiner_updates_are_limited_by_those_of_the_vqvae(given, expected):
     assert train.parse_options(arguments(preset="demo", **given)).refiner_updates == expected
 
 
-def test_config_json_has_a_check_for_each_option(tiny_preset):
+def test_no_options_give_the_defaults_of_train_config(tiny_preset):
     assert train.parse_options([]) == config.TrainConfig()
 
 
@@ -1321,6 +964,7 @@ def wait_for_content(path, process):
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_from_data_to_samples(tmp_path):
     """The demo networks on slices of 32x16: stopped by SIGTERM, completed by the same command, sampled from."""
     data, run, images, out = (tmp_path / name for name in ("data", "run", "images", "samples"))

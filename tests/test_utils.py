@@ -1,67 +1,18 @@
-"""The run directory, figures, options, device and seed."""
+"""utils.py: options, devices, seeds, stop signals, and files that are written whole."""
 
 import argparse
 import errno
-import fcntl
 import io
-import json
 import os
-import pickle
-import resource
 import signal
-import struct
 import sys
-import time
-import zipfile
-from collections import OrderedDict
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
-import safetensors
 import torch
-from matplotlib.figure import Figure
-from matplotlib.image import imread
-from matplotlib.patches import Rectangle
-from torch import nn
 
-import checkpoints
-import config
-import nifti
-import plots
 import utils
-from checkpoints import Run, load_weights, save_weights
 from utils import Clock, Parser, RunError, StopSignals, number, seed_update
-
-FILES = {"a.nii": "00000001", "b.nii": "00000002"}
-
-
-def config_of(**options):
-    own = {"data": "somewhere", "run": "r", "images": "i", "device": "cpu"}
-    options = config.TrainConfig().model_dump(mode="json") | own | options
-    return {
-        "format": checkpoints.FORMAT,
-        "options": options,
-        "slice_size": (64, 32),
-        "intensity": {"percentile": 99.5, "scale": 700.0},
-        "affine": np.diag([0.8, 0.8, 3.0, 1.0]).tolist(),
-        "positions": {"quantiles": np.linspace(0, 1, 101).tolist(), "unknown": 0.25},
-        "fingerprint": "f0",
-    }
-
-
-def begin(path, **options):
-    """A run directory that nobody holds."""
-    with Run(path, config_of(**options), FILES):
-        pass
-
-
-@pytest.fixture
-def run(tmp_path):
-    with Run(tmp_path / "run", config_of(), FILES) as run:
-        yield run
-
 
 # ---------------------------------------------------------------- command line
 
@@ -84,7 +35,7 @@ def test_number_keeps_its_range(parse, good, bad):
         parse("many")
 
 
-def test_numbers_are_of_their_kind():
+def test_number_gives_an_int_or_a_float():
     assert isinstance(number(int, 0)("3"), int)
     assert isinstance(number(float, 0)("3"), float)
     with pytest.raises(ValueError):
@@ -139,10 +90,14 @@ def test_a_device_that_is_not_there(name):
     assert "\n" not in str(error.value)
 
 
+def test_run_error_escapes_control_characters():
+    assert str(RunError("two\nlines \x1b[31mred\udcff é")) == "two\\nlines \\x1b[31mred\\udcff é"
+
+
 # ---------------------------------------------------------------- seeds, signals, clock
 
 
-def test_an_update_has_its_own_seed():
+def test_seed_update_gives_each_stage_and_update_its_own_random_numbers():
     def drawn(*key):
         seed_update(*key)
         return tuple(torch.rand(4).tolist())
@@ -155,7 +110,7 @@ def test_an_update_has_its_own_seed():
 
 
 @pytest.mark.parametrize(("kind", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_stop_signal_exits_at_once_and_the_handlers_come_back(kind, status):
+def test_a_stop_signal_exits_at_once_and_restores_the_handlers(kind, status):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as stop, StopSignals():
         assert signal.getsignal(kind) not in before
@@ -179,7 +134,7 @@ def test_a_stop_signal_waits_where_it_is_held():
     assert done
 
 
-def test_handlers_come_back_without_a_signal_and_after_an_error():
+def test_handlers_are_restored_without_a_signal_and_after_an_error():
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with pytest.raises(ZeroDivisionError), StopSignals() as signals:
         signals.hold()
@@ -188,7 +143,7 @@ def test_handlers_come_back_without_a_signal_and_after_an_error():
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
-def test_the_second_signal_stops_at_once():
+def test_a_second_interrupt_stops_at_once():
     with pytest.raises(KeyboardInterrupt), StopSignals() as signals:
         signals.hold()
         os.kill(os.getpid(), signal.SIGINT)
@@ -197,7 +152,7 @@ def test_the_second_signal_stops_at_once():
         pytest.fail("went on after the second signal")
 
 
-def test_the_second_interrupt_is_for_who_was_there_before():
+def test_a_second_interrupt_goes_to_the_outer_handler():
     with pytest.raises(SystemExit) as stop, StopSignals(), StopSignals() as inner:
         inner.hold()
         os.kill(os.getpid(), signal.SIGTERM)
@@ -206,8 +161,8 @@ def test_the_second_interrupt_is_for_who_was_there_before():
     assert stop.value.code == 130
 
 
-def test_signals_that_come_together_are_no_error():
-    """Python runs the handlers of both after one another, the second with what the first has left in its place."""
+def test_two_signals_at_once_are_no_error():
+    """Python runs both handlers one after the other, the second with the handlers that the first has installed."""
     with pytest.raises(SystemExit) as stop, StopSignals() as signals:
         signals.hold()
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGINT])
@@ -234,13 +189,13 @@ def say_to(stream, *lines):
             utils.say(line)
 
 
-def test_any_line_can_be_said_whatever_stdout_encodes():
+def test_say_escapes_what_stdout_cannot_encode():
     stream = io.TextIOWrapper(io.BytesIO(), "ascii", write_through=True)
     say_to(stream, "K\u00f6ln \u524d \udcf6 \n")
     assert stream.buffer.getvalue() == rb"K\xf6ln \u524d \udcf6 \n" + b"\n"
 
 
-def test_a_stdout_that_is_gone_ends_nothing():
+def test_say_survives_a_closed_stdout():
     """A reader like `head` that has gone, or a log on a full disk."""
 
     class Full(io.StringIO):
@@ -254,7 +209,7 @@ def test_a_stdout_that_is_gone_ends_nothing():
 
 
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
-def test_further_terminations_are_ignored(first):
+def test_repeated_sigterm_is_ignored(first):
     """torchrun and Slurm send several to a process."""
     with pytest.raises(SystemExit) as stop, StopSignals() as signals:
         signals.hold()
@@ -264,7 +219,7 @@ def test_further_terminations_are_ignored(first):
     assert stop.value.code == 128 + first
 
 
-def test_clock(monkeypatch):
+def test_clock_is_due_after_each_interval(monkeypatch):
     now = [100.0]
     monkeypatch.setattr("utils.time.monotonic", lambda: now[0])
     clock = Clock(60)
@@ -313,25 +268,6 @@ def test_write_file_flushes_the_file_before_and_the_folder_after_the_rename(tmp_
     assert done[1:] == [(part.name, "file"), str(tmp_path)]
 
 
-def test_what_reads_other_than_it_was_written_takes_no_place(tmp_path, monkeypatch):
-    path, before = tmp_path / "file", tmp_path / "before"
-    checkpoints.write_tensors(path, b"old", before)
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "read_bytes", lambda path: b"torn")
-        with pytest.raises(RunError, match="it reads other than it was written"):
-            checkpoints.write_tensors(path, b"new", before)
-    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"file": b"old"}
-    checkpoints.write_tensors(path, b"new", before)
-    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"file": b"new", "before": b"old"}
-
-
-def test_what_would_not_be_read_again_is_not_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, "MAX_TENSORS", 2)
-    with pytest.raises(RunError, match="would have 3 bytes"):
-        checkpoints.write_tensors(tmp_path / "file", b"new")
-    assert not list(tmp_path.iterdir())
-
-
 def test_check_folder_leaves_nothing_behind(tmp_path):
     utils.check_folder("--out", tmp_path)
     utils.check_folder("--out", tmp_path / "new" / "folder")
@@ -345,772 +281,8 @@ def test_check_folder_says_where_nothing_can_be_written(tmp_path, place):
         utils.check_folder("--out", tmp_path / place)
 
 
-# ---------------------------------------------------------------- run directory
-
-
-def test_a_new_run_has_its_config_the_data_and_an_empty_log(tmp_path):
-    config = config_of()
-    path = tmp_path / "deep" / "run"
-    with Run(path, config, FILES) as run:
-        assert run.config == checkpoints.read_config(path)
-        assert checkpoints.read_data_files(run.path) == FILES
-    written = checkpoints.read_config(path)
-    assert written["libraries"].keys() == set(checkpoints.LIBRARIES)
-    assert written["libraries"]["torch"].startswith(torch.__version__.partition("+")[0])
-    assert {name: written[name] for name in config} == config | {"slice_size": [64, 32]}
-    assert (path / "metrics.jsonl").read_text() == ""
-
-
-def test_an_empty_folder_can_become_a_run(tmp_path):
-    begin(tmp_path)
-    assert (tmp_path / "config.json").exists()
-
-
-@pytest.mark.parametrize("names", [["thesis.tex"], ["data.json"], ["lock", "thesis.tex"]])
-def test_a_folder_of_other_things_is_refused(tmp_path, names):
-    for name in names:
-        (tmp_path / name).write_text("years")
-    with pytest.raises(RunError, match="not a run directory"):
-        begin(tmp_path)
-    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == dict.fromkeys(names, "years")
-
-
-def test_a_file_is_refused(tmp_path):
-    path = tmp_path / "file"
-    path.write_text("content")
-    with pytest.raises(RunError, match="not a run directory"):
-        begin(path)
-    assert path.read_text() == "content"
-
-
-def test_a_place_below_a_file_is_refused(tmp_path):
-    (tmp_path / "file").write_text("content")
-    with pytest.raises(RunError, match="file/run"):
-        begin(tmp_path / "file" / "run")
-
-
-@pytest.mark.parametrize("name", ["config.json", "data.json"])
-def test_a_run_that_was_killed_at_its_very_beginning_begins_anew(tmp_path, name):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "replace", lambda old, new: 1 / 0 if new.name == name else os.rename(old, new))
-        patch.setattr(Path, "unlink", lambda path, **_: None)  # a killed process tidies nothing up
-        with pytest.raises(ZeroDivisionError):
-            begin(tmp_path)
-    assert list(tmp_path.glob(f"{name}.*.part"))
-    begin(tmp_path)
-    assert {file.name for file in tmp_path.iterdir()} == {"lock", "data.json", "config.json", "metrics.jsonl"}
-
-
-@pytest.mark.parametrize("name", ["metrics.jsonl", "lock", "training.pt"])
-def test_files_that_lead_out_of_the_run_are_refused(tmp_path, name):
-    """A stranger's run must not write to what a link in it leads to."""
-    begin(tmp_path / "run")
-    (tmp_path / "mine").write_text("years")
-    (tmp_path / "run" / name).unlink(missing_ok=True)
-    (tmp_path / "run" / name).symlink_to(tmp_path / "mine")
-    with pytest.raises(RunError, match=f"{name} is not a plain file"):
-        begin(tmp_path / "run")
-    assert (tmp_path / "mine").read_text() == "years"
-
-
-def test_other_options_are_refused_by_name(tmp_path):
-    begin(tmp_path)
-    before = (tmp_path / "config.json").read_bytes()
-    other = {"batch_size": 8, "seed": 3, "run": "elsewhere", "images": "pictures", "device": "cuda", "data": "moved"}
-    with pytest.raises(RunError) as error:
-        begin(tmp_path, **other)
-    message = str(error.value)
-    assert "--batch-size was 32, is 8" in message
-    assert "--seed was 0, is 3" in message
-    assert not any(name in message for name in ("--images", "--device", "--data", "--run was"))
-    assert "\n" not in message
-    assert (tmp_path / "config.json").read_bytes() == before
-
-
-def test_options_that_change_no_result_may_differ(tmp_path):
-    begin(tmp_path)
-    begin(tmp_path, run="elsewhere", images="pictures", device="cuda", data="moved", checkpoint_every=7)
-    assert checkpoints.read_config(tmp_path)["options"]["images"] == "i"
-
-
-def test_tuples_and_lists_are_no_difference(tmp_path):
-    begin(tmp_path, slice_size=(64, 32))
-    begin(tmp_path, slice_size=(64, 32))
-    with pytest.raises(RunError, match="--slice-size was"):
-        begin(tmp_path, slice_size=(32, 64))
-
-
-def test_a_missing_config_is_a_run_error(tmp_path):
-    with pytest.raises(RunError, match="not a run directory"):
-        checkpoints.read_config(tmp_path / "nothing")
-    (tmp_path / "config.json").mkdir()
-    with pytest.raises(RunError, match=r"config\.json cannot be used"):
-        checkpoints.read_config(tmp_path)
-
-
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"{}", b"[]", b"[" * 10_000, b"9" * 9000])
-def test_a_damaged_config_is_a_run_error(tmp_path, content):
-    (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(RunError, match=r"config\.json cannot be used"):
-        checkpoints.read_config(tmp_path)
-    with pytest.raises(RunError, match=r"config\.json cannot be used"):
-        begin(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("place", "value", "message"),
-    [
-        (("format",), checkpoints.FORMAT + 1, "of run format 3, of a newer version than this one, which reads 2"),
-        (("format",), 1, "of run format 1, of an older version than this one"),
-        (("format",), "2", "format cannot be '2'"),
-        (("colour",), "blue", "colour is unknown to this version"),
-        (("options", "colour"), "blue", "options.colour is unknown to this version"),
-        (("options", "seed"), True, "options.seed cannot be True"),
-        (("options", "batch_size"), 10**9, "options.batch_size cannot be 1000000000"),
-        (("options", "refiner_updates"), 0, "options.refiner_updates cannot be 0"),
-        (("options", "refiner_updates"), 10**8, "options.refiner_updates cannot be 100000000"),
-        (("options", "data"), 3, "options.data cannot be 3"),
-        (("slice_size",), [10**6, 10**6], r"slice_size cannot be \[1000000, 1000000\]"),
-        (("slice_size",), [64], "slice_size cannot be"),
-        (("slice_size",), None, "slice_size cannot be None"),
-        (("intensity", "scale"), 0, "intensity.scale cannot be 0"),
-        (("intensity", "scale"), float("nan"), "intensity.scale cannot be nan"),
-        (("intensity",), 7, "intensity is no set of named values"),
-        (("affine",), np.eye(4).tolist()[:3], "affine cannot be"),
-        (("affine",), np.zeros((4, 4)).tolist(), "affine cannot be"),
-        (("affine",), np.full((4, 4), np.inf).tolist(), "affine cannot be"),
-        (("positions", "quantiles"), [0.5] * 100, "positions.quantiles cannot be"),
-        (("positions", "quantiles"), [], "positions.quantiles is empty"),
-        (("positions", "unknown"), "1", "positions.unknown cannot be '1'"),
-        (("libraries", "torch"), None, "libraries.torch cannot be None"),
-    ],
-)
-def test_a_config_is_checked_field_by_field(tmp_path, place, value, message):
-    begin(tmp_path)
-    config = checkpoints.read_config(tmp_path)
-    *above, last = place
-    part = config
-    for name in above:
-        part = part[name]
-    part[last] = value
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(RunError, match=rf"config\.json cannot be used: .*{message}"):
-        checkpoints.read_config(tmp_path)
-
-
-def test_a_field_that_is_missing_is_named(tmp_path):
-    begin(tmp_path)
-    config = checkpoints.read_config(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({name: config[name] for name in config if name != "affine"}))
-    with pytest.raises(RunError, match="affine is missing"):
-        checkpoints.read_config(tmp_path)
-
-
-def test_an_error_is_one_line_that_is_safe_to_print():
-    assert str(RunError("two\nlines \x1b[31mred\udcff é")) == "two\\nlines \\x1b[31mred\\udcff é"
-
-
-@pytest.mark.parametrize("content", [b"[]", b"{", b'{"a.nii": 3}', b'{"a.nii": "' + b"7" * 5000 + b'"}'])
-def test_damaged_names_of_the_data_are_a_run_error(run, content):
-    (run.path / "data.json").write_bytes(content)
-    with pytest.raises(RunError, match=r"data\.json cannot be used"):
-        checkpoints.read_data_files(run.path)
-
-
-def test_too_many_files_are_not_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, "MAX_DATA", 10)
-    with Run(tmp_path, config_of(), FILES) as run:
-        assert checkpoints.read_data_files(run.path) == {}
-
-
-# ---------------------------------------------------------------- two at once
-
-
-def in_child(task):
-    """What a task says, or its RunError, in a process that ends with it."""
-    reader, writer = os.pipe()
-    if os.fork() == 0:
-        try:
-            os.write(writer, task().encode())
-        except RunError as error:
-            os.write(writer, str(error).encode())
-        finally:
-            os._exit(0)
-    os.close(writer)
-    with open(reader) as said:
-        answer = said.read()
-    os.wait()
-    return answer
-
-
-def test_a_second_process_is_refused(run):
-    refused = f"{run.path} is in use by process {os.getpid()} on "
-    assert in_child(lambda: f"got {checkpoints.lock(run.path)}").startswith(refused)
-    with pytest.raises(RunError, match=refused):
-        begin(run.path)
-
-
-def test_a_killed_process_leaves_no_lock(tmp_path):
-    begin(tmp_path)
-    child = os.fork()
-    if child == 0:
-        checkpoints.lock(tmp_path)
-        os.kill(os.getpid(), signal.SIGKILL)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    begin(tmp_path)
-
-
-def test_a_run_that_is_refused_is_not_held(tmp_path):
-    begin(tmp_path)
-    with pytest.raises(RunError, match="--seed was 0, is 1"):
-        begin(tmp_path, seed=1)
-    begin(tmp_path)
-
-
-def test_a_place_that_cannot_be_locked_is_used_and_it_says_so(tmp_path, monkeypatch, capsys):
-    def refuse(handle, how):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
-    begin(tmp_path)
-    assert "cannot be locked here (No locks available)" in capsys.readouterr().out
-
-
-def test_a_run_can_be_read_while_it_is_held(run):
-    assert checkpoints.read_config(run.path)["options"]["seed"] == 0
-
-
-# ---------------------------------------------------------------- checkpoints and the log
-
-
-def test_a_checkpoint_comes_back_as_it_was(run):
-    assert run.load() == {}
-    tensor = torch.randn(3, 4)
-    run.save(stage="vqvae", update=7, best=float("inf"), model={"w": tensor}, losses={"loss": [0.1]})
-    state = run.load()
-    assert (state["stage"], state["update"], state["best"]) == ("vqvae", 7, float("inf"))
-    assert torch.equal(state["model"]["w"], tensor)
-    assert state["losses"] == {"loss": [0.1]}
-
-
-def test_lines_logged_after_the_checkpoint_are_dropped(run):
-    run.log("vqvae", "train", 1, {"loss": 1.0})
-    run.save(stage="vqvae", update=1)
-    kept = run.log_path.read_bytes()
-    run.log("vqvae", "train", 2, {"loss": 2.0})
-    with open(run.log_path, "a") as file:
-        file.write('{"cut sho')
-    run.load()
-    assert run.log_path.read_bytes() == kept
-    run.log("vqvae", "train", 2, {"loss": 3.0})
-    assert run.curves("vqvae") == {("train", "loss"): ([1, 2], [1.0, 3.0])}
-
-
-def test_without_a_checkpoint_the_log_starts_anew(run):
-    run.log("vqvae", "train", 1, {"loss": 1.0})
-    assert run.load() == {}
-    assert run.log_path.read_bytes() == b""
-
-
-def test_a_log_that_lost_lines_is_not_filled_up(run):
-    for update in (1, 2):
-        run.log("vqvae", "train", update, {"total_loss": 1.0})
-    run.save(stage="vqvae")
-    first = run.log_path.read_text().splitlines(keepends=True)[0]
-    run.log_path.write_text(first)
-    run.load()
-    assert run.log_path.read_text() == first
-
-
-LINE = b'{"stage": "vqvae", "split": "train", "update": 1, "loss": %s}\n'
-
-
-@pytest.mark.parametrize(
-    "line",
-    [b"junk\n", b"[]\n", b'"line"\n', b"3\n", b"{}\n", b"[" * 9999, LINE % b"NaN", LINE % b"[1]", LINE % b'"1"']
-    + [(LINE % b"1").replace(b"1,", b"-1,"), (LINE % b"1").replace(b'"vqvae"', b"7"), b"\xff\n"],
-)
-def test_a_log_of_other_things_is_a_run_error(run, line):
-    run.log("vqvae", "train", 1, {"loss": 1.0})
-    with open(run.log_path, "ab") as file:
-        file.write(line)
-    run.save(stage="vqvae", update=1)
-    with pytest.raises(RunError, match=r"metrics\.jsonl line 2 cannot be used"):
-        run.load()
-
-
-def test_a_checkpoint_that_does_not_read_is_named_and_the_one_before_it_is_used(run, capsys):
-    for update in (1, 2):
-        run.log("vqvae", "train", update, {"loss": 1.0})
-        run.save(stage="vqvae", update=update, model={"w": torch.full((100,), update)})
-    content = bytearray(run.checkpoint_path.read_bytes())
-    for place in range(0, len(content), 97):  # wherever a bit is not as it was
-        content[place] ^= 1
-        run.checkpoint_path.write_bytes(content)
-        content[place] ^= 1
-        state = run.load()
-        said = capsys.readouterr().out
-        assert state["update"] == 1 or torch.equal(state["model"]["w"], torch.full((100,), 2))
-        assert ("training.pt cannot be used" in said) == (state["update"] == 1)
-    content[content.index(struct.pack("<q", 2) * 9)] ^= 1
-    run.checkpoint_path.write_bytes(content)
-    assert run.load()["update"] == 1
-    assert "training.pt cannot be used (its part" in capsys.readouterr().out
-    assert run.log_path.read_text().count("\n") == 1
-    run.checkpoint_path.unlink()  # a kill between the two renames
-    assert run.load()["update"] == 1
-
-
-@pytest.mark.parametrize(
-    ("place", "call"), [(Path, "write_bytes"), (Path, "read_bytes"), (os, "fsync"), (os, "replace")]
-)
-def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(run, monkeypatch, place, call):
-    """At each call that it makes, from the first to the last."""
-    run.save(stage="vqvae", update=1)
-    real = getattr(place, call)
-    for fails in range(1, 9):
-        left = [fails]
-
-        def full(*arguments, left=left):
-            left[0] -= 1
-            if left[0] == 0:
-                raise OSError(errno.ENOSPC, "No space left on device")
-            return real(*arguments)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(place, call, full)
-            try:
-                run.save(stage="vqvae", update=2)
-            except RunError as error:
-                assert str(error).endswith("cannot be written: No space left on device")
-        if left[0] > 0:
-            break  # there is no further such call
-        assert run.load()["update"] in (1, 2)
-        assert not list(run.path.glob("*.part"))
-    assert fails > 1
-    assert run.load()["update"] == 2
-
-
-def test_a_vanished_folder_is_a_run_error(tmp_path):
-    with Run(tmp_path / "run", config_of(), FILES) as run:
-        (tmp_path / "run").rename(tmp_path / "elsewhere")
-        with pytest.raises(RunError, match=r"metrics\.jsonl cannot be written: No such file"):
-            run.log("vqvae", "train", 1, {"loss": 1.0})
-
-
-def test_a_file_size_limit_is_a_run_error(run):
-    def save():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))  # for good, so in a process of its own
-        run.save(stage="vqvae", update=2, model={"w": torch.zeros(9999)})
-
-    run.save(stage="vqvae", update=1)
-    assert in_child(save) == f"{run.checkpoint_path} cannot be written: File too large"
-    assert run.load()["update"] == 1
-    assert not list(run.path.glob("*.part"))
-
-
-def test_on_a_stop_what_is_newer_than_the_checkpoint_is_saved(tmp_path, capsys):
-    with pytest.raises(SystemExit), Run(tmp_path, config_of(), FILES) as run:
-        run.save(stage="vqvae", update=3)
-        run.log("vqvae", "train", 4, {"loss": 1.0})
-        run.unsaved = {"stage": "vqvae", "update": 4, "log_bytes": run.log_bytes()}
-        run.log("vqvae", "validate", 5, {"loss": 1.0})
-        raise SystemExit(143)
-    assert "stopped after vqvae update 4; the same command goes on from there" in capsys.readouterr().out
-    with Run(tmp_path, config_of(), FILES) as run:
-        assert run.load()["update"] == 4
-        assert run.log_path.read_text().count("\n") == 1
-
-
-def test_an_error_saves_nothing(tmp_path):
-    with pytest.raises(ZeroDivisionError), Run(tmp_path, config_of(), FILES) as run:
-        run.unsaved = {"stage": "vqvae", "update": 4}
-        raise ZeroDivisionError
-    assert not (tmp_path / "training.pt").exists()
-
-
-def test_log_lines_and_curves(run):
-    run.log("vqvae", "train", 1, {"total_loss": 1 / 3})
-    run.log("vqvae", "validate", 1, {"total_loss": 2.0, "ssim": 0.5})
-    run.log("prior", "train", 1, {"total_loss": 9.0})
-    run.log("vqvae", "train", 2, {"total_loss": 123456789.0})
-    lines = [json.loads(line) for line in run.log_path.read_text().splitlines()]
-    assert lines[1] == {"stage": "vqvae", "split": "validate", "update": 1, "total_loss": 2.0, "ssim": 0.5}
-    curves = run.curves("vqvae")
-    assert curves.keys() == {("train", "total_loss"), ("validate", "total_loss"), ("validate", "ssim")}
-    updates, values = curves["train", "total_loss"]
-    assert updates == [1, 2]
-    assert values == pytest.approx([1 / 3, 123456789.0], rel=1e-5)
-    assert run.curves("prior") == {("train", "total_loss"): ([1], [9.0])}
-    assert run.curves("other") == {}
-
-
-# ---------------------------------------------------------------- a stranger's checkpoint
-
-
-class Evil:
-    """What runs code where a pickle of it is loaded."""
-
-    def __init__(self, canary):
-        self.canary = canary
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.canary),)
-
-
-def zipped(path, pickle, compression=zipfile.ZIP_STORED, **parts):
-    """A checkpoint file of that pickle and of storages."""
-    with zipfile.ZipFile(path, "w", compression) as file:
-        file.writestr("archive/data.pkl", pickle)
-        file.writestr("archive/version", "3\n")
-        for name, content in parts.items():
-            file.writestr(f"archive/data/{name}", content)
-
-
-def plain(path, canary):
-    path.write_bytes(pickle.dumps(Evil(canary), 2))
-
-
-def in_a_checkpoint(path, canary):
-    torch.save({"stage": "vqvae", "log_bytes": 0, "update": Evil(canary)}, path)
-
-
-def in_the_old_format(path, canary):
-    torch.save({"stage": "vqvae", "update": Evil(canary)}, path, _use_new_zipfile_serialization=False)
-
-
-def allocating(path, canary):
-    """Allowed by weights_only, and takes 100 GB."""
-    zipped(path, b"\x80\x02c__builtin__\nbytearray\n\x8a\x06\x00\x00\x00\x00\x17\x00\x85R.")
-
-
-def doubling(path, canary):
-    """A list is named again and again, and each time copied."""
-    pairs = b"]q\x00(" + b"K\x01K\x02\x86" * 5000 + b"e"
-    zipped(path, b"\x80\x02" + pairs + b"ccollections\nOrderedDict\nq\x01" + b"h\x01h\x00\x85R" * 5000 + b".")
-
-
-def compressed(path, canary):
-    zipped(path, b"\x80\x02N.", zipfile.ZIP_DEFLATED, **{"0": bytes(200 << 20)})
-
-
-def overlapping(path, canary):
-    """Many entries of the directory that are all of the same bytes."""
-    zipped(path, b"\x80\x02N.", **{"0": bytes(100_000)})
-    content = path.read_bytes()
-    start = content.index(b"PK\x01\x02")
-    end = content.index(b"PK\x05\x06")
-    entries = content[start:end] * 300
-    tail = struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 900, 900, len(entries), start, 0)
-    path.write_bytes(content[:start] + entries + tail)
-
-
-def of_another_kind(path, canary):
-    torch.save([1, 2], path)
-
-
-def of_no_stage(path, canary):
-    torch.save({"stage": "evaluation", "log_bytes": 0}, path)
-
-
-def negative(path, canary):
-    torch.save({"stage": "vqvae", "log_bytes": -1}, path)
-
-
-def a_folder(path, canary=None):
-    path.mkdir()
-
-
-def a_pipe(path, canary=None):
-    os.mkfifo(path)
-
-
-def junk(path, canary):
-    path.write_bytes(b"junk")
-
-
-HOSTILE = [plain, in_a_checkpoint, in_the_old_format, allocating, doubling, compressed, overlapping]
-HOSTILE += [of_another_kind, of_no_stage, negative, a_folder, a_pipe, junk]
-
-
-@pytest.mark.parametrize("write", HOSTILE)
-def test_a_hostile_checkpoint_is_a_run_error(run, tmp_path, write):
-    run.log("vqvae", "train", 1, {"loss": 1.0})
-    write(run.checkpoint_path, tmp_path / "canary")
-    start = time.monotonic()
-    with pytest.raises(RunError, match=r"training\.pt cannot be used"):
-        run.load()
-    assert time.monotonic() - start < 5
-    assert not (tmp_path / "canary").exists()
-    assert run.log_bytes() > 0
-
-
-def test_the_canary_sings_where_code_is_run(tmp_path):
-    """Else the test above would prove nothing."""
-    in_a_checkpoint(tmp_path / "x.pt", tmp_path / "canary")
-    torch.load(tmp_path / "x.pt", weights_only=False)
-    assert (tmp_path / "canary").exists()
-
-
-def test_a_storage_that_claims_more_than_it_holds_gives_nothing_away(run):
-    """What lies behind a storage in memory must not come in with it."""
-    run.save(stage="vqvae", model={"w": torch.zeros(4)})
-    with zipfile.ZipFile(run.checkpoint_path) as file:
-        parts = {name: file.read(name) for name in file.namelist()}
-    name = next(name for name in parts if name.endswith("data.pkl"))
-    assert parts[name].count(b"K\x04") == 2
-    parts[name] = parts[name].replace(b"K\x04", b"J\x00\x00\x00\x40")
-    with zipfile.ZipFile(run.checkpoint_path, "w") as file:
-        for part, content in parts.items():
-            file.writestr(part, content)
-    with pytest.raises(RunError, match=r"training\.pt cannot be used"):
-        run.load()
-
-
-LIVE = {"model": {"w": torch.zeros(2, 3)}, "optimiser": {0: {"step": torch.zeros(())}}}
-
-
-def changed(**entries):
-    return {"model": {"w": torch.ones(2, 3)}, "optimiser": {0: {"step": torch.ones(())}}} | entries
-
-
-def test_restore_copies_into_what_is_there():
-    live = {"model": {"w": torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last)}}
-    tensor = live["model"]["w"]
-    values = torch.randn(2, 3, 4, 5)
-    checkpoints.restore(live, {"model": {"w": values}})
-    assert live["model"]["w"] is tensor
-    assert torch.equal(tensor, values)
-    assert tensor.is_contiguous(memory_format=torch.channels_last)
-
-
-@pytest.mark.parametrize(
-    ("saved", "message"),
-    [
-        (7, "its entries are not those"),
-        ({}, "its entries are not those"),
-        (changed(more={}), "its entries are not those"),
-        (changed(model={"v": torch.ones(2, 3)}), "its model entries are not those"),
-        (changed(model=torch.ones(2, 3)), "its model entries are not those"),
-        (changed(model={"w": [[1.0] * 3] * 2}), "its model w does not fit"),
-        (changed(model={"w": torch.ones(3, 2)}), "its model w does not fit"),
-        (changed(model={"w": torch.ones(2, 3, dtype=torch.float64)}), "its model w does not fit"),
-        (changed(model={"w": torch.full((2, 3), torch.nan)}), "its model w is not finite"),
-        (changed(optimiser={0: {"step": torch.ones(1)}}), "its optimiser 0 step does not fit"),
-        (changed(optimiser={1: {"step": torch.ones(())}}), "its optimiser entries are not those"),
-        (changed(optimiser=OrderedDict({"0": {"step": torch.ones(())}})), "its optimiser entries are not those"),
-    ],
-)
-def test_what_does_not_fit_is_named_and_nothing_is_copied(saved, message):
-    with pytest.raises(ValueError, match=message):
-        checkpoints.restore(LIVE, saved)
-    assert not any(tensor.any() for tensor in checkpoints.tensors_in(LIVE))
-
-
-# ---------------------------------------------------------------- weights
-
-
-@dataclass(frozen=True)
-class PairConfig:
-    size: tuple[int, int] = (2, 3)
-    scale: float = 0.5
-
-
-class Pair(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        self.weight = nn.Parameter(torch.randn(config.size))
-        self.register_buffer("counts", torch.arange(3))
-
-
-def test_weights_come_back_with_their_config(tmp_path):
-    made = Pair(PairConfig((4, 5), 0.25))
-    save_weights(tmp_path / "w.safetensors", made)
-    loaded = load_weights(tmp_path / "w.safetensors", Pair, PairConfig)
-    assert loaded.config == made.config
-    assert not loaded.training
-    assert loaded.state_dict().keys() == made.state_dict().keys()
-    for name, tensor in made.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], tensor)
-    assert [file.name for file in tmp_path.iterdir()] == ["w.safetensors"]
-
-
-def test_weights_in_another_memory_order_come_back(tmp_path):
-    class Image(nn.Module):
-        def __init__(self, config):
-            super().__init__()
-            self.config = config
-            self.weight = nn.Parameter(torch.randn(2, 3, 4, 5))
-
-    made = Image(PairConfig()).to(memory_format=torch.channels_last)
-    save_weights(tmp_path / "w.safetensors", made)
-    assert torch.equal(load_weights(tmp_path / "w.safetensors", Image, PairConfig).weight, made.weight)
-
-
-def pickled(path):
-    path.write_bytes(pickle.dumps({"weight": [0.0] * 6}))
-
-
-def torch_saved(path):
-    torch.save({"weight": torch.zeros(2, 3)}, path)
-
-
-def empty(path):
-    path.write_bytes(b"")
-
-
-def cut_short(path):
-    save_weights(path, Pair(PairConfig()))
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-def bit_flipped(path):
-    save_weights(path, Pair(PairConfig()))
-    content = bytearray(path.read_bytes())
-    content[-30] ^= 1
-    path.write_bytes(content)
-
-
-def claiming_a_long_header(path):
-    path.write_bytes(struct.pack("<Q", 2**40) + b"{}")
-
-
-def with_a_long_header(path):
-    header = b"{" + b" " * (checkpoints.MAX_HEADER + 1) + b"}"
-    path.write_bytes(struct.pack("<Q", len(header)) + header)
-
-
-def with_tensors(path, config='{"format": 2, "size": [2, 3], "scale": 0.5}', **changes):
-    """A file with other tensors or another config, otherwise sound."""
-    tensors = {"weight": torch.zeros(2, 3), "counts": torch.arange(3)} | changes
-    tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    safetensors.torch.save_file(tensors, path, {"config": config})
-
-
-def with_config(**fields):
-    def write(path):
-        with_tensors(path, json.dumps({"format": 2, "size": [2, 3], "scale": 0.5} | fields))
-
-    write.__name__ = f"with_{'_'.join(fields)}"
-    return write
-
-
-DAMAGES = {
-    a_folder: "plain file",
-    a_pipe: "plain file",
-    pickled: "header",
-    torch_saved: "header",
-    empty: "header",
-    cut_short: "[Ii]ncomplete|header",
-    bit_flipped: "its checksum is another",
-    claiming_a_long_header: "its header claims more than",
-    with_a_long_header: "its header claims more than",
-    lambda path: safetensors.torch.save_file({"weight": torch.zeros(2, 3)}, path): "it holds no config",
-    with_config(format=3): "it is of run format 3, of a newer version than this one",
-    with_config(format=1): "it is of run format 1, of an older version than this one",
-    with_config(format="2"): "format cannot be '2'",
-    with_config(checksum="0"): "its checksum is another",
-    with_config(colour="blue"): "colour is unknown to this version",
-    with_config(size=[3, 2]): r"its weight has shape \[2, 3\], and its config asks for \[3, 2\]",
-    with_config(size=[10**9, 10**9]): "size cannot be",
-    with_config(size=[60_000, 60_000]): r"its weight has shape \[2, 3\]",
-    with_config(size=[2, 3, 4]): "size cannot be",
-    with_config(size=7): "size cannot be 7",
-    with_config(size=[2.0, 3]): "size cannot be",
-    with_config(scale="0.5"): "scale cannot be '0.5'",
-    with_config(scale=None): "scale cannot be None",
-    with_config(scale=True): "scale cannot be True",
-    lambda path: with_tensors(path, "[" * 9999): "recursion|nest",
-    lambda path: with_tensors(path, "[]"): "no set of named values",
-    lambda path: with_tensors(path, '{"size": [2, 3], "scale": 0.5}'): "it is of run format 1, of an older version",
-    lambda path: with_tensors(path, '{"format": 2, "size": [2, 3]}'): "scale is missing",
-    lambda path: with_tensors(path, counts=None): r"its counts has shape None, and its config asks for \[3\]",
-    lambda path: with_tensors(path, more=torch.zeros(2)): r"its more has shape \[2\], and its config asks for None",
-    lambda path: with_tensors(path, weight=torch.zeros(2, 3, dtype=torch.float64)): "its weight does not fit",
-    lambda path: with_tensors(path, weight=torch.full((2, 3), torch.inf)): "its weight is not finite",
-}
-
-
-@pytest.mark.parametrize(("write", "message"), DAMAGES.items())
-def test_weights_that_cannot_be_used(tmp_path, write, message):
-    write(tmp_path / "w.safetensors")
-    with pytest.raises(RunError, match=rf"w\.safetensors cannot be used: .*({message})"):
-        load_weights(tmp_path / "w.safetensors", Pair, PairConfig)
-
-
-def test_tensors_in_each_others_place_are_noticed(tmp_path):
-    """Where they have the same shape, so that no shape tells."""
-
-    class Two(Pair):
-        def __init__(self, config):
-            super().__init__(config)
-            self.other = nn.Parameter(torch.randn(config.size))
-
-    path = tmp_path / "w.safetensors"
-    save_weights(path, Two(PairConfig()))
-    with safetensors.safe_open(path, "pt") as file:
-        tensors, header = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
-    tensors["weight"], tensors["other"] = tensors["other"], tensors["weight"]
-    safetensors.torch.save_file(tensors, path, header)
-    with pytest.raises(RunError, match="its checksum is another"):
-        load_weights(path, Two, PairConfig)
-
-
-def test_a_network_takes_no_memory_before_its_shapes_are_compared(tmp_path):
-    """The largest that a config may ask for would take 17 GB."""
-    with_config(size=[65_536, 65_536])(tmp_path / "w.safetensors")
-    made = []
-
-    def network(config):
-        made.append(Pair(config))
-        return made[-1]
-
-    with pytest.raises(RunError, match="its weight has shape"):
-        load_weights(tmp_path / "w.safetensors", network, PairConfig)
-    assert [pair.weight.device.type for pair in made] == ["meta"]
-
-
-def test_weights_that_are_not_there(tmp_path):
-    with pytest.raises(RunError, match=r"w\.safetensors does not exist"):
-        load_weights(tmp_path / "w.safetensors", Pair, PairConfig)
-
-
-# ---------------------------------------------------------------- figures
-
-
-def curves_of(*names):
-    curves = {("validate", name): ([10, 20, 30], [3.0, 1.0, 2.0]) for name in names}
-    return curves | {("train", name): ([5, 15, 25], [2.0, 1.0, 0.5]) for name in names if name.endswith("_loss")}
-
-
-def read_png(path, width, height):
-    """The figure as (H, W, 3) in [0, 1]; its size has to be about this many pixels, and it has to show something."""
-    assert [file.name for file in path.parent.iterdir()] == [path.name]
-    picture = imread(path)[..., :3]
-    assert picture.shape[1] == pytest.approx(width, rel=0.05)
-    assert picture.shape[0] == pytest.approx(height, rel=0.1)
-    assert (picture < 0.5).any()
-    return picture
-
-
-def test_vqvae_loss_figure(tmp_path):
-    path = tmp_path / "new" / "folder" / "loss.png"
-    curves = curves_of("reconstruction_loss", "embedding_loss", "total_loss", "ssim")
-    plots.vqvae_loss_figure(path, curves)
-    read_png(path, 1440, 384)
-
-
-def test_a_figure_that_cannot_be_written_is_a_warning(tmp_path, capsys):
-    """A training of hours does not end because a folder of pictures was removed or is full."""
-    (tmp_path / "images").write_text("mine")
-    plots.prior_loss_figure(tmp_path / "images" / "loss.png", curves_of("bits_per_code"), 512)
-    assert capsys.readouterr().out.startswith(f"warning: {tmp_path / 'images'} cannot be written: ")
-    assert (tmp_path / "images").read_text() == "mine"
-
-
-def test_figures_of_one_name_are_written_by_two_at_once(tmp_path):
-    """Runs that share a folder of images: neither takes the other's unfinished file."""
+def test_write_file_has_a_temporary_file_of_its_own(tmp_path):
+    """Two runs that share a folder of figures: neither overwrites the other's temporary file."""
     path = tmp_path / "loss.png"
 
     def write(part):
@@ -1119,254 +291,3 @@ def test_figures_of_one_name_are_written_by_two_at_once(tmp_path):
 
     utils.write_file(path, write)
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("loss.png", "mine")]
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "case_004_$T2__tse$",
-        "100$_of_$",
-        "K\udcf6ln",
-        "\u524d\u5217\u817a",
-        "two\nlines",
-        "x" * 250,
-        "\\$a\\_b$",
-        "\x1b[31m",
-    ],
-)
-def test_any_name_can_stand_in_a_figure(tmp_path, name):
-    """Names are not markup, need not be Unicode, and may have letters that the font lacks; no warning, no traceback."""
-    slices = np.zeros((1, 32, 16))
-    title = f"{plots.caption(f'folder/{name}.nii.gz')}\nSSIM 0.9"
-    assert len(title) < 60
-    assert title.count("\n") == 1
-    plots.reconstructions_figure(tmp_path / "reconstructions.png", slices, slices, [title])
-    plots.refinement_figure(tmp_path / "refinement.png", {"slice": slices}, [title])
-    assert len(list(tmp_path.iterdir())) == 2
-
-
-def test_prior_loss_figure(tmp_path):
-    path = tmp_path / "new" / "loss.png"
-    plots.prior_loss_figure(path, curves_of("bits_per_code"), 512)
-    read_png(path, 720, 432)
-
-
-def test_detail_loss_figure(tmp_path):
-    path = tmp_path / "new" / "loss.png"
-    plots.refiner_loss_figure(path, curves_of("flow_loss"))
-    read_png(path, 720, 432)
-
-
-@pytest.mark.parametrize(
-    ("draw", "name", "kept"),
-    [
-        (lambda curves: plots.refiner_loss_figure("loss.png", curves), "flow_loss", "kept: 1.000"),
-        (lambda curves: plots.prior_loss_figure("loss.png", curves, 512), "bits_per_code", "kept: 1.00 bits"),
-    ],
-)
-def test_loss_figures_mark_the_weights_that_are_kept(monkeypatch, draw, name, kept):
-    """Those of the lowest validation loss."""
-    drawn = []
-    monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.append(figure))
-    draw(curves_of(name))
-    (axes,) = drawn[0].axes
-    (marked,) = (line for line in axes.lines if line.get_label() == kept)
-    assert (marked.get_xdata().tolist(), marked.get_ydata().tolist()) == ([20], [1.0])
-    assert kept in [text.get_text() for text in axes.get_legend().get_texts()]
-
-
-def test_codebook_figure(tmp_path):
-    path = tmp_path / "new" / "codebook.png"
-    plots.codebook_figure(path, curves_of("perplexity"), np.array([0, 5, 1, 9]))
-    read_png(path, 1200, 408)
-
-
-def test_figures_hold_no_state_of_pyplot(tmp_path):
-    import matplotlib.pyplot as plt
-
-    before = plt.get_fignums()
-    plots.prior_loss_figure(tmp_path / "loss.png", curves_of("bits_per_code"), 512)
-    assert plt.get_fignums() == before
-
-
-def test_draw_curves_draws_both_splits():
-    axes = Figure().subplots()
-    curves = curves_of("total_loss", "ssim")
-    plots.draw_curves(axes, curves, "total_loss", "title", "unit")
-    drawn = {line.get_label(): ([*line.get_xdata()], [*line.get_ydata()]) for line in axes.lines}
-    assert drawn == {"training": curves["train", "total_loss"], "validation": curves["validate", "total_loss"]}
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("update", "unit")
-
-
-def test_draw_curves_leaves_out_what_was_not_logged():
-    axes = Figure().subplots()
-    plots.draw_curves(axes, curves_of("ssim"), "ssim", "title", "unit")
-    assert [line.get_label() for line in axes.lines] == ["validation"]
-
-
-def test_upright_puts_the_front_on_top_and_row_0_left():
-    slices = np.zeros((2, 6, 4))
-    slices[1, 5, 0] = 1  # last row, first column: the front, at the other side
-    pictures = plots.upright(slices)
-    assert pictures.shape == (2, 4, 6)
-    assert np.argwhere(pictures).tolist() == [[1, 0, 5]]
-
-
-def marked_slice(height, width, value, mark):
-    """A slice of one grey with a mark of another over its first rows and columns."""
-    picture = np.full((height, width), value)
-    picture[: height // 4, : width // 4] = mark
-    return picture
-
-
-def sheet_of(path, slices, columns):
-    """The sheet without its title, a pixel of the figure a pixel of a slice; and the first slice in it."""
-    count, height, width = slices.shape
-    plots.samples_figure(path, slices, "a title", columns)
-    picture = imread(path)[..., :3]
-    assert (picture == picture[..., :1]).all()
-    across, down = min(columns, count), -(-count // columns)
-    # as many pixels as the slices have, and little more for gaps and title
-    assert across * height <= picture.shape[1] <= across * (height + 8)
-    assert down * width <= picture.shape[0] <= down * (width + 8) + 60
-    return picture[..., 0]
-
-
-def test_samples_are_upright_and_black_is_black(tmp_path):
-    slices = np.stack([marked_slice(256, 64, -1.0, 1.0)])
-    sheet = sheet_of(tmp_path / "samples.png", slices, 8)
-    assert sheet.shape[1] > 64
-    shown = sheet[-64:, :256]  # 256 rows become 256 columns
-    np.testing.assert_allclose(shown[2:14, 2:62], 1, atol=0.01)
-    for rest in (shown[2:14, 66:-2], shown[18:-2, 2:62], shown[18:-2, 66:-2]):
-        np.testing.assert_allclose(rest, 0, atol=0.01)
-
-
-def test_small_samples_are_drawn_larger(tmp_path):
-    slices = np.stack([marked_slice(64, 32, -1.0, 1.0)])
-    plots.samples_figure(tmp_path / "samples.png", slices, "a title")
-    shown = imread(tmp_path / "samples.png")[-128:, :256, 0]  # four times as large
-    np.testing.assert_allclose(shown[3:28, 3:60], 1, atol=0.01)
-    np.testing.assert_allclose(shown[36:-3, 3:-3], 0, atol=0.01)
-
-
-def test_spread_is_even_and_within():
-    assert plots.evenly_spaced(60, 6).tolist() == [5, 15, 25, 35, 45, 55]
-    assert plots.evenly_spaced(3, 6).tolist() == [0, 1, 2]
-
-
-def test_grey_levels_are_those_of_the_slice_whatever_is_beside_it(tmp_path):
-    """No stretching to what the sheet happens to hold: -1 is black and +1 white, 0 half way, 2 and -3 are clipped."""
-    values = np.array([0.0, 0.2, -0.5, -3.0, 2.0, 0.1, 0.0])
-    slices = np.broadcast_to(values[:, None, None], (7, 160, 24))
-    sheet = sheet_of(tmp_path / "samples.png", slices, 3)
-    gap = (sheet.shape[1] - 3 * 160) // 2
-    top = sheet.shape[0] - (3 * 24 + 2 * gap)
-    for i, value in enumerate(values.clip(-1, 1)):
-        y, x = top + i // 3 * (24 + gap), i % 3 * (160 + gap)
-        np.testing.assert_allclose(sheet[y + 3 : y + 20, x + 3 : x + 156], (value + 1) / 2, atol=0.01)
-
-
-def test_reconstructions_figure(tmp_path):
-    """Row by row: the slice, upright and in its grey; the reconstruction; their difference, in colour."""
-    path = tmp_path / "new" / "reconstructions.png"
-    slices = np.stack([marked_slice(64, 32, 0.0, -1.0)] * 2)
-    plots.reconstructions_figure(path, slices, np.ones_like(slices), ["one", "two"])
-    picture = read_png(path, 2.4 * 2 * 120, (2.4 * 3 / 2 + 0.5) * 120)
-    upper, middle, lower = np.array_split(picture, 3)
-    grey = (np.abs(upper - 0.5) < 0.02).all(-1)
-    rows, columns = (np.flatnonzero(grey.sum(axis) > 20) for axis in (1, 0))
-    columns = columns[: np.append(np.flatnonzero(np.diff(columns) > 1), len(columns) - 1)[0] + 1]  # the first slice
-    top, bottom, left, right = rows[0], rows[-1], columns[0], columns[-1]
-    assert right - left == pytest.approx(2 * (bottom - top), rel=0.05)
-    step = (right - left) // 8
-    np.testing.assert_allclose(upper[top + 4 : top + step - 4, left + 4 : left + step - 4], 0, atol=0.02)
-    for y, x in ((top + 4, right - 4), (bottom - 4, left + 4), (bottom - 4, right - 4)):
-        np.testing.assert_allclose(upper[y, x], 0.5, atol=0.02)
-    np.testing.assert_allclose(middle[len(middle) // 2, left + step : right - step], 1, atol=0.02)
-    red = lower[len(lower) // 2, left + step : right - step]
-    assert (red[:, 0] > red[:, 2] + 0.2).all()
-
-
-def test_detail_figure(tmp_path, monkeypatch):
-    """A row a strip, under its name; a column a slice, under its title; upright, -1 black and 1 white."""
-    strips = {"slice": np.stack([marked_slice(64, 32, 0.0, 1.0)] * 3), "decoded": np.zeros((3, 64, 32))}
-    path = tmp_path / "new" / "refinement.png"
-    plots.refinement_figure(path, strips, ["one", "two", "three"])
-    read_png(path, 2.4 * 3 * 120, (2.4 * 2 / 2 + 0.4) * 120)
-    drawn = []
-    monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.append(figure))
-    plots.refinement_figure(path, strips, ["one", "two", "three"])
-    rows = np.reshape(drawn[0].axes, (2, 3))
-    assert [[axes.get_title() for axes in row] for row in rows] == [["one", "two", "three"], ["", "", ""]]
-    assert [row[0].get_ylabel() for row in rows] == ["slice", "decoded"]
-    for row, slices in zip(rows, strips.values()):
-        for axes, expected in zip(row, slices):
-            (image,) = axes.images
-            np.testing.assert_array_equal(image.get_array(), expected.T)
-            assert image.get_clim() == (-1, 1)
-
-
-# ---------------------------------------------------------------- figures of an evaluation
-
-
-def evaluated(**samples):
-    """What evaluation.json holds, as far as it is drawn."""
-    names = (
-        "two_sample_accuracy",
-        "coverage",
-        "density",
-        "frechet_distance",
-        "sliced_wasserstein",
-        "ms_ssim_diversity",
-    )
-    part = {
-        "samples": dict.fromkeys(names, 0.5) | samples,
-        "copying": {"statistic": -3.2, "share_nearer_than_heldout": 0.1},
-    }
-    return {
-        **part,
-        "decoder_alone": part,
-        "prior_alone": part,
-        "floor": part,
-        "prior": {"bits_per_slice": 900.0, "jpeg2000_bits_per_slice": 1200.0},
-        "reconstructions": {"bits_per_pixel": 0.5625, "psnr": 24.0},
-    }
-
-
-@pytest.mark.parametrize("coverage", [0.5, 0.0])
-def test_evaluation_figure(tmp_path, coverage):
-    strips = {"slices": np.stack([marked_slice(64, 32, 0.0, 1.0)] * 4), "samples": np.full((4, 64, 32), 0.5)}
-    distances = {name: np.random.default_rng(0).random(20) for name in ("samples", "reconstructions", "slices")}
-    path = tmp_path / "new" / "evaluation.png"
-    plots.evaluation_figure(path, evaluated(coverage=coverage), strips, distances, "a title")
-    read_png(path, 1440, (2 * 11.6 / 4 / 2 + 5.2) * 120)
-
-
-def test_bars_stand_in_order_with_their_numbers():
-    axes = Figure().subplots()
-    plots.draw_bars(axes, {"one": 0.25, "other": 2.0}, ("black", "red"), ".1f", "a title", "lower is better")
-    assert [bar.get_width() for bar in axes.patches] == [0.25, 2.0]
-    assert [text.get_text() for text in axes.texts] == ["0.2", "2.0"]
-    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["one", "other"]
-    assert axes.get_ylim()[0] > axes.get_ylim()[1]  # the first on top
-    assert axes.get_xlim()[0] == 0
-
-
-def test_histograms_of_distances_are_shares_on_the_same_bins():
-    axes = Figure().subplots()
-    distances = {"samples": np.array([0.1, 0.2, 0.2, 0.9]), "slices": np.array([0.5, 0.5])}
-    plots.draw_distances(axes, distances, "a title")
-    outlines = [patch.get_xy() for patch in axes.patches if not isinstance(patch, Rectangle)]
-    assert [outline[:, 1].max() for outline in outlines] == pytest.approx([0.5, 1.0])
-    assert outlines[0][:, 0].tolist() == pytest.approx(outlines[1][:, 0].tolist())
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["samples", "slices"]
-
-
-@pytest.mark.parametrize(("columns", "axis"), [("xyz", 2), ("yxz", 3), ("zyx", None)])
-def test_left_right_axis(columns, axis):
-    """The first axis of a slice is axis 2 of a batch; where none of both runs from side to side there is none."""
-    affine = np.eye(4)
-    affine[:3, :3] = np.eye(3)[:, ["xyz".index(column) for column in columns]]
-    affine[:3, :3] *= -2.5
-    assert nifti.left_right_axis(affine) == axis

@@ -1,0 +1,283 @@
+"""plots.py: what the figures show."""
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+from matplotlib.patches import Rectangle
+
+import plots
+
+# ---------------------------------------------------------------- figures
+
+
+def curves_of(*names):
+    curves = {("validate", name): ([10, 20, 30], [3.0, 1.0, 2.0]) for name in names}
+    return curves | {("train", name): ([5, 15, 25], [2.0, 1.0, 0.5]) for name in names if name.endswith("_loss")}
+
+
+def read_png(path, width, height):
+    """The figure as (H, W, 3) in [0, 1]; its size has to be about this many pixels, and it has to show something."""
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    picture = imread(path)[..., :3]
+    assert picture.shape[1] == pytest.approx(width, rel=0.05)
+    assert picture.shape[0] == pytest.approx(height, rel=0.1)
+    assert (picture < 0.5).any()
+    return picture
+
+
+def test_vqvae_loss_figure(tmp_path):
+    path = tmp_path / "new" / "folder" / "loss.png"
+    curves = curves_of("reconstruction_loss", "embedding_loss", "total_loss", "ssim")
+    plots.vqvae_loss_figure(path, curves)
+    read_png(path, 1440, 384)
+
+
+def test_a_figure_that_cannot_be_written_is_a_warning(tmp_path, capsys):
+    """A training of hours does not end because a folder of pictures was removed or is full."""
+    (tmp_path / "images").write_text("mine")
+    plots.prior_loss_figure(tmp_path / "images" / "loss.png", curves_of("bits_per_code"), 512)
+    assert capsys.readouterr().out.startswith(f"warning: {tmp_path / 'images'} cannot be written: ")
+    assert (tmp_path / "images").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "case_004_$T2__tse$",
+        "100$_of_$",
+        "K\udcf6ln",
+        "\u524d\u5217\u817a",
+        "two\nlines",
+        "x" * 250,
+        "\\$a\\_b$",
+        "\x1b[31m",
+    ],
+)
+def test_names_are_not_parsed_as_markup_in_a_figure(tmp_path, name):
+    """Names are not markup, need not be Unicode, and may have letters that the font lacks; no warning, no traceback."""
+    slices = np.zeros((1, 32, 16))
+    title = f"{plots.caption(f'folder/{name}.nii.gz')}\nSSIM 0.9"
+    assert len(title) < 60
+    assert title.count("\n") == 1
+    plots.reconstructions_figure(tmp_path / "reconstructions.png", slices, slices, [title])
+    plots.refinement_figure(tmp_path / "refinement.png", {"slice": slices}, [title])
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_prior_loss_figure(tmp_path):
+    path = tmp_path / "new" / "loss.png"
+    plots.prior_loss_figure(path, curves_of("bits_per_code"), 512)
+    read_png(path, 720, 432)
+
+
+def test_refiner_loss_figure(tmp_path):
+    path = tmp_path / "new" / "loss.png"
+    plots.refiner_loss_figure(path, curves_of("flow_loss"))
+    read_png(path, 720, 432)
+
+
+@pytest.mark.parametrize(
+    ("draw", "name", "kept"),
+    [
+        (lambda curves: plots.refiner_loss_figure("loss.png", curves), "flow_loss", "kept: 1.000"),
+        (lambda curves: plots.prior_loss_figure("loss.png", curves, 512), "bits_per_code", "kept: 1.00 bits"),
+    ],
+)
+def test_loss_figures_mark_the_lowest_validation_loss(monkeypatch, draw, name, kept):
+    """It is the one whose weights are kept."""
+    drawn = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.append(figure))
+    draw(curves_of(name))
+    (axes,) = drawn[0].axes
+    (marked,) = (line for line in axes.lines if line.get_label() == kept)
+    assert (marked.get_xdata().tolist(), marked.get_ydata().tolist()) == ([20], [1.0])
+    assert kept in [text.get_text() for text in axes.get_legend().get_texts()]
+
+
+def test_codebook_figure(tmp_path):
+    path = tmp_path / "new" / "codebook.png"
+    plots.codebook_figure(path, curves_of("perplexity"), np.array([0, 5, 1, 9]))
+    read_png(path, 1200, 408)
+
+
+def test_figures_leave_pyplot_state_alone(tmp_path):
+    import matplotlib.pyplot as plt
+
+    before = plt.get_fignums()
+    plots.prior_loss_figure(tmp_path / "loss.png", curves_of("bits_per_code"), 512)
+    assert plt.get_fignums() == before
+
+
+def test_draw_curves_draws_both_splits():
+    axes = Figure().subplots()
+    curves = curves_of("total_loss", "ssim")
+    plots.draw_curves(axes, curves, "total_loss", "title", "unit")
+    drawn = {line.get_label(): ([*line.get_xdata()], [*line.get_ydata()]) for line in axes.lines}
+    assert drawn == {"training": curves["train", "total_loss"], "validation": curves["validate", "total_loss"]}
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("update", "unit")
+
+
+def test_draw_curves_leaves_out_a_split_that_was_not_logged():
+    axes = Figure().subplots()
+    plots.draw_curves(axes, curves_of("ssim"), "ssim", "title", "unit")
+    assert [line.get_label() for line in axes.lines] == ["validation"]
+
+
+def test_upright_puts_anterior_on_top_and_row_0_left():
+    slices = np.zeros((2, 6, 4))
+    slices[1, 5, 0] = 1  # last row, first column: the front, at the other side
+    pictures = plots.upright(slices)
+    assert pictures.shape == (2, 4, 6)
+    assert np.argwhere(pictures).tolist() == [[1, 0, 5]]
+
+
+def marked_slice(height, width, value, mark):
+    """A slice of one grey with a mark of another over its first rows and columns."""
+    picture = np.full((height, width), value)
+    picture[: height // 4, : width // 4] = mark
+    return picture
+
+
+def sheet_of(path, slices, columns):
+    """The sheet without its title, a pixel of the figure a pixel of a slice; and the first slice in it."""
+    count, height, width = slices.shape
+    plots.samples_figure(path, slices, "a title", columns)
+    picture = imread(path)[..., :3]
+    assert (picture == picture[..., :1]).all()
+    across, down = min(columns, count), -(-count // columns)
+    # as many pixels as the slices have, and little more for gaps and title
+    assert across * height <= picture.shape[1] <= across * (height + 8)
+    assert down * width <= picture.shape[0] <= down * (width + 8) + 60
+    return picture[..., 0]
+
+
+def test_samples_are_upright_and_black_is_black(tmp_path):
+    slices = np.stack([marked_slice(256, 64, -1.0, 1.0)])
+    sheet = sheet_of(tmp_path / "samples.png", slices, 8)
+    assert sheet.shape[1] > 64
+    shown = sheet[-64:, :256]  # 256 rows become 256 columns
+    np.testing.assert_allclose(shown[2:14, 2:62], 1, atol=0.01)
+    for rest in (shown[2:14, 66:-2], shown[18:-2, 2:62], shown[18:-2, 66:-2]):
+        np.testing.assert_allclose(rest, 0, atol=0.01)
+
+
+def test_small_samples_are_drawn_larger(tmp_path):
+    slices = np.stack([marked_slice(64, 32, -1.0, 1.0)])
+    plots.samples_figure(tmp_path / "samples.png", slices, "a title")
+    shown = imread(tmp_path / "samples.png")[-128:, :256, 0]  # four times as large
+    np.testing.assert_allclose(shown[3:28, 3:60], 1, atol=0.01)
+    np.testing.assert_allclose(shown[36:-3, 3:-3], 0, atol=0.01)
+
+
+def test_evenly_spaced_indices():
+    assert plots.evenly_spaced(60, 6).tolist() == [5, 15, 25, 35, 45, 55]
+    assert plots.evenly_spaced(3, 6).tolist() == [0, 1, 2]
+
+
+def test_samples_have_a_fixed_grey_scale(tmp_path):
+    """No stretching to what the sheet happens to hold: -1 is black and +1 white, 0 half way, 2 and -3 are clipped."""
+    values = np.array([0.0, 0.2, -0.5, -3.0, 2.0, 0.1, 0.0])
+    slices = np.broadcast_to(values[:, None, None], (7, 160, 24))
+    sheet = sheet_of(tmp_path / "samples.png", slices, 3)
+    gap = (sheet.shape[1] - 3 * 160) // 2
+    top = sheet.shape[0] - (3 * 24 + 2 * gap)
+    for i, value in enumerate(values.clip(-1, 1)):
+        y, x = top + i // 3 * (24 + gap), i % 3 * (160 + gap)
+        np.testing.assert_allclose(sheet[y + 3 : y + 20, x + 3 : x + 156], (value + 1) / 2, atol=0.01)
+
+
+def test_reconstructions_figure(tmp_path):
+    """Row by row: the slice, upright and in its grey; the reconstruction; their difference, in colour."""
+    path = tmp_path / "new" / "reconstructions.png"
+    slices = np.stack([marked_slice(64, 32, 0.0, -1.0)] * 2)
+    plots.reconstructions_figure(path, slices, np.ones_like(slices), ["one", "two"])
+    picture = read_png(path, 2.4 * 2 * 120, (2.4 * 3 / 2 + 0.5) * 120)
+    upper, middle, lower = np.array_split(picture, 3)
+    grey = (np.abs(upper - 0.5) < 0.02).all(-1)
+    rows, columns = (np.flatnonzero(grey.sum(axis) > 20) for axis in (1, 0))
+    columns = columns[: np.append(np.flatnonzero(np.diff(columns) > 1), len(columns) - 1)[0] + 1]  # the first slice
+    top, bottom, left, right = rows[0], rows[-1], columns[0], columns[-1]
+    assert right - left == pytest.approx(2 * (bottom - top), rel=0.05)
+    step = (right - left) // 8
+    np.testing.assert_allclose(upper[top + 4 : top + step - 4, left + 4 : left + step - 4], 0, atol=0.02)
+    for y, x in ((top + 4, right - 4), (bottom - 4, left + 4), (bottom - 4, right - 4)):
+        np.testing.assert_allclose(upper[y, x], 0.5, atol=0.02)
+    np.testing.assert_allclose(middle[len(middle) // 2, left + step : right - step], 1, atol=0.02)
+    red = lower[len(lower) // 2, left + step : right - step]
+    assert (red[:, 0] > red[:, 2] + 0.2).all()
+
+
+def test_refinement_figure(tmp_path, monkeypatch):
+    """A row a strip, under its name; a column a slice, under its title; upright, -1 black and 1 white."""
+    strips = {"slice": np.stack([marked_slice(64, 32, 0.0, 1.0)] * 3), "decoded": np.zeros((3, 64, 32))}
+    path = tmp_path / "new" / "refinement.png"
+    plots.refinement_figure(path, strips, ["one", "two", "three"])
+    read_png(path, 2.4 * 3 * 120, (2.4 * 2 / 2 + 0.4) * 120)
+    drawn = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.append(figure))
+    plots.refinement_figure(path, strips, ["one", "two", "three"])
+    rows = np.reshape(drawn[0].axes, (2, 3))
+    assert [[axes.get_title() for axes in row] for row in rows] == [["one", "two", "three"], ["", "", ""]]
+    assert [row[0].get_ylabel() for row in rows] == ["slice", "decoded"]
+    for row, slices in zip(rows, strips.values()):
+        for axes, expected in zip(row, slices):
+            (image,) = axes.images
+            np.testing.assert_array_equal(image.get_array(), expected.T)
+            assert image.get_clim() == (-1, 1)
+
+
+# ---------------------------------------------------------------- figures of an evaluation
+
+
+def evaluated(**samples):
+    """What evaluation.json holds, as far as it is drawn."""
+    names = (
+        "two_sample_accuracy",
+        "coverage",
+        "density",
+        "frechet_distance",
+        "sliced_wasserstein",
+        "ms_ssim_diversity",
+    )
+    part = {
+        "samples": dict.fromkeys(names, 0.5) | samples,
+        "copying": {"statistic": -3.2, "share_nearer_than_heldout": 0.1},
+    }
+    return {
+        **part,
+        "decoder_alone": part,
+        "prior_alone": part,
+        "floor": part,
+        "prior": {"bits_per_slice": 900.0, "jpeg2000_bits_per_slice": 1200.0},
+        "reconstructions": {"bits_per_pixel": 0.5625, "psnr": 24.0},
+    }
+
+
+@pytest.mark.parametrize("coverage", [0.5, 0.0])
+def test_evaluation_figure(tmp_path, coverage):
+    strips = {"slices": np.stack([marked_slice(64, 32, 0.0, 1.0)] * 4), "samples": np.full((4, 64, 32), 0.5)}
+    distances = {name: np.random.default_rng(0).random(20) for name in ("samples", "reconstructions", "slices")}
+    path = tmp_path / "new" / "evaluation.png"
+    plots.evaluation_figure(path, evaluated(coverage=coverage), strips, distances, "a title")
+    read_png(path, 1440, (2 * 11.6 / 4 / 2 + 5.2) * 120)
+
+
+def test_draw_bars_keeps_the_order_and_labels_the_values():
+    axes = Figure().subplots()
+    plots.draw_bars(axes, {"one": 0.25, "other": 2.0}, ("black", "red"), ".1f", "a title", "lower is better")
+    assert [bar.get_width() for bar in axes.patches] == [0.25, 2.0]
+    assert [text.get_text() for text in axes.texts] == ["0.2", "2.0"]
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["one", "other"]
+    assert axes.get_ylim()[0] > axes.get_ylim()[1]  # the first on top
+    assert axes.get_xlim()[0] == 0
+
+
+def test_draw_distances_normalises_histograms_on_shared_bins():
+    axes = Figure().subplots()
+    distances = {"samples": np.array([0.1, 0.2, 0.2, 0.9]), "slices": np.array([0.5, 0.5])}
+    plots.draw_distances(axes, distances, "a title")
+    outlines = [patch.get_xy() for patch in axes.patches if not isinstance(patch, Rectangle)]
+    assert [outline[:, 1].max() for outline in outlines] == pytest.approx([0.5, 1.0])
+    assert outlines[0][:, 0].tolist() == pytest.approx(outlines[1][:, 0].tolist())
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["samples", "slices"]
