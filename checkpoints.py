@@ -25,7 +25,7 @@ import portalocker
 import safetensors
 import safetensors.torch
 import torch
-from annotated_types import Ge, Le
+from annotated_types import Ge, Le, MaxLen
 from pydantic import ConfigDict, Field, RootModel
 from torch import Tensor, nn
 
@@ -254,6 +254,7 @@ class CheckpointHeader(StrictModel):
     update: Annotated[int, Ge(0), Le(MOST_UPDATES)] = Field(0, description="the last that was completed")
     best: float | None = Field(None, description="lowest validation loss; null before the first validation")
     validation_pending: bool = Field(False, description="stopped before the validation after this update was complete")
+    losses: Annotated[list[Text], MaxLen(100)] = Field([], description="names of the rows of the tensor `losses`")
     log_bytes: Annotated[int, Ge(0), Le(MAX_LOG)] = Field(description="length of metrics.jsonl at that update")
 
 
@@ -261,7 +262,7 @@ class Checkpoint(NamedTuple):
     """All that resuming needs."""
 
     header: CheckpointHeader
-    tensors: dict[str, Tensor]  # "losses.NAME": training losses since the last log line; the others are Trainer's
+    tensors: dict[str, Tensor]  # Trainer.learned_tensors, and "losses" (names, updates) since the last log line
 
 
 class LogLine(StrictModel):
@@ -334,21 +335,14 @@ class Run:
         content = json.dumps(config.model_dump(mode="json"), indent=1, allow_nan=False)
         write_file(self.path / "config.json", lambda part: part.write_text(content))
 
-    def save_checkpoint(
-        self,
-        stage: str,
-        tensors: dict[str, Tensor],
-        update: int = 0,
-        best: float | None = None,
-        validation_pending: bool = False,
-    ) -> None:
-        """Write checkpoint.safetensors and keep the previous one. See `CheckpointHeader` for the arguments."""
+    def save_checkpoint(self, tensors: dict[str, Tensor], **header: Any) -> None:
+        """Write checkpoint.safetensors, with the fields of a `CheckpointHeader`, and keep the previous one."""
         with writing(self.log_path):
             flush(self.log_path)
             log_bytes = self.log_path.stat().st_size
-        header = {"stage": stage, "update": update, "best": best, "validation_pending": validation_pending}
-        save_tensors(self.checkpoint_path, header | {"log_bytes": log_bytes}, tensors, self.previous_path)
-        self.last_saved = f" after {stage} update {update}"
+        checked = CheckpointHeader(log_bytes=log_bytes, **header)
+        save_tensors(self.checkpoint_path, checked.model_dump(), tensors, self.previous_path)
+        self.last_saved = f" after {checked.stage} update {checked.update}"
 
     def load_checkpoint(self) -> Checkpoint | None:
         """Return the last checkpoint, or the previous one if the last is damaged; None before the first.
@@ -452,7 +446,7 @@ def lock_run(path: Path) -> TextIO:
             owner = file.read(200) or "another process"
         raise RunError(f"{path} is in use by {owner}: wait for it, or choose another --run") from None
     except portalocker.LockException as error:
-        logger.warning("%s cannot be locked here (%s): let no other process train in it", path, summarise(error))
+        logger.warning("%s cannot be locked here (%s): let no other process train in it", path, summarise(error.args[0]))
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()}")
     file.flush()

@@ -388,7 +388,7 @@ def train_stages(
         prior.fit(checkpoint)
         warn_if_unigram(prior.best, prior.validation_codes, options.codebook_size)
     RefinerTrainer(run, stop, options, loader, data, vqvae).fit(checkpoint)
-    run.save_checkpoint("done", {})
+    run.save_checkpoint({}, stage="done")
     say(f"{options.run} is complete: figures in {options.images}; sample with: python predict.py --run {options.run}")
 
 

@@ -373,12 +373,20 @@ class Trainer(Generic[Network]):
 
     def save_checkpoint(self) -> None:
         """Write all that resuming needs. Raises RunError if the training diverged."""
-        losses = {f"losses.{name}": torch.tensor(values) for name, values in self.read_losses().items()}
+        losses = self.read_losses()
         tensors = {name: tensor.cpu() for name, tensor in self.learned_tensors().items()}
         if not all(tensor.isfinite().all() for tensor in tensors.values()):
             raise self.divergence_error("a weight", self.update)
-        best = self.best if math.isfinite(self.best) else None
-        self.run.save_checkpoint(self.stage, tensors | losses, self.update, best, self.validation_pending)
+        if losses:
+            tensors["losses"] = torch.tensor(list(losses.values()))
+        self.run.save_checkpoint(
+            tensors,
+            stage=self.stage,
+            update=self.update,
+            best=self.best if math.isfinite(self.best) else None,
+            validation_pending=self.validation_pending,
+            losses=list(losses),
+        )
         if self.writer:
             with writing(self.run.path / "tensorboard"):
                 self.writer.flush()
@@ -387,28 +395,23 @@ class Trainer(Generic[Network]):
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint of this stage. Raises RunError if it does not fit."""
         header, learned = checkpoint.header, self.learned_tensors()
-        losses = {name: tensor for name, tensor in checkpoint.tensors.items() if name.startswith("losses.")}
+        tensors = dict(checkpoint.tensors)
+        losses = tensors.pop("losses", torch.zeros(0, 0))
         try:
             if header.update > self.total:
                 raise ValueError(f"its update {header.update} is after the last, {self.total}")
-            check_losses(losses, header.update)
-            check_tensors(learned, {name: of for name, of in checkpoint.tensors.items() if name not in losses})
+            if losses.dtype != torch.float32 or losses.ndim != 2 or len(losses) != len(header.losses):
+                raise ValueError("its losses are not those that its header names")
+            if not losses.isfinite().all():
+                raise ValueError("its losses are not finite")
+            check_tensors(learned, tensors)
         except ValueError as error:
             raise RunError(f"{self.run.checkpoint_path} cannot be used: {error}; choose another --run") from None
         for name, tensor in learned.items():
-            tensor.copy_(checkpoint.tensors[name])
-        self.losses = {name.removeprefix("losses."): list(values.to(self.device)) for name, values in losses.items()}
+            tensor.copy_(tensors[name])
+        self.losses = {name: list(values) for name, values in zip(header.losses, losses.to(self.device))}
         self.update, self.validation_pending = header.update, header.validation_pending
         self.best = math.inf if header.best is None else header.best
-
-
-def check_losses(losses: dict[str, Tensor], update: int) -> None:
-    """Raise ValueError unless losses are finite float32 series, one number per update since the last log line."""
-    for name, values in losses.items():
-        if values.dtype != torch.float32 or values.ndim != 1 or not 0 < len(values) <= update:
-            raise ValueError(f"its {name:.60} is no series of numbers")
-        if not values.isfinite().all():
-            raise ValueError(f"its {name:.60} is not finite")
 
 
 def open_tensorboard(path: Path, update: int) -> "SummaryWriter | None":

@@ -1,12 +1,19 @@
-"""The calls that write a run's files, and what is left of one that is killed or finds the disk full."""
+"""Faults at named points: the calls that write a run's files, and what is left of one that does not come to its end.
+
+A point is, for instance, `prior 4: replace prior.safetensors`: the last update that began, the call, the file.
+"""
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
+import trainer
 from checkpoints import Run
 
-CHECKPOINT_CALLS = (  # all through which a run's files are written, and read back
+CALLS = (  # all through which a run's files are written, and read back
     (Path, "write_bytes"),
     (Path, "write_text"),
     (Path, "read_bytes"),
@@ -17,8 +24,35 @@ CHECKPOINT_CALLS = (  # all through which a run's files are written, and read ba
 )
 
 
+def file_of(call: str, given: tuple) -> str:
+    """The name of the file that a call is about, without the ending of a temporary one; a folder is `.`."""
+    if call == "log":
+        return "metrics.jsonl"
+    given_path = os.readlink(f"/proc/self/fd/{given[0]}") if call == "fsync" else given[call == "replace"]
+    path = Path(given_path)
+    return "." if path.is_dir() else re.sub(r"\.[0-9a-f]{8}\.part$", "", path.name)
+
+
+def on_writes(patch: pytest.MonkeyPatch, act: Callable[[str, Callable, tuple], object]) -> None:
+    """Replace each of the calls by act(point, the real one, its arguments)."""
+    last, seed_update = ["start"], trainer.seed_update
+
+    def begin(seed: int, stage: str, update: int) -> None:
+        last[0] = f"{stage} {update}"
+        seed_update(seed, stage, update)
+
+    patch.setattr(trainer, "seed_update", begin)
+    for place, call in CALLS:
+        real = getattr(place, call)
+
+        def replaced(*given, call=call, real=real):
+            return act(f"{last[0]}: {call} {file_of(call, given)}", real, given)
+
+        patch.setattr(place, call, replaced)
+
+
 def half_done(real: Callable, given: tuple) -> None:
-    """What is left of a call that did not come to its end."""
+    """Leave what a call leaves that does not come to its end."""
     if real.__name__ in ("write_bytes", "write_text"):
         path, content = given
         real(path, content[: len(content) // 2])

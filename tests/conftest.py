@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import checkpoints
 import config
 import phantom
 import train
@@ -103,9 +104,29 @@ def complaint(monkeypatch, capsys):
 
 def make_quick(patch):
     """Without figures and TensorBoard, which take most of the time of a tiny training."""
-    patch.setattr(trainer, "tensorboard", lambda *_: None)
-    for name in ("write_vqvae_figures", "prior_loss_figure", "write_refiner_figures"):
-        patch.setattr(train, name, lambda *_: None)
+    patch.setattr(trainer, "open_tensorboard", lambda *_: None)
+    for kind in (train.VQVAETrainer, train.PriorTrainer, train.RefinerTrainer):
+        patch.setattr(kind, "draw_figures", lambda self: None)
+
+
+@pytest.fixture
+def run_config():
+    """Makes the content of a config.json, with the options that are given."""
+
+    def make(**options):
+        own = {"data": "somewhere", "run": "r", "images": "i", "device": "cpu"}
+        fields = {
+            "format": config.FORMAT,
+            "options": config.TrainConfig().model_dump(mode="json") | own | options,
+            "slice_size": [64, 32],
+            "intensity": {"percentile": 99.5, "scale": 700.0},
+            "affine": [[0.8, 0, 0, 0], [0, 0.8, 0, 0], [0, 0, 3, 0], [0, 0, 0, 1]],
+            "positions": {"quantiles": [n / 100 for n in range(101)], "unknown": 0.25},
+            "fingerprint": "f0",
+        }
+        return config.validate(config.RunConfig, fields | checkpoints.describe_code())
+
+    return make
 
 
 def options_of(data, run, preset):

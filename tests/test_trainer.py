@@ -1,33 +1,49 @@
-"""trainer.py: optimiser, EMA weights, batches, augmentation, checkpoints and stop signals within a stage."""
+"""trainer.py: optimiser, EMA weights, the training loop, stop signals, batches and augmentation."""
 
 import math
+import os
 import signal
-import threading
-import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from trainings import arguments, assert_same_run, at_updates, lines_of, same_weights, select, send
+from trainings import arguments, assert_same_run, at_updates, checkpoint_header, lines_of, same_weights, select, send
 
 import checkpoints
 import train
 import trainer
+from console import RunError
 from dataset import load_dataset
 from modules import GatedPixelCNN, PriorConfig
-from utils import RunError
+from trainer import StopSignals
+
+
+def make_trainer(layer, *losses, stage="prior", run=None, updates=400, learning_rate=0.5, with_ema=True):
+    """A trainer of a layer, each of whose losses is a function of the layer, of a micro-batch of its own."""
+
+    class LayerTrainer(trainer.Trainer):
+        objective = criterion = "loss"
+
+        def compute_losses(self):
+            for loss in losses:
+                yield {"loss": loss(layer)}
+
+    LayerTrainer.stage = stage
+    loader = SimpleNamespace(device=torch.device("cpu"))
+    return LayerTrainer(run, None, train.parse_options([]), loader, layer, updates, learning_rate, with_ema)
+
 
 # ---------------------------------------------------------------- optimiser and EMA weights
 
 
 def test_learning_rate_warms_up_and_decays_by_a_cosine_to_zero():
-    weight = torch.nn.Linear(1, 1)
-    stage = trainer.Stage(None, "vqvae", weight, 400, 0.5, train.parse_options([]))
+    made = make_trainer(torch.nn.Linear(1, 1), lambda layer: layer(torch.ones(1)).square().sum())
     rates = []
-    for stage.update in range(1, 401):
-        stage.step([weight(torch.ones(1)).square().sum()])
-        rates.append(stage.optimiser.param_groups[0]["lr"])
+    for made.update in range(1, 401):
+        made.train_update()
+        rates.append(made.optimiser.param_groups[0]["lr"])
     assert rates[0] == pytest.approx(0.5 / 50)
     assert rates[24] == pytest.approx(0.25, rel=0.02)
     assert rates[200] == pytest.approx(0.25)
@@ -45,7 +61,7 @@ def test_ema_decay_grows_from_its_start():
     torch.nn.init.ones_(layer.weight)
     expected = 0.0
     for update in range(1, 2000):
-        average.follow(update)
+        average.step(update)
         expected += (1 - expected) * max(0.01, 9 / (9 + update))
         if update in (1, 5, 30, 1999):
             assert average.network.weight.item() == pytest.approx(expected, abs=1e-5)
@@ -56,28 +72,261 @@ def test_ema_decay_grows_from_its_start():
 
 @pytest.mark.parametrize("length, kept", [(0.5, 0.5), (1.0, 1.0), (1e4, 1.0)])
 def test_gradient_clipping_uses_the_norm_over_all_weights(length, kept):
-    """The norm is that of both gradients; Adam's first moment is a tenth of the clipped gradient after one step."""
+    """Adam's first moment is a tenth of the clipped gradient after one step; what is logged is the norm before."""
     layer = torch.nn.Linear(1, 1)
-    stage = trainer.Stage(None, "prior", layer, 400, 8e-3, train.parse_options([]))
-    stage.update = 1
-    stage.step([0.6 * length * layer.weight.sum(), 0.8 * length * layer.bias.sum()])  # of two parts of a batch
-    moments = [stage.optimiser.state[weight]["exp_avg"].item() for weight in layer.parameters()]
+    micro_batches = [lambda layer: 0.6 * length * layer.weight.sum(), lambda layer: 0.8 * length * layer.bias.sum()]
+    made = make_trainer(layer, *micro_batches)
+    made.update = 1
+    made.train_update()
+    moments = [made.optimiser.state[weight]["exp_avg"].item() for weight in layer.parameters()]
     assert moments == pytest.approx([0.06 * kept, 0.08 * kept])
+    assert made.losses["gradient_norm"][0].item() == pytest.approx(length)
 
 
-def test_a_stage_keeps_ema_weights_only_where_asked():
+def test_ema_weights_are_kept_only_if_asked_for():
     layer = torch.nn.Linear(3, 1)
-    options = train.parse_options([])
-    stage = trainer.Stage(None, "refiner", layer, 400, 0.5, options, averaged=True)
+    made = make_trainer(layer, lambda layer: layer(torch.ones(3)).square().sum())
     expected = trainer.EMA(layer, 0.99)
-    for stage.update in range(1, 6):
-        stage.step([layer(torch.ones(3)).square().sum()])
-        expected.follow(stage.update)
-        averaged = stage.networks["averaged"]
-        assert same_weights(averaged.state_dict(), expected.network.state_dict())
-    assert not same_weights(averaged.state_dict(), layer.state_dict())
-    assert stage.tensors().keys() == {"model", "averaged", "optimiser"}
-    assert trainer.Stage(None, "vqvae", layer, 400, 0.5, options).tensors().keys() == {"model", "optimiser"}
+    for made.update in range(1, 6):
+        made.train_update()
+        expected.step(made.update)
+        assert same_weights(made.saved_model.state_dict(), expected.network.state_dict())
+    assert not same_weights(made.saved_model.state_dict(), layer.state_dict())
+    kinds = {name.partition(".")[0] for name in made.learned_tensors()}
+    assert kinds == {"model", "ema", "optimiser"}
+    plain = make_trainer(layer, with_ema=False)
+    assert plain.saved_model is layer
+    assert {name.partition(".")[0] for name in plain.learned_tensors()} == {"model", "optimiser"}
+
+
+# ---------------------------------------------------------------- the loop: validations and checkpoints
+
+
+def test_validations_are_evenly_spaced(options):
+    train.main(arguments(**options | {"updates": 47, "prior_updates": 1, "refiner_updates": 2}))
+    lines = lines_of(options["run"])
+    updates = [line["update"] for line in select(lines, "vqvae", "validate")]
+    warm_up = 47 // 6
+    assert updates[0] <= warm_up + 3
+    assert updates[-1] == 47
+    assert set(np.diff(updates)) <= {2, 3}
+    assert [line["update"] for line in select(lines, "prior", "validate")] == [1]
+    assert [line["update"] for line in select(lines, "refiner", "validate")] == [1, 2]
+
+
+def test_checkpoint_every_saves_after_that_many_updates(options, monkeypatch):
+    saved = []
+    real = checkpoints.Run.save_checkpoint
+
+    def save_checkpoint(run, tensors, **header):
+        saved.append((header["stage"], header.get("update", 0)))
+        real(run, tensors, **header)
+
+    monkeypatch.setattr(checkpoints.Run, "save_checkpoint", save_checkpoint)
+    train.main(arguments(**options, checkpoint_every=5))
+    expected = {"vqvae": (5, 10, 12), "prior": (5, 9), "refiner": (5, 6), "done": (0,)}
+    assert saved == [(stage, update) for stage, updates in expected.items() for update in updates]
+
+
+def test_checkpoint_interval_is_at_most_two_minutes_by_default():
+    assert trainer.INTERVAL_SECONDS <= 120
+    made = make_trainer(torch.nn.Linear(1, 1))
+    made.update = 7
+    assert not made.is_checkpoint_due()
+    made.checkpoint_interval.last -= trainer.INTERVAL_SECONDS
+    assert made.is_checkpoint_due()
+
+
+@pytest.mark.parametrize(("place", "value"), [("weight", math.nan), ("moment", -math.inf)])
+def test_non_finite_weights_or_adam_moments_are_never_saved(tmp_path, run_config, value, place):
+    linear = torch.nn.Linear(2, 2)
+    with checkpoints.Run(tmp_path / "run", run_config(), {}) as run:
+        made = make_trainer(linear, stage="vqvae", run=run)
+        made.update = 7
+        with torch.no_grad():
+            weight = linear.weight
+            (weight if place == "weight" else made.optimiser.state[weight]["exp_avg_sq"])[0, 1] = value
+        with pytest.raises(RunError, match="vqvae update 7: a weight is not finite"):
+            made.save_checkpoint()
+        assert not run.checkpoint_path.exists()
+
+
+@pytest.mark.parametrize(
+    ("used", "warned"),
+    [
+        ([0.05] * 11, [600]),
+        ([0.05] * 5, []),
+        ([0.05] * 5 + [0.2] + [0.05] * 6, [1200]),
+        ([0.1] * 11, []),
+        ([1.0] * 3 + [0.0] * 7, [900]),
+    ],
+)
+def test_codebook_collapse_is_warned_of_once(tmp_path, run_config, caplog, used, warned):
+    """The share of codes in use, at validations every 100 updates."""
+    warnings = []
+    with checkpoints.Run(tmp_path / "run", run_config(), {}) as run:
+        made = make_trainer(torch.nn.Linear(1, 1), stage="vqvae", run=run, updates=5000)
+        made.started, made.first = 0, 0
+        for number, share in enumerate(used, 1):
+            made.update = 100 * number
+            made.log("validate", {"codes_used": share})
+            warnings += [made.update] * len(caplog.records)
+            assert all("codebook collapse" in record.message for record in caplog.records)
+            caplog.clear()
+    assert warnings == warned
+
+
+# ---------------------------------------------------------------- the loop: stops
+
+
+def test_a_stop_signal_waits_for_the_end_of_the_update(options, monkeypatch):
+    monkeypatch.setattr(trainer, "VALIDATIONS", 2)
+    train.main(arguments(**options | {"run": options["run"].with_name("unbroken")}))
+    places = [("vqvae", 4), ("vqvae", 8), ("prior", 3), ("refiner", 2)]
+    stops = dict(zip(places, map(send, (signal.SIGTERM, signal.SIGINT) * 2)))
+    for place in list(stops):
+        at_updates(monkeypatch, stops)
+        with pytest.raises(SystemExit):
+            train.main(arguments(**options))
+        header = checkpoint_header(options["run"])
+        assert (header.stage, header.update, header.validation_pending) == (*place, False)
+    train.main(arguments(**options))
+    assert_same_run(options["run"], options["run"].with_name("unbroken"))
+
+
+@pytest.mark.parametrize(("stage", "update"), [("vqvae", 4), ("prior", 4), ("refiner", 6)])
+def test_a_stop_signal_waits_for_the_end_of_a_validation_batch(options, monkeypatch, stage, update):
+    """The second of four batches is the last that is seen; the resumed run repeats the validation, and is the same."""
+    options["batch_size"] = 1
+    train.main(arguments(**options | {"run": options["run"].with_name("unbroken")}))
+    seen = []
+    real = trainer.Trainer.until_stopped
+
+    def until_stopped(self, batches):
+        for number, batch in enumerate(real(self, batches), 1):
+            if (self.stage, self.update) == (stage, update):
+                seen.append(number)
+                if number == 2:
+                    send(signal.SIGTERM)()
+            yield batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, "until_stopped", until_stopped)
+        with pytest.raises(SystemExit):
+            train.main(arguments(**options))
+    assert seen == [1, 2]
+    header = checkpoint_header(options["run"])
+    assert (header.stage, header.update, header.validation_pending) == (stage, update, True)
+    assert select(lines_of(options["run"]), stage, "validate")[-1]["update"] == update - 1
+    train.main(arguments(**options))
+    assert_same_run(options["run"], options["run"].with_name("unbroken"))
+
+
+@pytest.mark.parametrize("place", [("vqvae", 4), ("prior", 9), ("refiner", 2)])
+def test_a_second_sigterm_does_not_lose_the_checkpoint(options, monkeypatch, place):
+    """torchrun and Slurm send SIGTERM twice: here twice in an update, and again as the checkpoint is written."""
+    real = checkpoints.save_tensors
+
+    def save_tensors(*given):
+        send(signal.SIGTERM)()
+        real(*given)
+
+    def stop():
+        monkeypatch.setattr(checkpoints, "save_tensors", save_tensors)
+        send(signal.SIGTERM)()
+        send(signal.SIGTERM)()
+
+    at_updates(monkeypatch, {place: stop})
+    with pytest.raises(SystemExit) as status:
+        train.main(arguments(**options))
+    assert status.value.code == 143
+    header = checkpoint_header(options["run"])
+    assert (header.stage, header.update) == place
+
+
+# ---------------------------------------------------------------- stop signals and intervals
+
+
+@pytest.mark.parametrize(("kind", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stop_signal_exits_at_once_and_restores_the_handlers(kind, status):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stop, StopSignals():
+        assert signal.getsignal(kind) not in before
+        os.kill(os.getpid(), kind)
+        pytest.fail("went on")
+    assert stop.value.code == status
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_a_deferred_stop_signal_waits_for_the_next_check():
+    done = []
+    with pytest.raises(SystemExit) as exit_, StopSignals() as stop, stop.deferred():
+        stop.check()  # nothing came
+        os.kill(os.getpid(), signal.SIGTERM)
+        done.append("what may not be left half done")
+        stop.check()
+        pytest.fail("went on")
+    assert exit_.value.code == 143
+    assert done
+
+
+def test_a_deferred_stop_signal_waits_no_longer_than_the_block():
+    with pytest.raises(SystemExit), StopSignals() as stop:
+        with stop.deferred():
+            os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("went on")
+
+
+def test_handlers_are_restored_without_a_signal_and_after_an_error():
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(ZeroDivisionError), StopSignals() as stop, stop.deferred():
+        raise ZeroDivisionError
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_a_second_interrupt_stops_at_once():
+    with pytest.raises(KeyboardInterrupt), StopSignals() as stop, stop.deferred():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("went on after the second signal")
+
+
+def test_two_signals_at_once_are_no_error():
+    """Python runs both handlers one after the other, the second with the handlers that the first has installed."""
+    with pytest.raises(SystemExit) as exit_, StopSignals() as stop, stop.deferred():
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGINT])
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGHUP)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM, signal.SIGINT])
+    assert exit_.value.code in (143, 129)
+
+
+def test_signals_that_are_ignored_stay_ignored():
+    """As nohup asks for."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with StopSignals() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        stop.check()
+    assert signal.signal(signal.SIGHUP, before) == signal.SIG_IGN
+
+
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+def test_repeated_sigterm_is_ignored(first):
+    """torchrun and Slurm send several to a process."""
+    with pytest.raises(SystemExit) as exit_, StopSignals() as stop, stop.deferred():
+        for kind in (first, signal.SIGTERM, signal.SIGTERM):
+            os.kill(os.getpid(), kind)
+    assert exit_.value.code == 128 + first
+
+
+def test_an_interval_is_due_once_it_has_passed(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("trainer.time.monotonic", lambda: now[0])
+    interval = trainer.Interval(60)
+    answers = []
+    for now[0] in (100, 159, 160, 161, 219, 225, 284, 285):
+        answers.append(interval.is_due())
+    assert answers == [False, False, True, False, False, True, False, True]
 
 
 # ---------------------------------------------------------------- batches and augmentation
@@ -132,10 +381,10 @@ def test_augmentation_changes_each_slice_a_little(slices_folder):
 def test_augmentation_pads_by_reflection():
     """Slices that end within the body have no black border afterwards."""
     torch.manual_seed(0)
-    variation = 2 * torch.randn(50, 6)
-    variation[:, 5] = 0  # contrast stays
+    parameters = 2 * torch.randn(50, 6)
+    parameters[:, 5] = 0  # contrast stays
     slices = torch.full((50, 1, 32, 16), -0.5)
-    torch.testing.assert_close(trainer.augment(slices, variation), slices)
+    torch.testing.assert_close(trainer.augment(slices, parameters), slices)
     columns = torch.linspace(-1, 1, 20).expand(1, 1, 8, 20)
     moved = trainer.augment(columns, torch.tensor([[0.0, 0, 0, 10, 0, 0]]))  # by 0.15 of the width, 3 columns
     expected = torch.cat([columns[..., 3:], columns[..., 17:].flip(3)], 3)  # a mirror image
@@ -168,157 +417,15 @@ def test_augmentation_strength_scales_displacements():
 def test_batches_of_slices_held_on_the_device_are_the_same(options, slices_folder, monkeypatch):
     """The code path of a GPU, on the CPU."""
     given = train.parse_options(arguments(**options))
-    feed = trainer.BatchLoader(load_dataset(str(slices_folder)), given, torch.device("cpu"))
+    loader = trainer.BatchLoader(load_dataset(str(slices_folder)).train, 2, given, torch.device("cpu"))
     monkeypatch.setattr(trainer, "COPIED_SLICES", 5)  # of 12
     for update in (1, 2, 9):
         torch.manual_seed(update)
-        slices, *told = feed(update, augmentation=1.0)
-        feed.pixels = trainer.to_device(feed.train.pixels, feed.device)
+        slices, *others = loader(update, augmentation=1.0)
+        loader.pixels = trainer.to_device(loader.train.pixels, loader.device)
         torch.manual_seed(update)
-        resident, *told_again = feed(update, augmentation=1.0)
-        feed.pixels = None
+        resident, *others_again = loader(update, augmentation=1.0)
+        loader.pixels = None
         assert torch.equal(slices, resident)
-        assert all(map(torch.equal, told, told_again))
+        assert all(map(torch.equal, others, others_again))
         assert slices.shape == (given.batch_size, 1, 64, 32)
-
-
-# ---------------------------------------------------------------- checkpoints and validations
-
-
-def test_validations_are_evenly_spaced(options):
-    train.main(arguments(**options | {"updates": 47, "prior_updates": 1, "refiner_updates": 2}))
-    lines = lines_of(options["run"])
-    updates = [line["update"] for line in select(lines, "vqvae", "validate")]
-    warm_up = 47 // 6
-    assert updates[0] <= warm_up + 3
-    assert updates[-1] == 47
-    assert set(np.diff(updates)) <= {2, 3}
-    assert [line["update"] for line in select(lines, "prior", "validate")] == [1]
-    assert [line["update"] for line in select(lines, "refiner", "validate")] == [1, 2]
-
-
-def test_checkpoint_every_saves_after_that_many_updates(options, monkeypatch):
-    saved = []
-    real = checkpoints.Run.save
-    monkeypatch.setattr(checkpoints.Run, "save", lambda run, **state: (saved.append(state), real(run, **state)))
-    train.main(arguments(**options, checkpoint_every=5))
-    places = [(state["stage"], state.get("update")) for state in saved]
-    expected = {"vqvae": (5, 10, 12), "prior": (0, 5, 9), "refiner": (0, 5, 6), "done": (None,)}
-    assert places == [(stage, update) for stage, updates in expected.items() for update in updates]
-
-
-def test_checkpoint_interval_is_at_most_two_minutes_by_default():
-    assert trainer.CHECKPOINT_SECONDS <= 120
-    stage = trainer.Stage(None, "vqvae", torch.nn.Linear(1, 1), 1000, 0.5, train.parse_options([]))
-    stage.update = 7
-    assert not stage.checkpoint_due()
-    stage.clock.last -= trainer.CHECKPOINT_SECONDS
-    assert stage.checkpoint_due()
-
-
-@pytest.mark.parametrize(("place", "value"), [("weight", math.nan), ("moment", -math.inf)])
-def test_non_finite_weights_or_adam_moments_are_never_saved(tmp_path, value, place):
-    linear = torch.nn.Linear(2, 2)
-    with checkpoints.Run(tmp_path / "run", {"options": {}}, {}) as run:
-        stage = trainer.Stage(run, "vqvae", linear, 400, 0.5, train.parse_options([]))
-        stage.update = 7
-        with torch.no_grad():
-            weight = linear.weight
-            (weight if place == "weight" else stage.optimiser.state[weight]["exp_avg_sq"])[0, 1] = value
-        with pytest.raises(RunError, match="vqvae update 7: a weight is not finite"):
-            stage.checkpoint()
-        assert not run.checkpoint_path.exists()
-
-
-@pytest.mark.parametrize(
-    ("used", "warned"),
-    [
-        ([0.05] * 11, [600]),
-        ([0.05] * 5, []),
-        ([0.05] * 5 + [0.2] + [0.05] * 6, [1200]),
-        ([0.1] * 11, []),
-        ([1.0] * 3 + [0.0] * 7, [900]),
-    ],
-)
-def test_codebook_collapse_is_warned_of_once(tmp_path, monkeypatch, used, warned):
-    """The share of codes in use, at validations every 100 updates."""
-    said = []
-    monkeypatch.setattr(trainer, "say", said.append)
-    with checkpoints.Run(tmp_path / "run", {"options": {}}, {}) as run:
-        stage = trainer.Stage(run, "vqvae", torch.nn.Linear(1, 1), 5000, 0.5, train.parse_options([]))
-        stage.started, stage.start = 0, 0
-        for number, share in enumerate(used, 1):
-            stage.update = 100 * number
-            stage.log("validate", {"codes_used": share})
-            if "warning" in said[-1]:
-                assert "try a larger --batch-size" in said[-1]
-                said.append(stage.update)
-    assert [update for update in said if isinstance(update, int)] == warned
-
-
-# ---------------------------------------------------------------- stop signals
-
-
-def test_a_stop_signal_waits_for_the_end_of_a_short_update(options, monkeypatch):
-    monkeypatch.setattr(trainer, "EVALUATIONS", 2)
-    train.main(arguments(**options | {"run": options["run"].with_name("unbroken")}))
-    places = [("vqvae", 4), ("vqvae", 8), ("prior", 3), ("refiner", 2)]
-    stops = dict(zip(places, map(send, (signal.SIGTERM, signal.SIGINT) * 2)))
-    for place in list(stops):
-        at_updates(monkeypatch, stops)
-        with pytest.raises(SystemExit):
-            train.main(arguments(**options))
-        state = torch.load(options["run"] / "training.pt", weights_only=True)
-        assert (state["stage"], state["update"]) == place
-    train.main(arguments(**options))
-    assert_same_run(options["run"], options["run"].with_name("unbroken"))
-
-
-@pytest.mark.parametrize("place", [("vqvae", 4), ("prior", 9), ("refiner", 2)])
-def test_a_second_sigterm_does_not_lose_the_checkpoint(options, monkeypatch, place):
-    """torchrun and Slurm send SIGTERM twice: in an update, in a long one (the last), and during a save."""
-    monkeypatch.setattr(trainer, "EVALUATIONS", 2)
-    real = checkpoints.write_tensors
-
-    def write_tensors(*given):
-        send(signal.SIGTERM)()
-        real(*given)
-
-    def stop():
-        monkeypatch.setattr(checkpoints, "write_tensors", write_tensors)
-        send(signal.SIGTERM)()
-        send(signal.SIGTERM)()
-
-    at_updates(monkeypatch, {place: stop})
-    with pytest.raises(SystemExit) as status:
-        train.main(arguments(**options))
-    assert status.value.code == 143
-    state = torch.load(options["run"] / "training.pt", weights_only=True)
-    assert (state["stage"], state["update"]) == (place if place != ("prior", 9) else ("prior", 8))
-
-
-def test_a_stop_signal_interrupts_a_long_validation(options, monkeypatch):
-    monkeypatch.setattr(train, "evaluate_vqvae", lambda *_: time.sleep(60))
-    threading.Timer(1, send(signal.SIGTERM)).start()
-    start = time.monotonic()
-    with pytest.raises(SystemExit) as stop:
-        train.main(arguments(**options))
-    assert time.monotonic() - start < 5
-    assert stop.value.code == 143
-    assert torch.load(options["run"] / "training.pt", weights_only=True)["update"] == 2
-
-
-def test_a_stop_signal_interrupts_a_long_update(options, monkeypatch):
-    """The first update is left in any case, a later one where the update before it took long."""
-    monkeypatch.setattr(trainer, "EVALUATIONS", 1)
-    monkeypatch.setattr(trainer, "LONG_SECONDS", 0.2)
-    seconds = iter([0.0, 0.3, 60])
-    at_updates(monkeypatch, {("vqvae", 3): lambda: threading.Timer(0.3, send(signal.SIGINT)).start()})
-    real = train.F.mse_loss
-    monkeypatch.setattr(train.F, "mse_loss", lambda *given: (time.sleep(next(seconds)), real(*given))[1])
-    start = time.monotonic()
-    with pytest.raises(SystemExit) as stop:
-        train.main(arguments(**options))
-    assert time.monotonic() - start < 5
-    assert stop.value.code == 130
-    assert torch.load(options["run"] / "training.pt", weights_only=True)["update"] == 2

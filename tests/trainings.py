@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 import trainer
+from checkpoints import CheckpointHeader, load_tensors
 
 WEIGHTS = ("vqvae.safetensors", "prior.safetensors", "refiner.safetensors")
 UPDATES = {"vqvae": 12, "prior": 9, "refiner": 6}  # of the tiny preset
@@ -25,6 +26,10 @@ def lines_of(run):
 
 def select(lines, stage, split):
     return [line for line in lines if (line["stage"], line["split"]) == (stage, split)]
+
+
+def checkpoint_header(run):
+    return load_tensors(run / "checkpoint.safetensors", CheckpointHeader)[0]
 
 
 def same_weights(weights, others):
