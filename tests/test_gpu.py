@@ -11,22 +11,21 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from conftest import make_quick
 from pretended_gpu import MEMORY, pretended_gpu
+from trainings import UPDATES, checkpoint_header
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import gpu as gpu_check
 
-import checkpoints
 import evaluate
 import metrics
 import predict
 import train
 import trainer
 import utils
+from console import RunError
 from dataset import load_dataset
-from utils import RunError
-
-UPDATES = {"vqvae": 12, "prior": 9, "refiner": 6}  # of the tiny preset
 
 
 @pytest.fixture
@@ -43,11 +42,6 @@ def call(script, **options):
 def options(tmp_path, slices_folder, tiny_preset):
     given = {"data": slices_folder, "run": tmp_path / "run", "images": tmp_path / "images", "preset": tiny_preset}
     return given | {"batch_size": 5, "device": "cuda"}
-
-
-def without_figures(patch):
-    for name in ("write_vqvae_figures", "prior_loss_figure", "write_refiner_figures"):
-        patch.setattr(train, name, lambda *_: None)
 
 
 def at_updates(patch, act):
@@ -108,8 +102,8 @@ def test_what_makes_the_host_wait_is_seen(gpu):
 
 
 def test_a_training_is_stopped_and_goes_on_on_a_gpu(gpu, options, monkeypatch):
-    """In each stage it is stopped after update 2; what it then trains is what it trains without a stop."""
-    without_figures(monkeypatch)
+    """In each stage it is stopped after update 3; what it then trains is what it trains without a stop."""
+    make_quick(monkeypatch)
     stops = {(stage, 3) for stage in UPDATES}
 
     def stop(stage, update):
@@ -121,8 +115,8 @@ def test_a_training_is_stopped_and_goes_on_on_a_gpu(gpu, options, monkeypatch):
     for stage in UPDATES:
         with pytest.raises(SystemExit):
             call(train, **options)
-        state = torch.load(options["run"] / "training.pt", weights_only=True)
-        assert (state["stage"], state["update"]) == (stage, 2)
+        header = checkpoint_header(options["run"])
+        assert (header.stage, header.update) == (stage, 3)
     call(train, **options)
     unbroken = options | {"run": options["run"].with_name("unbroken")}
     call(train, **unbroken)
@@ -130,44 +124,36 @@ def test_a_training_is_stopped_and_goes_on_on_a_gpu(gpu, options, monkeypatch):
         assert (options["run"] / name).read_bytes() == (unbroken["run"] / name).read_bytes()
 
 
-def test_the_blocker_would_be_seen(gpu, options, monkeypatch):
-    """The check of a checkpoint once put flags of weights on the GPU and of a counter on the CPU into one tensor."""
+def test_tensors_of_two_devices_in_a_checkpoint_would_be_seen(gpu, options, monkeypatch):
+    """Saving once put flags of weights on the GPU and of a counter on the CPU into one tensor."""
 
-    def tensors(stage):
-        return real(stage) | {"counter": {"updates": torch.tensor(0)}}
+    def save_checkpoint(self):
+        tensors = [*self.learned_tensors().values(), torch.tensor(0)]
+        assert torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
 
-    def state(stage):
-        assert torch.stack([tensor.isfinite().all() for tensor in checkpoints.tensors_in(stage.tensors())]).all()
-        return {}
-
-    real = trainer.Stage.tensors
-    monkeypatch.setattr(trainer.Stage, "tensors", tensors)
-    monkeypatch.setattr(trainer.Stage, "state", state)
+    monkeypatch.setattr(trainer.Trainer, "save_checkpoint", save_checkpoint)
     with pytest.raises(RuntimeError, match="stack: expected all tensors to be on the same device"):
         call(train, **options)
 
 
 @pytest.mark.parametrize("memory", [MEMORY, 0])
 def test_an_update_does_not_make_the_host_wait(gpu, options, monkeypatch, memory):
-    """Whether the slices lie in the GPU's memory or not. Waited for are the last update of each stage, which is logged
-    and validated, and, once, the start of the codebook."""
-    without_figures(monkeypatch)
+    """Whether the slices are kept in the GPU's memory or not. Only the start of the codebook makes it wait, once."""
+    make_quick(monkeypatch)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (memory, MEMORY))
-    monkeypatch.setattr(trainer, "EVALUATIONS", 1)
+    monkeypatch.setattr(trainer, "VALIDATIONS", 1)
     monkeypatch.setattr(trainer, "LOG_LINES", 1)
-    real, waits = trainer.Stage.note, {}
+    real, waits = trainer.Trainer.train_update, {}
 
-    def note(stage, **losses):
-        real(stage, **losses)
-        waits[stage.name, stage.update] = list(gpu.waits)
+    def train_update(self):
+        gpu.waits.clear()
+        real(self)
+        waits[self.stage, self.update] = list(gpu.waits)
 
-    monkeypatch.setattr(trainer.Stage, "note", note)
-    at_updates(monkeypatch, lambda stage, update: gpu.waits.clear())
+    monkeypatch.setattr(trainer.Trainer, "train_update", train_update)
     call(train, **options)
     assert len(waits) == sum(UPDATES.values())
     assert waits.pop(("vqvae", 3))  # the codebook starts
-    for place in UPDATES.items():
-        assert waits.pop(place)
     assert {place: lines for place, lines in waits.items() if lines} == {}
 
 
@@ -221,9 +207,9 @@ def test_slices_stay_on_the_host_where_the_gpu_has_no_room(gpu, slices_folder, m
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_, free=free: (free, MEMORY))
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_, cached=cached: cached + 7)
         monkeypatch.setattr(torch.cuda, "memory_allocated", lambda *_: 7)
-        feed = trainer.BatchLoader(data, options, torch.device("cuda", 0))
-        assert (feed.pixels is not None) == resident
-        slices, positions, _ = feed(1)
+        loader = trainer.BatchLoader(data.train, 2, options, torch.device("cuda", 0))
+        assert (loader.pixels is not None) == resident
+        slices, positions, _ = loader(1)
         assert slices.is_cuda
         assert positions.is_cuda
 
@@ -309,7 +295,7 @@ def test_auto_is_the_gpu_by_its_number(gpu):
     assert not torch.backends.cudnn.allow_tf32
 
 
-def test_a_gpu_that_does_not_compute_is_not_used(monkeypatch, capsys):
+def test_a_gpu_that_does_not_compute_is_not_used(monkeypatch, caplog):
     """A card that a build of PyTorch has no kernels for is seen all the same."""
 
     def fail(*_, **__):
@@ -318,17 +304,18 @@ def test_a_gpu_that_does_not_compute_is_not_used(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch, "ones", fail)
     assert utils.pick_device("auto") == torch.device("cpu")
-    said = capsys.readouterr().err
-    assert said.startswith("warning: the GPU cannot be used (CUDA error: no kernel image")
-    assert said.count("\n") == 1
+    assert caplog.messages == [
+        "the GPU cannot be used (CUDA error: no kernel image is available for execution on the device): "
+        "computing on the CPU"
+    ]
     with pytest.raises(RunError, match="--device cuda: CUDA error: no kernel image"):
         utils.pick_device("cuda")
 
 
-def test_the_cpu_is_meant_where_there_is_no_gpu(monkeypatch, capsys):
+def test_auto_is_the_cpu_without_a_gpu(monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert utils.pick_device("auto") == torch.device("cpu")
-    assert capsys.readouterr().err == ""
+    assert not caplog.messages
 
 
 @pytest.mark.parametrize("script", ["train.py", "predict.py"])
