@@ -150,8 +150,9 @@ def load_dataset(
     if data != "phantom":
         return load_folder(Path(data), slice_size, multiple, seed, workers)
     size = slice_size or (256, 128)
-    # A hash of phantom.py names the folder, so that a changed phantom is drawn again.
-    version = hashlib.sha256(Path(phantom.__file__).read_bytes()).hexdigest()[:16]
+    # A hash of the code that draws it names the folder, so that a changed phantom is drawn again.
+    code = b"".join(Path(__file__).with_name(name).read_bytes() for name in ("phantom.py", "tissues.py"))
+    version = hashlib.sha256(code).hexdigest()[:16]
     folder = cache_folder() / f"phantom-{size[0]}x{size[1]}-{version}"
     if not folder.is_dir():
         try:
