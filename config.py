@@ -8,6 +8,7 @@ import json
 import math
 from argparse import SUPPRESS, Action, ArgumentParser
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -35,6 +36,13 @@ def option(group: str, default: Any, meaning: str, free: bool = False) -> Any:
     """Declare a field: the heading it has in the help, its default, what it means, and whether a resumed run may have
     another value."""
     return Field(default, description=meaning, json_schema_extra={"group": group, "free": free})
+
+
+def group_and_free(field: FieldInfo) -> tuple[str, bool]:
+    """Return a field's heading in the help, and whether a resumed run may have another value."""
+    extra = field.json_schema_extra
+    assert isinstance(extra, dict)  # as `option` made it
+    return str(extra["group"]), bool(extra["free"])
 
 
 RUN, DATA, VQVAE, PRIOR, REFINER, OPTIMISER = "run", "data", "VQ-VAE", "prior", "refiner", "optimiser"
@@ -133,13 +141,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "refiner_updates": 3000,
     },
 }
-FREE_OPTIONS = {name for name, field in TrainConfig.model_fields.items() if field.json_schema_extra["free"]}
+FREE_OPTIONS = {name for name, field in TrainConfig.model_fields.items() if group_and_free(field)[1]}
 
 
 def configure(given: Mapping[str, Any]) -> TrainConfig:
     """Return the preset that is asked for with the options that are given."""
     chosen = PRESETS[given.get("preset", "full")]
-    config = TrainConfig(**chosen | given)
+    config = TrainConfig(**{**chosen, **given})
     if "refiner_updates" in given:
         return config
     most = config.batch_divisor * config.updates  # the refiner then sees as many slices as the VQ-VAE
@@ -175,7 +183,7 @@ def add_options(parser: ArgumentParser) -> None:
     """Give a parser one option per field, in groups. What is not given is not set: see `configure`."""
     groups: dict[str, Any] = {}
     for name, field in TrainConfig.model_fields.items():
-        heading = field.json_schema_extra["group"]
+        heading, _ = group_and_free(field)
         if heading not in groups:
             groups[heading] = parser.add_argument_group(heading)
         add_option(groups[heading], name, field)
@@ -216,13 +224,9 @@ def item_types(field: FieldInfo) -> list[tuple[type, tuple[float, float, bool]]]
 
 def split_limits(kind: type, *limits: Ge | Gt | Le) -> tuple[type, tuple[float, float, bool]]:
     """Return a type and its limits as `utils.number` takes them."""
-    low, high, above = -math.inf, math.inf, False
-    for limit in limits:
-        if isinstance(limit, Le):
-            high = limit.le
-        else:
-            low, above = (limit.gt, True) if isinstance(limit, Gt) else (limit.ge, False)
-    return kind, (low, high, above)
+    bounds = {name: value for limit in limits for name, value in asdict(limit).items()}  # of ge, gt and le
+    low = bounds.get("gt", bounds.get("ge", -math.inf))
+    return kind, (low, bounds.get("le", math.inf), "gt" in bounds)
 
 
 def describe_range(limits: tuple[float, float, bool]) -> str:

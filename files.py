@@ -134,7 +134,7 @@ def describe_files(found: list[tuple[str, str]]) -> list[SliceFile]:
         try:
             stat = os.stat(path)
         except OSError as error:
-            bad.append((name, error.strerror))
+            bad.append((name, error.strerror or str(error)))
             continue
         if not S_ISREG(stat.st_mode):  # opening a pipe could wait for ever, and a device may have no end
             bad.append((name, "not a regular file"))
@@ -274,8 +274,8 @@ def splits_of_folders(names: list[str]) -> dict[str, str]:
     the splits. Otherwise only unmistakable names count, so that test_retest beside baseline is none.
     """
     tops = {top if slash else "" for top, slash, _ in (name.partition("/") for name in names)}
-    likely = {top: likely_split_of(top) for top in tops}
-    if None not in likely.values() and "train" in likely.values() and len(set(likely.values())) > 1:
+    likely = {top: split for top in tops if (split := likely_split_of(top))}
+    if len(likely) == len(tops) and "train" in likely.values() and len(set(likely.values())) > 1:
         return likely
     return {top: split for top in tops if (split := split_of(top))}
 
@@ -314,8 +314,10 @@ def identify(name: str) -> Identity:
     number, because slices of several patients would share it.
     """
     folder, _, base = name.rpartition("/")
-    pairs = zip(parse_name(base), parse_folders(folder))
-    case, week, number = (own if own is not None else above for own, above in pairs)
+    own, above = parse_name(base), parse_folders(folder)
+    case = above.case if own.case is None else own.case
+    week = above.week if own.week is None else own.week
+    number = above.number if own.number is None else own.number
     return Identity(case, week, number if case else None)
 
 
@@ -332,9 +334,8 @@ def parse_name(part: str) -> Identity:
     Numbers are compared by value: case_4 is case_004.
     """
     case, week, number = CASE.search(part), WEEK.search(part), NUMBER.search(part)
-    if case:
-        case = f"{case[1].lower()}_{DIGITS.sub(pad_number, case[2].lower())}"
-    return Identity(case, week and int(week[1]), number and int(number[1]))
+    patient = f"{case[1].lower()}_{DIGITS.sub(pad_number, case[2].lower())}" if case else None
+    return Identity(patient, int(week[1]) if week else None, int(number[1]) if number else None)
 
 
 def pad_number(digits: re.Match[str]) -> str:
@@ -403,7 +404,7 @@ def positions_of(files: list[SliceFile]) -> np.ndarray:
     for file in files:
         if file.number is not None:
             numbers.setdefault(file.volume, set()).add(file.number)
-    positions = {
+    positions: dict[tuple[tuple[str, ...], int | None], float] = {
         (volume, number): rank / (len(found) - 1) if len(found) > 1 else 0.5
         for volume, found in numbers.items()
         for rank, number in enumerate(sorted(found))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -173,7 +174,7 @@ def to_image(content: bytes | bytearray, header: Header) -> np.ndarray:
     """Convert a file's content to an image (H, W) of finite float32 values."""
     image = np.frombuffer(content, header.dtype, offset=header.offset).reshape(header.shape, order="F")
     with np.errstate(all="ignore"):  # values beyond float32 become infinite, which is checked below
-        if header.slope is not None:
+        if header.slope is not None and header.inter is not None:
             image = image * header.slope
             image += header.inter
         image = image.astype(np.float32, copy=False)
@@ -190,9 +191,9 @@ def read_header(file: BinaryIO) -> Header:
     block = bytes(read_content(file, HEADER_BYTES))
     for kind in (nib.Nifti1Header, nib.Nifti2Header):
         length = kind.template_dtype.itemsize
-        for order, mark in (("little", "<"), ("big", ">")):
-            if len(block) >= length and int.from_bytes(block[:4], order) == length:
-                return parse_header(kind, block[:length], mark)
+        for endianness in "<>":
+            if len(block) >= length and struct.unpack_from(f"{endianness}i", block) == (length,):
+                return parse_header(kind, block[:length], endianness)
     raise DataError("not a NIfTI file")
 
 

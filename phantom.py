@@ -272,7 +272,8 @@ class Canvas:
         limits = [np.searchsorted(axis, end) for axis, end in zip(self.axes, ends)]
         if any(first >= last for first, last in limits):
             return None
-        return tuple(slice(first, last) for first, last in limits)
+        slices, rows, columns = (slice(first, last) for first, last in limits)
+        return slices, rows, columns
 
     def paint(
         self,
@@ -477,7 +478,7 @@ def paint_bones(canvas: Canvas, rng: np.random.Generator, side: int) -> None:
     centre = np.array((86.0, -11, 20)) + rng.normal(0, 1.2, 3)
     radius = 24 * (1 + rng.normal(0, 0.03))
     head = [Ellipsoid((side * centre[0], *centre[1:]), (radius, radius * 0.98, radius))]
-    hip = [pubis, ischium, *socket]
+    hip: list[Shape] = [pubis, ischium, *socket]
     canvas.paint(hip, ((0.6, "fascia"), (0, "cortex"), (-1.5, "marrow")), BONE, rough=1.3)
     canvas.paint([neck, trochanter, shaft], ((0, "cortex"), (-2.0, "marrow")), BONE, rough=1.0)
     # The joint comes first, without a label, then the head.
