@@ -25,7 +25,7 @@ from shutil import rmtree
 from threading import Lock
 from typing import NamedTuple
 
-if sys.platform != "win32":  # there, what killed first passes leave in the cache stays
+if sys.platform != "win32":  # on Windows, partial entries of killed processes stay in the cache
     import fcntl
 
 import nibabel as nib
@@ -69,7 +69,7 @@ SAME_SPACING = 1.02  # pixel sizes that differ by a smaller factor differ by rou
 
 MAX_VOLUME = 1 << 28  # pixels that are scaled together, 1 GiB as float32; HipMRI's volumes have 5 million
 THREADS = 6  # that read files: more would wait for each other, and each holds its largest slice in memory
-INDEX_BYTES = 64  # per slice, read of a cache entry's index at most: more than it has
+INDEX_BYTES = 64  # per slice, the most that is read of a cache entry's index: an intact one has fewer
 
 SPLITS = ("train", "validate", "test")
 SPLIT_TITLES = {"train": "training", "validate": "validation", "test": "test"}
@@ -128,18 +128,21 @@ def load_dataset(
     Label maps are recognised by the names of files and folders, and left out.
 
     Args:
-        data: a folder, or "phantom" for the embedded data set, which is drawn at `slice_size` (256x128 by default) and
+        data: A folder, or "phantom" for the embedded data set, which is drawn at `slice_size` (256x128 by default) and
             kept in the cache; a folder of that name is "./phantom". The splits, patients or slices may lie deeper, if
             each folder on the way to them contains nothing but the next.
         slice_size: (H, W) in pixels, a multiple of `multiple`; by default the most common size of the training files,
             rounded to a multiple.
         multiple: (H, W) in pixels: the network accepts multiples of it.
-        seed: of the random splits, which are drawn where no folders define them.
-        workers: threads that read files; None for THREADS. For the phantom, also processes that draw it.
+        seed: Of the random splits, which are drawn where no folders define them.
+        workers: Threads that read files; None for THREADS. For the phantom, also processes that draw it.
+
+    Returns:
+        The three splits, their intensity scaled one volume at a time, and notices for the user.
 
     Raises:
-        DataError: for a folder, file or slice size that cannot be used, a split whose slices are all constant, and a
-            cache that cannot be written.
+        DataError: If the folder, a file or the slice size cannot be used, all slices of a split are constant, or the
+            cache cannot be written.
     """
     if not data.strip():  # as a path it would be the current folder
         raise DataError("no data folder: its path is empty")
@@ -171,14 +174,14 @@ def read_slices(paths: Sequence[Path], slice_size: tuple[int, int]) -> tuple[Sli
     """Read slices into memory, scaled one volume at a time like training data.
 
     Args:
-        paths: files and folders; folders are searched for slices at any depth.
+        paths: Files and folders; folders are searched for slices at any depth.
         slice_size: (H, W) in pixels, reached by centre crop or zero pad.
 
     Returns:
         The slices in the order of `paths`, the affine (4, 4) of each after crop or pad, and notices for the user.
 
     Raises:
-        DataError: for a path or file that cannot be used, or where there are no slices.
+        DataError: If a path or file cannot be used, or if there are no slices.
     """
     found: list[tuple[int, str, str]] = []  # index in `paths`, path, name
     label_maps: list[str] = []
@@ -211,10 +214,10 @@ def batch_indices(count: int, batch_size: int, seed: int, update: int) -> np.nda
     is seen once per epoch, and resuming needs no state.
 
     Args:
-        count: number of slices.
-        batch_size: slices per update.
-        seed: of the permutations.
-        update: number of the update, from 0.
+        count: Number of slices.
+        batch_size: Slices per update.
+        seed: Of the permutations.
+        update: Number of the update, from 0.
 
     Returns:
         (batch_size,) int64 in [0, count).
@@ -244,7 +247,7 @@ def denormalize(slices: np.ndarray | torch.Tensor, scale: float | np.ndarray) ->
 
 
 def describe_changes(before: dict[str, str], now: dict[str, str]) -> str:
-    """Describe how the `files` of one Dataset differ from those of an earlier one, if these are known.
+    """Describe how the `files` of one Dataset differ from those of an earlier one, which are empty if unknown.
 
     Returns:
         One item per kind of change: "2 added (a.nii, b.nii), 5 altered (d.nii, e.nii, f.nii and 2 more)".
@@ -374,7 +377,7 @@ def split_by_case(files: list[SliceFile], parts: Sequence[str], seed: int) -> tu
 
 
 def split_folder_notices(files: list[SliceFile], used: dict[str, str]) -> list[str]:
-    """Report folders that are used as splits without being named just so, and those named like splits but not used."""
+    """Report folders used as splits with names that only resemble one, and folders named like splits but not used."""
     guessed = sorted(f"{folder} as {split}" for folder, split in used.items() if not split_of(folder))
     notices = [f"splits by the names of folders: {abbreviate(guessed, 4)}"] if guessed else []
     unused = set()
@@ -395,7 +398,7 @@ def split_folder_notices(files: list[SliceFile], used: dict[str, str]) -> list[s
 
 
 class CacheIndex(NamedTuple):
-    """What a cache entry contains besides the pixels."""
+    """The contents of a cache entry besides the pixels."""
 
     slice_size: tuple[int, int]
     scales: list[float]  # of each slice
@@ -438,7 +441,7 @@ def cache_folder() -> Path:
 def new_cache_entry(entry: Path) -> Iterator[Path]:
     """Yield a new folder on the cache's disk and rename it to `entry` once it is filled: all of it or nothing.
 
-    If another process was faster, its entry stays. Raises DataError where the cache cannot be written.
+    If another process was faster, its entry stays. Raises DataError if the cache cannot be written.
     """
     cache = entry.parent
     try:
@@ -541,7 +544,7 @@ def fill_cache_entry(
 def make_index(
     files: list[SliceFile], decoded: list[Decoded], size: tuple[int, int], workers: int | None
 ) -> CacheIndex:
-    """Summarise what was decoded, or raise DataError where a split is blank."""
+    """Summarise decoded slices, or raise DataError if all slices of a split are constant."""
     refuse_blank_splits(files, decoded)
     train = [one for file, one in zip(files, decoded) if file.split == "train"]
     volume_scales = {file.volume: one.scale for file, one in zip(files, decoded) if file.split == "train"}
@@ -667,7 +670,7 @@ def most_common_size(files: list[SliceFile], multiple: tuple[int, int], workers:
 
 
 class Decoded(NamedTuple):
-    """What decoding finds out about a slice, besides its pixels."""
+    """The properties of a decoded slice, besides its pixels."""
 
     scale: float
     affine: np.ndarray
@@ -686,13 +689,13 @@ def decode_files(
     """Read, scale and store `files`, with volumes in parallel: decompression lets other threads run.
 
     Args:
-        files: the slices; those of one volume are read and scaled together.
+        files: The slices; those of one volume are read and scaled together.
         size: (H, W) in pixels, reached by centre crop or zero pad.
-        store: called with a slice's index in `files` and its pixels (H, W) uint8, from several threads.
-        workers: threads; None for THREADS.
+        store: Called with a slice's index in `files` and its pixels (H, W) uint8, from several threads.
+        workers: Threads; None for THREADS.
 
     Raises:
-        DataError: listing every bad file.
+        DataError: If any file cannot be used. The message lists the first ten with their reasons.
     """
     volumes: dict[tuple[str, ...], list[int]] = {}
     for row, file in enumerate(files):

@@ -75,12 +75,15 @@ def read_slice(path: str | Path, size: int, mtime_ns: int) -> RawSlice:
     """Read one slice from a NIfTI-1 or NIfTI-2 file, gzipped or not.
 
     Args:
-        path: the file.
-        size: its size in bytes when it was found.
-        mtime_ns: its modification time when it was found. A file that has changed since is not read.
+        path: The file.
+        size: Its size in bytes when it was found.
+        mtime_ns: Its modification time when it was found. A file that has changed since is not read.
+
+    Returns:
+        The image (H, W), its affine (4, 4) and a checksum.
 
     Raises:
-        DataError: for a file that cannot be used. The message gives the reason, not the file's name.
+        DataError: If the file cannot be used. The message gives the reason, not the file's name.
     """
     try:
         with open_regular(path) as file:
@@ -105,7 +108,7 @@ def write_slice(path: Path, pixels: np.ndarray, affine: np.ndarray) -> None:
     """Write a slice as float32 NIfTI.
 
     Args:
-        path: the file, gzipped if it ends in .gz.
+        path: The file, gzipped if it ends in .gz.
         pixels: (H, W).
         affine: (4, 4) from pixel indices to mm.
     """
@@ -244,7 +247,7 @@ def complete_affine(affine: np.ndarray) -> np.ndarray:
     """Return the affine (4, 4) with a unit step across the slice where a 2D writer left that column empty.
 
     Raises:
-        DataError: where the affine is not finite, is out of range, or gives pixels no area.
+        DataError: If the affine is not finite, is out of range, or gives pixels no area.
     """
     if not np.abs(affine).max() <= MAX_DISTANCE:  # also true of NaN
         raise DataError("bad header: its affine is not finite or out of range")

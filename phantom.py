@@ -57,10 +57,10 @@ def smooth_noise(
     The grid spans the box, so that the noise at a place does not depend on which other places are sampled.
 
     Args:
-        rng: draws the grid.
-        places: increasing coordinates along each of three axes, in mm, inside `box`.
-        spacing: grid step along each axis, in mm.
-        box: limits of the grid along each axis, in mm.
+        rng: Draws the grid.
+        places: Increasing coordinates along each of three axes, in mm, inside `box`.
+        spacing: Grid step along each axis, in mm.
+        box: Limits of the grid along each axis, in mm.
 
     Returns:
         (S, H, W) float32, one value per combination of places.
@@ -212,12 +212,12 @@ class Canvas:
         """Prepare an empty volume.
 
         Args:
-            rng: draws textures and the deformation of coordinates.
-            slices: number of slices.
+            rng: Draws textures and the deformation of coordinates.
+            slices: Number of slices.
             size: (H, W) in pixels.
-            scale: size of the patient relative to the reference patient.
-            turn: rotation of the patient in the slice, in radians.
-            shift: displacement of the patient in the slice, in mm.
+            scale: Size of the patient relative to the reference patient.
+            turn: Rotation of the patient in the slice, in radians.
+            shift: Displacement of the patient in the slice, in mm.
         """
         voxel = np.array(FIELD_OF_VIEW) / size
         row, column = (((np.arange(n) - (n - 1) / 2) * d).astype(np.float32) for n, d in zip(size, voxel))
@@ -287,12 +287,12 @@ class Canvas:
         """Paint a union of shapes over the volume, from its outermost layer inwards.
 
         Args:
-            shapes: parts of the union.
-            layers: from the outermost inwards.
-            label: written where the first layer covers half of a voxel; None leaves labels unchanged.
-            rough: irregularity of the outline, in mm.
-            blend: distance over which parts merge, in mm.
-            depth: distance that the union keeps below the skin, in mm.
+            shapes: Parts of the union.
+            layers: From the outermost inwards.
+            label: Written where the first layer covers half of a voxel; None leaves labels unchanged.
+            rough: Irregularity of the outline, in mm.
+            blend: Distance over which parts merge, in mm.
+            depth: Distance that the union keeps below the skin, in mm.
         """
         window = self.window(shapes, 7 + layers[0][0])  # 7 mm is three standard deviations of the deformation
         if window is None:
@@ -338,7 +338,7 @@ LEVELS = (-25.0, 2.0, 28.0)
 
 @dataclass(frozen=True)
 class Patient:
-    """What is drawn at random per patient."""
+    """The random parameters of a patient."""
 
     scale: float  # relative to the reference patient
     turn: float  # rotation in the slice, radians
@@ -622,19 +622,19 @@ def draw_volume(
     (seed, case, week). The anatomy does not depend on `slices` and `size`, which only choose where it is sampled.
 
     Args:
-        seed: of the whole data set, 0 or more.
-        case: number of the patient.
-        week: number of the visit.
-        slices: number of slices, 3 mm apart.
+        seed: Of the whole data set, 0 or more.
+        case: Number of the patient.
+        week: Number of the visit.
+        slices: Number of slices, 3 mm apart.
         size: (H, W) in pixels, at least (16, 8).
-        exposure: number of a repeated scan, which differs in its noise only; None for no noise.
+        exposure: Number of a repeated scan, which differs in its noise only; None for no noise.
 
     Returns:
         Images (slices, H, W) float32, integers >= 0, and labels (slices, H, W) uint8, indices of LABELS. Rows run from
         the patient's right to his left, columns from front to back, slices upwards.
 
     Raises:
-        ValueError: for numbers out of range.
+        ValueError: If a number is out of range.
     """
     check_numbers(slices, size, (seed, case, week, exposure or 0))
     patient_rng, week_rng = generator(1, seed, case), generator(2, seed, case, week)
@@ -759,18 +759,18 @@ def write_phantom(
     The files do not depend on `workers`. A progress bar is shown where stderr is a terminal.
 
     Args:
-        folder: where to write; made if missing.
-        cases: number of patients for training, validation and test, numbered from 1 in that order.
-        weeks: volumes per patient.
-        slices: slices per volume, 3 mm apart.
+        folder: Where to write; made if missing.
+        cases: Number of patients for training, validation and test, numbered from 1 in that order.
+        weeks: Volumes per patient.
+        slices: Slices per volume, 3 mm apart.
         size: (H, W) in pixels, at least (16, 8).
-        seed: of the whole data set, 0 or more.
-        workers: processes; None for one per core, at most 8. With more than one, the calling script needs the usual
+        seed: Of the whole data set, 0 or more.
+        workers: Processes; None for one per core, at most 8. With more than one, the calling script needs the usual
             `if __name__ == "__main__":`, since each process imports it.
 
     Raises:
-        ValueError: for numbers out of range.
-        OSError: where the folder cannot be written.
+        ValueError: If a number is out of range.
+        OSError: If the folder cannot be written.
     """
     check_numbers(slices, size, (seed, *cases), weeks, workers)
     folder = Path(folder)
