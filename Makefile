@@ -14,6 +14,7 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 	$(VENV)/bin/python -m pytest
 
 # Kills, full disks, files and run directories of strangers by the thousand: some 20 minutes. Prints totals.

@@ -81,6 +81,13 @@ def option(group: str, default: Any, meaning: str, free: bool = False) -> Any:
     return Field(default, description=meaning, json_schema_extra={"group": group, "free": free})
 
 
+def group_and_free(field: FieldInfo) -> tuple[str, bool]:
+    """Return a field's heading in the help, and whether a resumed run may have another value."""
+    extra = field.json_schema_extra
+    assert isinstance(extra, dict)  # as `option` made it
+    return str(extra["group"]), bool(extra["free"])
+
+
 RUN, DATA, VQVAE, PRIOR, REFINER, OPTIMISER = "run", "data", "VQ-VAE", "prior", "refiner", "optimiser"
 
 
@@ -173,13 +180,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "refiner_updates": 3000,
     },
 }
-FREE_OPTIONS = {name for name, field in TrainConfig.model_fields.items() if field.json_schema_extra["free"]}
+FREE_OPTIONS = {name for name, field in TrainConfig.model_fields.items() if group_and_free(field)[1]}
 
 
 def configure(given: Mapping[str, Any]) -> TrainConfig:
     """Return the preset that is asked for with the options that are given."""
     chosen = PRESETS[given.get("preset", "full")]
-    config = TrainConfig(**chosen | given)
+    config = TrainConfig(**{**chosen, **given})
     if "refiner_updates" in given:
         return config
     most = config.batch_divisor * config.updates  # the refiner then sees as many slices as the VQ-VAE
@@ -288,7 +295,7 @@ def add_options(parser: ArgumentParser) -> None:
     """Give a parser one option per field, in groups. What is not given is not set: see `configure`."""
     groups: dict[str, Any] = {}
     for name, field in TrainConfig.model_fields.items():
-        heading = field.json_schema_extra["group"]
+        heading, _ = group_and_free(field)
         if heading not in groups:
             groups[heading] = parser.add_argument_group(heading)
         add_option(groups[heading], name, field)

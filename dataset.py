@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,10 +25,8 @@ from shutil import rmtree
 from threading import Lock
 from typing import NamedTuple
 
-try:
+if sys.platform != "win32":  # on Windows, partial entries of killed processes stay in the cache
     import fcntl
-except ImportError:  # on Windows: what killed first passes leave in the cache then stays there
-    fcntl = None
 
 import nibabel as nib
 import numpy as np
@@ -70,7 +69,7 @@ SAME_SPACING = 1.02  # pixel sizes that differ by a smaller factor differ by rou
 
 MAX_VOLUME = 1 << 28  # pixels that are scaled together, 1 GiB as float32; HipMRI's volumes have 5 million
 THREADS = 6  # that read files: more would wait for each other, and each holds its largest slice in memory
-INDEX_BYTES = 64  # per slice, read of a cache entry's index at most: more than it has
+INDEX_BYTES = 64  # per slice, the most that is read of a cache entry's index: an intact one has fewer
 
 SPLITS = ("train", "validate", "test")
 SPLIT_TITLES = {"train": "training", "validate": "validation", "test": "test"}
@@ -129,38 +128,44 @@ def load_dataset(
     Label maps are recognised by the names of files and folders, and left out.
 
     Args:
-        data: a folder, or "phantom" for the embedded data set, which is drawn at `slice_size` (256x128 by default) and
+        data: A folder, or "phantom" for the embedded data set, which is drawn at `slice_size` (256x128 by default) and
             kept in the cache; a folder of that name is "./phantom". The splits, patients or slices may lie deeper, if
             each folder on the way to them contains nothing but the next.
         slice_size: (H, W) in pixels, a multiple of `multiple`; by default the most common size of the training files,
             rounded to a multiple.
         multiple: (H, W) in pixels: the network accepts multiples of it.
-        seed: of the random splits, which are drawn where no folders define them.
-        workers: threads that read files; None for THREADS. For the phantom, also processes that draw it.
+        seed: Of the random splits, which are drawn where no folders define them.
+        workers: Threads that read files; None for THREADS. For the phantom, also processes that draw it.
+
+    Returns:
+        The three splits, their intensity scaled one volume at a time, and notices for the user.
 
     Raises:
-        DataError: for a folder, file or slice size that cannot be used, a split whose slices are all constant, and a
-            cache that cannot be written.
+        DataError: If the folder, a file or the slice size cannot be used, all slices of a split are constant, or the
+            cache cannot be written.
     """
     if not data.strip():  # as a path it would be the current folder
         raise DataError("no data folder: its path is empty")
+    size = None
     if slice_size:
-        slice_size = tuple(slice_size)
-        check_slice_size(slice_size, multiple)
+        height, width = slice_size
+        size = (height, width)
+        check_slice_size(size, multiple)
     if data != "phantom":
-        return load_folder(Path(data), slice_size, multiple, seed, workers)
-    size = slice_size or (256, 128)
-    # A hash of phantom.py names the folder, so that a changed phantom is drawn again.
-    version = hashlib.sha256(Path(phantom.__file__).read_bytes()).hexdigest()[:16]
-    folder = cache_folder() / f"phantom-{size[0]}x{size[1]}-{version}"
+        return load_folder(Path(data), size, multiple, seed, workers)
+    height, width = size or (256, 128)
+    # A hash of the code that draws it names the folder, so that a changed phantom is drawn again.
+    code = b"".join(Path(__file__).with_name(name).read_bytes() for name in ("phantom.py", "tissues.py"))
+    version = hashlib.sha256(code).hexdigest()[:16]
+    folder = cache_folder() / f"phantom-{height}x{width}-{version}"
     if not folder.is_dir():
         try:
             with new_cache_entry(folder) as new:
-                phantom.write_phantom(new, size=size, workers=workers)
+                phantom.write_phantom(new, size=(height, width), workers=workers)
         except ValueError as error:
-            raise DataError(f"cannot draw a phantom of {size[0]}x{size[1]}: {error}") from None
+            raise DataError(f"cannot draw a phantom of {height}x{width}: {error}") from None
     try:
-        return load_folder(folder, slice_size, multiple, seed, workers)
+        return load_folder(folder, size, multiple, seed, workers)
     except DataError as error:
         raise DataError(f"{error} (the phantom is kept in {folder}: delete that folder to draw it again)") from error
 
@@ -169,14 +174,14 @@ def read_slices(paths: Sequence[Path], slice_size: tuple[int, int]) -> tuple[Sli
     """Read slices into memory, scaled one volume at a time like training data.
 
     Args:
-        paths: files and folders; folders are searched for slices at any depth.
+        paths: Files and folders; folders are searched for slices at any depth.
         slice_size: (H, W) in pixels, reached by centre crop or zero pad.
 
     Returns:
         The slices in the order of `paths`, the affine (4, 4) of each after crop or pad, and notices for the user.
 
     Raises:
-        DataError: for a path or file that cannot be used, or where there are no slices.
+        DataError: If a path or file cannot be used, or if there are no slices.
     """
     found: list[tuple[int, str, str]] = []  # index in `paths`, path, name
     label_maps: list[str] = []
@@ -209,10 +214,10 @@ def batch_indices(count: int, batch_size: int, seed: int, update: int) -> np.nda
     is seen once per epoch, and resuming needs no state.
 
     Args:
-        count: number of slices.
-        batch_size: slices per update.
-        seed: of the permutations.
-        update: number of the update, from 0.
+        count: Number of slices.
+        batch_size: Slices per update.
+        seed: Of the permutations.
+        update: Number of the update, from 0.
 
     Returns:
         (batch_size,) int64 in [0, count).
@@ -242,7 +247,7 @@ def denormalize(slices: np.ndarray | torch.Tensor, scale: float | np.ndarray) ->
 
 
 def describe_changes(before: dict[str, str], now: dict[str, str]) -> str:
-    """Describe how the `files` of one Dataset differ from those of an earlier one, if these are known.
+    """Describe how the `files` of one Dataset differ from those of an earlier one, which are empty if unknown.
 
     Returns:
         One item per kind of change: "2 added (a.nii, b.nii), 5 altered (d.nii, e.nii, f.nii and 2 more)".
@@ -287,8 +292,13 @@ def load_folder(
     content = json.dumps([index.slice_size, [file.split for file in files], checksums])
     counts = Counter(file.split for file in files)
     parts = [slice(*ends) for ends in pairwise(np.cumsum([0, *(counts[split] for split in SPLITS)]))]
+    train, validate, test = (
+        Slices(pixels[part], names[part], cases[part], positions[part], scales[part]) for part in parts
+    )
     return Dataset(
-        *(Slices(pixels[part], names[part], cases[part], positions[part], scales[part]) for part in parts),
+        train,
+        validate,
+        test,
         slice_size=index.slice_size,
         affine=np.array(index.affine),
         scale=index.scale,
@@ -325,7 +335,7 @@ def assign_splits(files: list[SliceFile], folder: Path, seed: int) -> tuple[list
         splits |= {split: [file for file in drawn if file.split == split] for split in SPLITS[:2]}
         notices += ["no validation slices: some of the training slices are used for validation", *more]
     for one, other in combinations(SPLITS, 2):
-        shared = {file.case for file in splits[one]} & {file.case for file in splits[other]} - {None}
+        shared = {file.case for file in splits[one] if file.case} & {file.case for file in splits[other]}
         if shared:
             listed = abbreviate(sorted(shared), 10)
             notices.append(f"warning: data leak between splits: {one} and {other} share {listed}")
@@ -355,7 +365,7 @@ def split_by_case(files: list[SliceFile], parts: Sequence[str], seed: int) -> tu
         raise DataError(f"only one slice, {files[0].name}: training and validation need at least one each")
     order = np.random.default_rng(seed).permutation(len(names))
     share = max(1, round(0.05 * len(names)))
-    drawn = {}
+    drawn: dict[str, str] = {}
     for number, part in enumerate(parts[1:]):
         if len(names) >= number + 2:
             drawn.update((names[i], part) for i in order[number * share : (number + 1) * share])
@@ -367,7 +377,7 @@ def split_by_case(files: list[SliceFile], parts: Sequence[str], seed: int) -> tu
 
 
 def split_folder_notices(files: list[SliceFile], used: dict[str, str]) -> list[str]:
-    """Report folders that are used as splits without being named just so, and those named like splits but not used."""
+    """Report folders used as splits with names that only resemble one, and folders named like splits but not used."""
     guessed = sorted(f"{folder} as {split}" for folder, split in used.items() if not split_of(folder))
     notices = [f"splits by the names of folders: {abbreviate(guessed, 4)}"] if guessed else []
     unused = set()
@@ -388,7 +398,7 @@ def split_folder_notices(files: list[SliceFile], used: dict[str, str]) -> list[s
 
 
 class CacheIndex(NamedTuple):
-    """What a cache entry contains besides the pixels."""
+    """The contents of a cache entry besides the pixels."""
 
     slice_size: tuple[int, int]
     scales: list[float]  # of each slice
@@ -431,7 +441,7 @@ def cache_folder() -> Path:
 def new_cache_entry(entry: Path) -> Iterator[Path]:
     """Yield a new folder on the cache's disk and rename it to `entry` once it is filled: all of it or nothing.
 
-    If another process was faster, its entry stays. Raises DataError where the cache cannot be written.
+    If another process was faster, its entry stays. Raises DataError if the cache cannot be written.
     """
     cache = entry.parent
     try:
@@ -463,7 +473,7 @@ def lock_cache(cache: Path) -> Iterator[None]:
     write. A process that gets it exclusively therefore knows that no partial folder belongs to a living process.
     """
     with ExitStack() as stack:
-        if fcntl:
+        if sys.platform != "win32":
             # One lock per user: in a cache shared by several, another user's lock could not be opened.
             lock = stack.enter_context(open(cache / f".lock-{os.getuid()}", "ab"))
             with suppress(OSError):  # others are writing, or the disk has no locks: then nothing is removed
@@ -484,7 +494,8 @@ def open_cache_entry(entry: Path, count: int) -> tuple[np.ndarray, CacheIndex] |
         if checksum != index_checksum(entry.name, body):
             return None
         index = CacheIndex(**json.loads(body))
-        index = index._replace(slice_size=tuple(index.slice_size))
+        height, width = index.slice_size
+        index = index._replace(slice_size=(height, width))  # JSON has no tuples
         if [np.shape(part) for part in (index.scales, index.checksums, index.affine)] != [(count,), (count,), (4, 4)]:
             return None
         return map_pixels(entry, (count, *index.slice_size)), index
@@ -517,7 +528,7 @@ def fill_cache_entry(
             def store(row: int, pixels: np.ndarray) -> None:
                 with writing:
                     file.seek(row * pixels.size)
-                    file.write(pixels)
+                    file.write(pixels.data)
 
             index = make_index(files, decode_files(files, size, store, workers), size, workers)
             file.flush()
@@ -533,7 +544,7 @@ def fill_cache_entry(
 def make_index(
     files: list[SliceFile], decoded: list[Decoded], size: tuple[int, int], workers: int | None
 ) -> CacheIndex:
-    """Summarise what was decoded, or raise DataError where a split is blank."""
+    """Summarise decoded slices, or raise DataError if all slices of a split are constant."""
     refuse_blank_splits(files, decoded)
     train = [one for file, one in zip(files, decoded) if file.split == "train"]
     volume_scales = {file.volume: one.scale for file, one in zip(files, decoded) if file.split == "train"}
@@ -571,7 +582,7 @@ def duplicate_notices(files: list[SliceFile], decoded: list[Decoded], workers: i
     alike = [row for row, one in enumerate(decoded) if one.quick_digest and counts[one.quick_digest] > 1]
     with ThreadPoolExecutor(workers or THREADS) as pool:  # digests of all slices would cost the first pass 5 to 9 %
         digests = list(pool.map(pixel_digest, [files[row] for row in alike]))
-    found: dict[str, dict[str, list[str]]] = {}
+    found: dict[str, dict[str | None, list[str]]] = {}  # digest, split, names
     for row, digest in zip(alike, digests):
         found.setdefault(digest, {}).setdefault(files[row].split, []).append(files[row].name)
     notices = []
@@ -648,17 +659,18 @@ def check_slice_size(size: tuple[int, int], multiple: tuple[int, int]) -> None:
 def most_common_size(files: list[SliceFile], multiple: tuple[int, int], workers: int | None) -> tuple[int, int]:
     """Return the most common size (H, W), from the headers alone, rounded to a multiple of `multiple`."""
     with ThreadPoolExecutor(workers or THREADS) as pool:
-        counts = Counter(pool.map(read_shape, [file.path for file in files]))
-    del counts[None]  # bad files, which decoding reports
+        shapes = pool.map(read_shape, [file.path for file in files])
+        counts = Counter(shape for shape in shapes if shape)  # decoding reports the bad files
     common = max(counts, key=lambda shape: (counts[shape], shape), default=multiple)
-    return tuple(max((side + step // 2) // step, 1) * step for side, step in zip(common, multiple))
+    height, width = (max((side + step // 2) // step, 1) * step for side, step in zip(common, multiple))
+    return height, width
 
 
 # ---------------------------------------------------------------- decoding
 
 
 class Decoded(NamedTuple):
-    """What decoding finds out about a slice, besides its pixels."""
+    """The properties of a decoded slice, besides its pixels."""
 
     scale: float
     affine: np.ndarray
@@ -677,41 +689,46 @@ def decode_files(
     """Read, scale and store `files`, with volumes in parallel: decompression lets other threads run.
 
     Args:
-        files: the slices; those of one volume are read and scaled together.
+        files: The slices; those of one volume are read and scaled together.
         size: (H, W) in pixels, reached by centre crop or zero pad.
-        store: called with a slice's index in `files` and its pixels (H, W) uint8, from several threads.
-        workers: threads; None for THREADS.
+        store: Called with a slice's index in `files` and its pixels (H, W) uint8, from several threads.
+        workers: Threads; None for THREADS.
 
     Raises:
-        DataError: listing every bad file.
+        DataError: If any file cannot be used. The message lists the first ten with their reasons.
     """
     volumes: dict[tuple[str, ...], list[int]] = {}
     for row, file in enumerate(files):
         volumes.setdefault(file.volume, []).append(row)
-    decoded: dict[int, Decoded | str] = {}
+    decoded: dict[int, Decoded] = {}
+    bad: dict[int, str] = {}
     bar = tqdm(total=len(files), desc="reading slices", unit="slice", disable=None)
     with bar, ThreadPoolExecutor(workers or THREADS) as pool:
         jobs = [pool.submit(decode_volume, files, rows, size, store) for rows in volumes.values()]
         try:
             for job in as_completed(jobs):
-                decoded |= job.result()
-                bar.update(len(job.result()))
+                usable, unusable = job.result()
+                decoded |= usable
+                bad |= unusable
+                bar.update(len(usable) + len(unusable))
         except BaseException:
             pool.shutdown(cancel_futures=True)  # so that Ctrl-C does not wait for the rest
             raise
-    refuse_files([(files[row].name, one) for row, one in decoded.items() if isinstance(one, str)], len(files))
+    refuse_files([(files[row].name, reason) for row, reason in bad.items()], len(files))
     return [decoded[row] for row in range(len(files))]
 
 
 def decode_volume(
     files: list[SliceFile], rows: list[int], size: tuple[int, int], store: Callable[[int, np.ndarray], None]
-) -> dict[int, Decoded | str]:
+) -> tuple[dict[int, Decoded], dict[int, str]]:
     """Read the slices of one volume, scale them together and store their pixels.
 
     Returns:
-        What was found of each row, or the reason for each row that cannot be used.
+        The result for each row. If any cannot be used, no results, and the reason for each such row.
     """
-    slices, bad, held = {}, {}, 0
+    slices: dict[int, RawSlice] = {}
+    bad: dict[int, str] = {}
+    held = 0  # pixels
     for row in rows:
         try:
             slices[row] = read_file(files[row])
@@ -722,7 +739,7 @@ def decode_volume(
             bad[row] = f"its volume has more than {MAX_VOLUME} pixels up to this slice"
             break
     if bad:
-        return bad
+        return {}, bad
     scale = volume_scale([one.image for one in slices.values()])
     decoded, lows, highs, bright = {}, [], [], 0
     for row, (image, affine, checksum) in slices.items():
@@ -747,10 +764,10 @@ def decode_volume(
             checksum=checksum,
         )
     if min(lows) < max(highs) <= 0:
-        return dict.fromkeys(rows, "its volume has no values above 0: air should be 0, and tissue brighter")
+        return {}, dict.fromkeys(rows, "its volume has no values above 0: air should be 0, and tissue brighter")
     if min(lows) != max(highs) and bright < MIN_BRIGHT * held:
-        return {row: one._replace(dark=True) for row, one in decoded.items()}
-    return decoded
+        decoded = {row: one._replace(dark=True) for row, one in decoded.items()}
+    return decoded, {}
 
 
 def read_file(file: SliceFile) -> RawSlice:
@@ -819,5 +836,5 @@ def pixel_digest(file: SliceFile) -> str:
 def digest_values(shape: tuple[int, int], values: np.ndarray) -> str:
     """Return a digest of a shape and values."""
     hashed = hashlib.blake2b(repr(shape).encode(), digest_size=16)
-    hashed.update(values + 0)  # turns -0 into 0
+    hashed.update((values + 0).data)  # the sum turns -0 into 0
     return hashed.hexdigest()

@@ -46,7 +46,7 @@ DIGITS = re.compile("[0-9]+")
 
 
 class Identity(NamedTuple):
-    """What a name says of a slice; None where it says nothing."""
+    """Case, week and slice number as a name gives them; None where it gives none."""
 
     case: str | None  # the patient, as case_004
     week: int | None
@@ -73,11 +73,14 @@ class SliceFile(NamedTuple):
 def find_slices(root: Path) -> tuple[list[tuple[str, str]], list[str]]:
     """Find the slices at any depth below a folder.
 
+    Args:
+        root: The folder; hidden folders below it are skipped.
+
     Returns:
         The path and the name of each slice, and the names of label maps. Names are relative to `root`.
 
     Raises:
-        DataError: where two slices get the same name, or where there are too many.
+        DataError: If two slices get the same name, there are too many, or a folder cannot be read.
     """
     start = len(os.path.join(root, ""))
     found: dict[str, str] = {}
@@ -120,7 +123,7 @@ def walk_files(root: Path) -> Iterator[os.DirEntry]:
 
 
 def is_folder(entry: os.DirEntry) -> bool:
-    """Tell a folder, or a link to one, from everything else."""
+    """Return whether an entry is a folder or a link to one."""
     try:
         return entry.is_dir()
     except OSError:  # a link to itself
@@ -134,7 +137,7 @@ def describe_files(found: list[tuple[str, str]]) -> list[SliceFile]:
         try:
             stat = os.stat(path)
         except OSError as error:
-            bad.append((name, error.strerror))
+            bad.append((name, error.strerror or str(error)))
             continue
         if not S_ISREG(stat.st_mode):  # opening a pipe could wait for ever, and a device may have no end
             bad.append((name, "not a regular file"))
@@ -167,7 +170,7 @@ def label_map_notices(names: list[str]) -> list[str]:
 
 
 def name_notices(files: list[SliceFile]) -> list[str]:
-    """Report what stays unknown because names do not say it, and slice numbers that occur twice."""
+    """Report cases and slice numbers that names do not give, and slice numbers that occur twice."""
     seen: set[tuple] = set()
     repeated = []
     for file in files:
@@ -212,7 +215,7 @@ def with_forward_slashes(name: str) -> str:
 
 
 def is_slice(name: str) -> bool:
-    """Tell a NIfTI file from other files and from hidden ones (macOS leaves ._*.nii)."""
+    """Return whether a name is that of a NIfTI file, unless it is hidden (macOS leaves ._*.nii)."""
     return name.lower().endswith((".nii", ".nii.gz")) and "/." not in f"/{name}"
 
 
@@ -253,7 +256,10 @@ def split_words(name: str) -> list[str]:
 
 @lru_cache(maxsize=4096)
 def split_of(folder: str) -> str | None:
-    """Return the split that a folder's name stands for: one of its words names a split, the others are usual beside."""
+    """Return the split that a folder's name stands for, or None.
+
+    Exactly one of its words names a split, and all others are common beside such a word.
+    """
     words = split_words(folder)
     splits = [SPLIT_OF_WORD[word] for word in words if word in SPLIT_OF_WORD]
     others = (word for word in words if word not in SPLIT_OF_WORD)
@@ -262,7 +268,7 @@ def split_of(folder: str) -> str | None:
 
 @lru_cache(maxsize=4096)
 def likely_split_of(folder: str) -> str | None:
-    """Return the split that a folder's name may stand for, whatever else it says: fold0_train, prostate_val."""
+    """Return the split that a folder's name may stand for, whatever its other words, as in fold0_train, or None."""
     splits = [SPLIT_OF_WORD[word] for word in split_words(folder) if word in SPLIT_OF_WORD and len(word) > 2]
     return split_of(folder) or (splits[0] if len(splits) == 1 else None)
 
@@ -270,12 +276,12 @@ def likely_split_of(folder: str) -> str | None:
 def splits_of_folders(names: list[str]) -> dict[str, str]:
     """Return the splits that the first folders of slices' names stand for.
 
-    Where every slice lies in a folder that is likely a split, and training and another split are among them, these are
-    the splits. Otherwise only unmistakable names count, so that test_retest beside baseline is none.
+    If every slice lies in a folder that is likely a split, and these include training and another split, they are the
+    splits. Otherwise only unmistakable names count: test_retest beside baseline is no split.
     """
     tops = {top if slash else "" for top, slash, _ in (name.partition("/") for name in names)}
-    likely = {top: likely_split_of(top) for top in tops}
-    if None not in likely.values() and "train" in likely.values() and len(set(likely.values())) > 1:
+    likely = {top: split for top in tops if (split := likely_split_of(top))}
+    if len(likely) == len(tops) and "train" in likely.values() and len(set(likely.values())) > 1:
         return likely
     return {top: split for top in tops if (split := split_of(top))}
 
@@ -287,9 +293,10 @@ def splits_in_path(folder: str) -> tuple[str, ...]:
 
 
 def path_to_splits(names: list[str]) -> str:
-    """Return the path down to the folder of the splits, or of several folders or files: "", or it ends in a slash.
+    """Return the path down to the folder that holds the splits, or several folders or files.
 
-    It descends through a folder that is alone, unless that is a split or a patient, and through keras_slices_data.
+    It descends through a folder that is alone, unless that is a split or a patient, and through keras_slices_data. It
+    is empty or ends in a slash.
     """
     below = ""
     while True:
@@ -310,18 +317,20 @@ def path_to_splits(names: list[str]) -> str:
 def identify(name: str) -> Identity:
     """Return case, week and slice number of a slice.
 
-    What the file's name does not say, its folders may, the deepest one first. Without a case there is no slice
+    Fields that the file's name lacks come from its folders, the deepest one first. Without a case there is no slice
     number, because slices of several patients would share it.
     """
     folder, _, base = name.rpartition("/")
-    pairs = zip(parse_name(base), parse_folders(folder))
-    case, week, number = (own if own is not None else above for own, above in pairs)
+    own, above = parse_name(base), parse_folders(folder)
+    case = above.case if own.case is None else own.case
+    week = above.week if own.week is None else own.week
+    number = above.number if own.number is None else own.number
     return Identity(case, week, number if case else None)
 
 
 @lru_cache(maxsize=4096)
 def parse_folders(folder: str) -> Identity:
-    """Return each of case, week and slice number from the deepest folder of a path that says it."""
+    """Return each of case, week and slice number from the deepest folder of a path that gives it."""
     identities = [parse_name(part) for part in reversed(folder.split("/"))]
     return Identity(*(next((value for value in values if value is not None), None) for values in zip(*identities)))
 
@@ -332,9 +341,8 @@ def parse_name(part: str) -> Identity:
     Numbers are compared by value: case_4 is case_004.
     """
     case, week, number = CASE.search(part), WEEK.search(part), NUMBER.search(part)
-    if case:
-        case = f"{case[1].lower()}_{DIGITS.sub(pad_number, case[2].lower())}"
-    return Identity(case, week and int(week[1]), number and int(number[1]))
+    patient = f"{case[1].lower()}_{DIGITS.sub(pad_number, case[2].lower())}" if case else None
+    return Identity(patient, int(week[1]) if week else None, int(number[1]) if number else None)
 
 
 def pad_number(digits: re.Match[str]) -> str:
@@ -403,7 +411,7 @@ def positions_of(files: list[SliceFile]) -> np.ndarray:
     for file in files:
         if file.number is not None:
             numbers.setdefault(file.volume, set()).add(file.number)
-    positions = {
+    positions: dict[tuple[tuple[str, ...], int | None], float] = {
         (volume, number): rank / (len(found) - 1) if len(found) > 1 else 0.5
         for volume, found in numbers.items()
         for rank, number in enumerate(sorted(found))

@@ -16,11 +16,12 @@ Lipman et al. 2023, Flow Matching for Generative Modeling, arXiv:2210.02747 (ref
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differentiable
 
 # Logits or distances (rows x K) per chunk: they fit a CPU's caches, and 256 MB of a GPU's memory.
 CHUNK_LOGITS, GPU_CHUNK_LOGITS = 2**21, 2**26
@@ -154,6 +155,9 @@ class Codebook(nn.Module):
     """
 
     DEAD_CODE_THRESHOLD = 0.3
+    embeddings: Tensor  # (K, D)
+    cluster_sizes: Tensor  # (K,)
+    sums: Tensor  # (K, D)
 
     def __init__(self, size: int, dim: int, decay: float):
         super().__init__()
@@ -284,7 +288,7 @@ def dilations(distance: int) -> list[int]:
     >>> dilations(30)
     [1, 2, 4, 8, 15]
     """
-    steps = []
+    steps: list[int] = []
     while sum(steps) < distance:
         steps.append(min(2 ** len(steps), distance - sum(steps)))
     return steps
@@ -333,7 +337,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, codes: Tensor, needs_grad: bool) -> Tensor:
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor, codes: Tensor, needs_grad: bool) -> Tensor:
         """Return nats () for x (M, C), weight (K, C), bias (K,) and codes (M,)."""
         w, nats = weight.to(x.dtype), bias.new_zeros(())
         grad_x, grad_weight, grad_bias = [], torch.zeros_like(weight), torch.zeros_like(bias)
@@ -356,7 +360,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, scale: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: BackwardCFunction, scale: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, weight and bias."""
         return *(gradient * scale for gradient in ctx.saved_tensors), None, None
 
@@ -430,7 +434,7 @@ class GatedPixelCNN(nn.Module):
     def nll(self, codes: Tensor, position: Tensor, augmentation: Tensor | None = None) -> Tensor:
         """Return the mean negative log-likelihood () in nats per code, the training loss; arguments as in `forward`."""
         rows = self.features(codes, position, augmentation).permute(0, 2, 3, 1).flatten(0, 2)
-        output = self.head[-1]
+        output = cast(nn.Conv2d, self.head[-1])
         given = rows, output.weight[:, :, 0, 0], output.bias, codes.flatten(), torch.is_grad_enabled()
         return LinearCrossEntropy.apply(*given) / codes.numel()
 
@@ -539,26 +543,28 @@ class RowSampler:
 
     def __init__(self, prior: GatedPixelCNN, position: Tensor, draw: Callable[[Tensor, int], Tensor]):
         self.prior, self.draw = prior, draw
-        self.matrices = [horizontal_matrices(layer) for layer in prior.layers]
+        self.layers = cast(list[GatedLayer], list(prior.layers))
+        self.head = cast(nn.Conv2d, prior.head[1]), cast(nn.Conv2d, prior.head[3])
+        self.matrices = [horizontal_matrices(layer) for layer in self.layers]
         self.conditioning = prior.position_features(position)  # (N, C)
         n, c, columns = *self.conditioning.shape, prior.config.grid[1]
         self.row = torch.zeros(1, dtype=torch.int64, device=position.device)
         self.codes = self.row.new_zeros(n, columns)
         self.previous_row = self.conditioning.new_zeros(n, c, columns)  # embedded
-        self.row_caches = [self.conditioning.new_zeros(layer.rows, n, c, columns) for layer in prior.layers]
+        self.row_caches = [self.conditioning.new_zeros(layer.rows, n, c, columns) for layer in self.layers]
 
     def sample_row(self) -> None:
         """Draw the next row of codes into `codes` (N, w)."""
         prior = self.prior
-        first, last = prior.head[1], prior.head[3]
+        first, last = self.head
         here = prior.row_embedding.index_select(1, self.row) + prior.column_embedding  # (C, 1, w)
         place = here.permute(2, 1, 0) + self.conditioning  # (w, N, C)
         links = self.vertical_row(self.previous_row + place.permute(1, 2, 0))
-        past_columns = [[] for _ in prior.layers]
+        past_columns: list[list[Tensor]] = [[] for _ in self.layers]
         x = self.conditioning.new_zeros(self.conditioning.shape)
         for column in range(prior.config.grid[1]):
             h = x + place[column]
-            for layer, link, past, (now, before, output) in zip(prior.layers, links, past_columns, self.matrices):
+            for layer, link, past, (now, before, output) in zip(self.layers, links, past_columns, self.matrices):
                 gates = torch.addmm(link[column], h, now)  # (N, 2C)
                 if column >= layer.left:
                     gates.addmm_(past[column - layer.left], before)
@@ -574,7 +580,7 @@ class RowSampler:
     def vertical_row(self, v: Tensor) -> list[Tensor]:
         """Run the vertical stack on one row (N, C, w); return its links to the horizontal stack, each (w, N, 2C)."""
         links = []
-        for layer, cache in zip(self.prior.layers, self.row_caches):
+        for layer, cache in zip(self.layers, self.row_caches):
             oldest = self.row % layer.rows  # holds row - dilation, and gives way to this row
             pair = torch.stack([cache.index_select(0, oldest)[0], v], 2)  # (N, C, 2, w)
             cache.index_copy_(0, oldest, v[None])
@@ -646,6 +652,7 @@ class Refiner(nn.Module):
 
     ODE_STEPS = 8
     PRIOR_COUNT = 10  # pseudo-observations: rare codes take the standard deviation of all codes
+    residual_std: Tensor  # (K, downsampling^2)
 
     def __init__(self, config: RefinerConfig):
         super().__init__()
@@ -664,8 +671,8 @@ class Refiner(nn.Module):
             nn.ReLU(inplace=True),
             nn.Conv2d(config.pixel_channels, 1, 3, padding=1),
         )
-        nn.init.zeros_(self.pixels[-1].weight)
-        nn.init.zeros_(self.pixels[-1].bias)
+        for parameter in self.pixels[-1].parameters():
+            nn.init.zeros_(parameter)
 
     @torch.no_grad()
     def fit_residual_std(self, slices: Tensor, decoded: Tensor, codes: Tensor) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -74,12 +75,15 @@ def read_slice(path: str | Path, size: int, mtime_ns: int) -> RawSlice:
     """Read one slice from a NIfTI-1 or NIfTI-2 file, gzipped or not.
 
     Args:
-        path: the file.
-        size: its size in bytes when it was found.
-        mtime_ns: its modification time when it was found. A file that has changed since is not read.
+        path: The file.
+        size: Its size in bytes when it was found.
+        mtime_ns: Its modification time when it was found. A file that has changed since is not read.
+
+    Returns:
+        The image (H, W), its affine (4, 4) and a checksum.
 
     Raises:
-        DataError: for a file that cannot be used. The message gives the reason, not the file's name.
+        DataError: If the file cannot be used. The message gives the reason, not the file's name.
     """
     try:
         with open_regular(path) as file:
@@ -104,7 +108,7 @@ def write_slice(path: Path, pixels: np.ndarray, affine: np.ndarray) -> None:
     """Write a slice as float32 NIfTI.
 
     Args:
-        path: the file, gzipped if it ends in .gz.
+        path: The file, gzipped if it ends in .gz.
         pixels: (H, W).
         affine: (4, 4) from pixel indices to mm.
     """
@@ -173,7 +177,7 @@ def to_image(content: bytes | bytearray, header: Header) -> np.ndarray:
     """Convert a file's content to an image (H, W) of finite float32 values."""
     image = np.frombuffer(content, header.dtype, offset=header.offset).reshape(header.shape, order="F")
     with np.errstate(all="ignore"):  # values beyond float32 become infinite, which is checked below
-        if header.slope is not None:
+        if header.slope is not None and header.inter is not None:
             image = image * header.slope
             image += header.inter
         image = image.astype(np.float32, copy=False)
@@ -190,9 +194,9 @@ def read_header(file: BinaryIO) -> Header:
     block = bytes(read_content(file, HEADER_BYTES))
     for kind in (nib.Nifti1Header, nib.Nifti2Header):
         length = kind.template_dtype.itemsize
-        for order, mark in (("little", "<"), ("big", ">")):
-            if len(block) >= length and int.from_bytes(block[:4], order) == length:
-                return parse_header(kind, block[:length], mark)
+        for endianness in "<>":
+            if len(block) >= length and struct.unpack_from(f"{endianness}i", block) == (length,):
+                return parse_header(kind, block[:length], endianness)
     raise DataError("not a NIfTI file")
 
 
@@ -243,7 +247,7 @@ def complete_affine(affine: np.ndarray) -> np.ndarray:
     """Return the affine (4, 4) with a unit step across the slice where a 2D writer left that column empty.
 
     Raises:
-        DataError: where the affine is not finite, is out of range, or gives pixels no area.
+        DataError: If the affine is not finite, is out of range, or gives pixels no area.
     """
     if not np.abs(affine).max() <= MAX_DISTANCE:  # also true of NaN
         raise DataError("bad header: its affine is not finite or out of range")

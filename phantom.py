@@ -1,8 +1,8 @@
 """Draw the embedded data set: a procedural male pelvis, T2-weighted, in the layout of HipMRI's processed 2D slices.
 
 HipMRI may not be redistributed, so a first run and the tests use these slices. Nothing in them comes from a scan. A
-small random vector per patient determines the anatomy, which is made of implicit shapes. The spin-echo equation gives
-each tissue's signal from its T1, T2 and proton density. Coil shading and Rician noise are added.
+small random vector per patient determines the anatomy, which is made of implicit shapes. Each tissue has the signal
+and the texture of tissues.py. Coil shading and Rician noise are added.
 
     python phantom.py OUT                                         120 + 10 + 10 patients, 20 slices each
     python phantom.py OUT --cases 8 2 2 --slices 10 --size 64 32  a small set
@@ -12,7 +12,7 @@ columns (0 at the centre of the image, negative in front), z towards the head (0
 image always covers 410 x 205 mm. Slices are 3 mm apart and centred 3 mm above the centre of the prostate. About 90 mm
 of height, 30 slices, are modelled: a taller stack repeats the outermost anatomy.
 
-This module imports no other module of the project.
+This module imports no other module of the project but tissues.py.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ import nibabel as nib
 import numpy as np
 from tqdm import tqdm
 
+from tissues import SIGNAL, STRANDED_ALONG, TISSUES
+
 LABELS = ("background", "body", "bone", "bladder", "rectum", "prostate")
 BACKGROUND, BODY, BONE, BLADDER, RECTUM, PROSTATE = range(6)
 SPLITS = ("train", "validate", "test")
@@ -39,99 +41,10 @@ FIELD_OF_VIEW = (410.0, 205.0)  # mm, rows and columns
 SLICE_STEP = 3.0  # mm
 STACK_CENTRE = 3.0  # mm above the centre of the prostate
 BOX = ((-100.0, 100.0), (-205.0, 205.0), (-102.5, 102.5))  # mm, z x y: where textures are defined
-TR, TE = 4000.0, 100.0  # ms, usual for T2-weighted imaging of the prostate
 
 Box = tuple[tuple[float, float], tuple[float, float], tuple[float, float]]  # limits along three axes, mm
 Window = tuple[slice, slice, slice]  # indices of a part of the volume: slices, rows, columns
 Layers = Sequence[tuple[float, str]]  # (grow, tissue): a shape grown by so many mm is filled with that tissue
-
-# ---------------------------------------------------------------- tissues
-
-
-def spin_echo(
-    pd: float | np.ndarray,
-    t1: float | np.ndarray,
-    t2: float | np.ndarray,
-    tr: float | np.ndarray = TR,
-    te: float | np.ndarray = TE,
-) -> float | np.ndarray:
-    """Return the signal of a spin echo, S = PD (1 - exp(-TR/T1)) exp(-TE/T2), for TE much shorter than TR.
-
-    Haacke et al., Magnetic Resonance Imaging: Physical Principles and Sequence Design, 1999. Arrays broadcast.
-
-    Args:
-        pd: proton density, 0 to 1.
-        t1: longitudinal relaxation time, ms.
-        t2: transverse relaxation time, ms.
-        tr: repetition time, ms.
-        te: echo time, ms.
-
-    Returns:
-        0 to 1.
-    """
-    return pd * (1 - np.exp(-tr / t1)) * np.exp(-te / t2)
-
-
-@dataclass(frozen=True)
-class Tissue:
-    """The magnetic properties and the texture of a tissue."""
-
-    pd: float  # proton density relative to water, 0 to 1
-    t1: float  # ms
-    t2: float  # ms
-    mottle: float = 0.0  # texture of about 20 mm: standard deviation relative to the signal
-    grain: float = 0.0  # texture of about 4 mm, likewise
-    strands: float = 0.0  # added to the signal along thin curved sheets: dark septa in fat, bright fat in muscle
-
-
-# T1 and T2 at 3 T, ms.
-# [B] de Bazelaire et al. 2004, Radiology 230:652: subcutaneous fat 382/68, marrow 586/49, muscle 898/29,
-#     prostate 1597/74.
-# [S] Stanisz et al. 2005, Magn Reson Med 54:507: muscle 1412/50, blood 1932/275, cartilage 1168/27.
-# [K] Simpkin et al. 2013, Br J Radiol 86:20120469, T2 at 1.5 T: peripheral zone 149, transition zone 125.
-# Where sources differ, a value lies between them. Fat and marrow are brighter in a fast spin echo than [B] predicts,
-# since closely spaced refocusing pulses suppress the decay by J-coupling of lipids (Henkelman et al. 1992, J Magn
-# Reson Imaging 2:533): their T2 is an effective one, chosen for the contrast that scans show. All proton densities,
-# textures and the values marked ~ are our approximations.
-TISSUES = {
-    "air": Tissue(0.0, 1000, 100),
-    "skin": Tissue(0.75, 900, 50),  # ~
-    "fat": Tissue(0.95, 382, 145, 0.04, 0.025, -0.13),  # [B], effective T2
-    "pelvic_fat": Tissue(0.95, 382, 135, 0.09, 0.08, -0.20),  # fat with vessels
-    "fascia": Tissue(0.9, 382, 70, 0.6, 0.3),  # ~ fat planes thinner than a voxel
-    "muscle": Tissue(0.85, 1300, 36, 0.16, 0.12, 0.14),  # [B], [S]
-    "gluteus": Tissue(0.85, 1300, 37, 0.16, 0.12, 0.34),  # coarse bundles, more fat between them
-    "levator": Tissue(0.85, 1300, 42, 0.15, 0.12),
-    "perineum": Tissue(0.85, 1300, 58, 0.35, 0.3),  # ~ smooth muscle, fibrous tissue and fat
-    "tendon": Tissue(0.4, 900, 22),  # ~
-    "cortex": Tissue(0.2, 500, 15),  # ~
-    "marrow": Tissue(0.85, 586, 102, 0.17, 0.13, -0.08),  # [B], effective T2
-    "head": Tissue(0.88, 500, 130, 0.08, 0.07, -0.05),  # fatty marrow, ~
-    "cartilage": Tissue(0.8, 1168, 60, 0.1, 0.15),  # [S] with joint fluid
-    "disc": Tissue(0.7, 1168, 45, 0.1, 0.1),  # fibrocartilage, ~
-    "urine": Tissue(1.0, 3500, 900, 0.01),  # ~ near water
-    "bladder_wall": Tissue(0.85, 1400, 52, 0.1, 0.1),  # ~ smooth muscle
-    "stroma": Tissue(0.85, 1500, 55, 0.12, 0.1),  # anterior fibromuscular stroma, capsule, ~
-    "transition": Tissue(0.88, 1597, 86, 0.16, 0.14),  # [B], [K]
-    "nodule_bright": Tissue(0.9, 1597, 125, 0.1, 0.15),  # [K]
-    "nodule_dark": Tissue(0.88, 1500, 66, 0.1, 0.1),  # ~
-    "peripheral": Tissue(0.92, 1597, 149, 0.10, 0.10, -0.08),  # [B], [K]
-    "urethra": Tissue(0.9, 1600, 150),  # ~
-    "plexus": Tissue(0.9, 1500, 105, 0.35, 0.4, -0.15),  # ~ veins and bands around the prostate
-    "vesicle": Tissue(0.92, 1700, 150, 0.15, 0.25, -0.35),  # ~ fluid between folded walls
-    "rectal_wall": Tissue(0.85, 1400, 58, 0.12, 0.12),  # ~
-    "mucosa": Tissue(0.9, 1400, 90, 0.15, 0.2),  # ~
-    "gas": Tissue(0.02, 1000, 100),
-    "stool": Tissue(0.6, 900, 62, 0.3, 0.4),  # ~
-    "penis": Tissue(0.92, 1600, 115, 0.10, 0.10, -0.08),  # ~ slow venous blood
-    "cord": Tissue(0.9, 500, 95, 0.2, 0.3, -0.2),  # ~ fat, veins and duct
-    "vein": Tissue(0.9, 1932, 150, 0.1),  # [S], less for flow
-    "artery": Tissue(0.1, 1932, 275),  # flow void
-    "nerve": Tissue(0.85, 1100, 75, 0.1, 0.25),  # ~
-}
-STRANDED_ALONG = ("muscle", "gluteus", "fat")  # strands follow the fibres; elsewhere they wander
-SIGNAL = {name: float(spin_echo(t.pd, t.t1, t.t2)) for name, t in TISSUES.items()}
-
 
 # ---------------------------------------------------------------- noise
 
@@ -144,10 +57,10 @@ def smooth_noise(
     The grid spans the box, so that the noise at a place does not depend on which other places are sampled.
 
     Args:
-        rng: draws the grid.
-        places: increasing coordinates along each of three axes, in mm, inside `box`.
-        spacing: grid step along each axis, in mm.
-        box: limits of the grid along each axis, in mm.
+        rng: Draws the grid.
+        places: Increasing coordinates along each of three axes, in mm, inside `box`.
+        spacing: Grid step along each axis, in mm.
+        box: Limits of the grid along each axis, in mm.
 
     Returns:
         (S, H, W) float32, one value per combination of places.
@@ -299,12 +212,12 @@ class Canvas:
         """Prepare an empty volume.
 
         Args:
-            rng: draws textures and the deformation of coordinates.
-            slices: number of slices.
+            rng: Draws textures and the deformation of coordinates.
+            slices: Number of slices.
             size: (H, W) in pixels.
-            scale: size of the patient relative to the reference patient.
-            turn: rotation of the patient in the slice, in radians.
-            shift: displacement of the patient in the slice, in mm.
+            scale: Size of the patient relative to the reference patient.
+            turn: Rotation of the patient in the slice, in radians.
+            shift: Displacement of the patient in the slice, in mm.
         """
         voxel = np.array(FIELD_OF_VIEW) / size
         row, column = (((np.arange(n) - (n - 1) / 2) * d).astype(np.float32) for n, d in zip(size, voxel))
@@ -359,7 +272,8 @@ class Canvas:
         limits = [np.searchsorted(axis, end) for axis, end in zip(self.axes, ends)]
         if any(first >= last for first, last in limits):
             return None
-        return tuple(slice(first, last) for first, last in limits)
+        slices, rows, columns = (slice(first, last) for first, last in limits)
+        return slices, rows, columns
 
     def paint(
         self,
@@ -373,12 +287,12 @@ class Canvas:
         """Paint a union of shapes over the volume, from its outermost layer inwards.
 
         Args:
-            shapes: parts of the union.
-            layers: from the outermost inwards.
-            label: written where the first layer covers half of a voxel; None leaves labels unchanged.
-            rough: irregularity of the outline, in mm.
-            blend: distance over which parts merge, in mm.
-            depth: distance that the union keeps below the skin, in mm.
+            shapes: Parts of the union.
+            layers: From the outermost inwards.
+            label: Written where the first layer covers half of a voxel; None leaves labels unchanged.
+            rough: Irregularity of the outline, in mm.
+            blend: Distance over which parts merge, in mm.
+            depth: Distance that the union keeps below the skin, in mm.
         """
         window = self.window(shapes, 7 + layers[0][0])  # 7 mm is three standard deviations of the deformation
         if window is None:
@@ -424,7 +338,7 @@ LEVELS = (-25.0, 2.0, 28.0)
 
 @dataclass(frozen=True)
 class Patient:
-    """What is drawn at random per patient."""
+    """The random parameters of a patient."""
 
     scale: float  # relative to the reference patient
     turn: float  # rotation in the slice, radians
@@ -478,93 +392,51 @@ def paint_cleft(canvas: Canvas, rng: np.random.Generator) -> None:
     canvas.paint([chain(LEVELS, *rows)], ((2.0, "skin"), (0.0, "air")), rough=0.4)
 
 
-# Muscles and vessels of one side, in painting order: tissue and, at each of LEVELS, a band's points (x, y, radius).
-MUSCLES = (
-    (
-        "muscle",  # thigh and hip, behind the single muscles
+# Muscles and vessels of one side, in painting order: at each of LEVELS, a band's points (x, y, radius) in mm.
+MUSCLES: dict[str, Sequence[Sequence[float]]] = {
+    "thigh and hip": (  # behind the single muscles
         (70, -34, 20, 118, -30, 26, 120, 10, 26, 88, 36, 16),
         (62, -40, 14, 116, -36, 26, 122, 14, 24, 88, 40, 15),
         (68, -44, 14, 112, -36, 24, 116, 16, 24, 84, 42, 15),
     ),
-    (
-        "gluteus",  # gluteus maximus
+    "gluteus maximus": (
         (150, 20, 9, 128, 50, 16, 94, 62, 18, 50, 64, 12),
         (148, 20, 10, 126, 49, 17, 90, 62, 19, 34, 66, 11),
         (142, 24, 10, 118, 50, 17, 80, 62, 20, 24, 66, 10),
     ),
-    (
-        "muscle",  # vastus lateralis, higher up gluteus medius
+    "vastus lateralis, higher up gluteus medius": (
         (150, -20, 11, 151, 2, 12),
         (152, -14, 9, 150, 6, 8),
         (145, -26, 11, 142, 16, 13),
     ),
-    (
-        "muscle",  # tensor fasciae latae
-        (148, -42, 9, 138, -58, 9),
-        (148, -40, 8, 138, -58, 8),
-        (148, -36, 7, 134, -58, 8),
-    ),
-    (
-        "muscle",  # vastus intermedius, higher up gluteus minimus
+    "tensor fasciae latae": ((148, -42, 9, 138, -58, 9), (148, -40, 8, 138, -58, 8), (148, -36, 7, 134, -58, 8)),
+    "vastus intermedius, higher up gluteus minimus": (
         (132, -26, 14, 118, -18, 12),
         (128, -38, 11, 120, -28, 9),
         (122, -34, 13, 122, 8, 11),
     ),
-    (
-        "muscle",  # rectus femoris
-        (120, -54, 14, 110, -52, 10),
-        (118, -54, 13, 112, -52, 10),
-        (112, -54, 11, 106, -50, 9),
-    ),
-    (
-        "muscle",  # sartorius
-        (90, -74, 8, 102, -70, 7),
-        (98, -74, 8, 110, -70, 7),
-        (110, -70, 8, 122, -64, 7),
-    ),
-    (
-        "muscle",  # iliopsoas
-        (94, -40, 14, 82, -30, 11),
-        (90, -50, 16, 78, -44, 13),
-        (86, -54, 16, 74, -51, 13),
-    ),
-    (
-        "muscle",  # pectineus
-        (60, -58, 13, 74, -46, 11),
-        (46, -61, 9, 66, -50, 10),
-        (40, -62, -4, 56, -56, -4),
-    ),
-    (
-        "muscle",  # adductors
-        (28, -62, 11, 50, -48, 14),
-        (22, -62, 7, 36, -58, 6),
-        (16, -64, -3, 24, -64, -3),
-    ),
-    (
-        "muscle",  # obturator externus
+    "rectus femoris": ((120, -54, 14, 110, -52, 10), (118, -54, 13, 112, -52, 10), (112, -54, 11, 106, -50, 9)),
+    "sartorius": ((90, -74, 8, 102, -70, 7), (98, -74, 8, 110, -70, 7), (110, -70, 8, 122, -64, 7)),
+    "iliopsoas": ((94, -40, 14, 82, -30, 11), (90, -50, 16, 78, -44, 13), (86, -54, 16, 74, -51, 13)),
+    "pectineus": ((60, -58, 13, 74, -46, 11), (46, -61, 9, 66, -50, 10), (40, -62, -4, 56, -56, -4)),
+    "adductors": ((28, -62, 11, 50, -48, 14), (22, -62, 7, 36, -58, 6), (16, -64, -3, 24, -64, -3)),
+    "obturator externus": (
         (42, -34, 11, 64, -16, 15, 94, 2, 12),
         (58, -18, 8, 80, 6, 9, 104, 16, 7),
         (60, -4, -5, 84, 8, -5, 100, 16, -5),
     ),
-    (
-        "muscle",  # quadratus femoris, higher up piriformis
+    "quadratus femoris, higher up piriformis": (
         (76, 30, 9, 106, 26, 11),
         (84, 36, 8, 114, 28, 8),
         (66, 42, 8, 106, 34, 8),
     ),
-    (
-        "muscle",  # rectus abdominis
-        (6, -66, -2, 16, -66, -2),
-        (8, -67, 5, 20, -68, 4),
-        (10, -69, 6, 34, -68, 6),
-    ),
-    (
-        "muscle",  # obturator internus
+    "rectus abdominis": ((6, -66, -2, 16, -66, -2), (8, -67, 5, 20, -68, 4), (10, -69, 6, 34, -68, 6)),
+    "obturator internus": (
         (27, -18, 4, 37, 4, 8.5, 44, 20, 8, 52, 32, 4),
         (33, -32, 6, 40, -8, 11, 48, 16, 11, 60, 36, 6),
         (42, -34, 7, 46, -8, 10, 52, 18, 11, 72, 38, 6),
     ),
-)
+}
 VESSELS = (
     ("artery", (63, -62, 4.4), (59, -66, 4.4), (57, -64, 4.4)),  # femoral
     ("vein", (52, -59, 5.2), (48, -63, 5.2), (46, -61, 5.2)),
@@ -576,7 +448,8 @@ VESSELS = (
 def paint_muscles(canvas: Canvas, rng: np.random.Generator, side: int) -> None:
     """Paint muscles, hamstring tendons, sciatic nerve, vessels and spermatic cord of one side (1 or -1)."""
     make = functools.partial(band, side, rng, LEVELS)
-    for tissue, *rows in MUSCLES:
+    for name, rows in MUSCLES.items():
+        tissue = "gluteus" if name == "gluteus maximus" else "muscle"
         canvas.paint([make(*rows)], ((1.3, "fascia"), (0, tissue)), rough=1.2, depth=8.0)
     hamstrings = make((72, 46, 7, 78, 40, 5), (70, 43, 4, 76, 41, 3), (60, 34, 2, 56, 44, 1.5))
     canvas.paint([hamstrings], ((0, "tendon"),))
@@ -605,7 +478,7 @@ def paint_bones(canvas: Canvas, rng: np.random.Generator, side: int) -> None:
     centre = np.array((86.0, -11, 20)) + rng.normal(0, 1.2, 3)
     radius = 24 * (1 + rng.normal(0, 0.03))
     head = [Ellipsoid((side * centre[0], *centre[1:]), (radius, radius * 0.98, radius))]
-    hip = [pubis, ischium, *socket]
+    hip: list[Shape] = [pubis, ischium, *socket]
     canvas.paint(hip, ((0.6, "fascia"), (0, "cortex"), (-1.5, "marrow")), BONE, rough=1.3)
     canvas.paint([neck, trochanter, shaft], ((0, "cortex"), (-2.0, "marrow")), BONE, rough=1.0)
     # The joint comes first, without a label, then the head.
@@ -749,19 +622,19 @@ def draw_volume(
     (seed, case, week). The anatomy does not depend on `slices` and `size`, which only choose where it is sampled.
 
     Args:
-        seed: of the whole data set, 0 or more.
-        case: number of the patient.
-        week: number of the visit.
-        slices: number of slices, 3 mm apart.
+        seed: Of the whole data set, 0 or more.
+        case: Number of the patient.
+        week: Number of the visit.
+        slices: Number of slices, 3 mm apart.
         size: (H, W) in pixels, at least (16, 8).
-        exposure: number of a repeated scan, which differs in its noise only; None for no noise.
+        exposure: Number of a repeated scan, which differs in its noise only; None for no noise.
 
     Returns:
         Images (slices, H, W) float32, integers >= 0, and labels (slices, H, W) uint8, indices of LABELS. Rows run from
         the patient's right to his left, columns from front to back, slices upwards.
 
     Raises:
-        ValueError: for numbers out of range.
+        ValueError: If a number is out of range.
     """
     check_numbers(slices, size, (seed, case, week, exposure or 0))
     patient_rng, week_rng = generator(1, seed, case), generator(2, seed, case, week)
@@ -886,18 +759,18 @@ def write_phantom(
     The files do not depend on `workers`. A progress bar is shown where stderr is a terminal.
 
     Args:
-        folder: where to write; made if missing.
-        cases: number of patients for training, validation and test, numbered from 1 in that order.
-        weeks: volumes per patient.
-        slices: slices per volume, 3 mm apart.
+        folder: Where to write; made if missing.
+        cases: Number of patients for training, validation and test, numbered from 1 in that order.
+        weeks: Volumes per patient.
+        slices: Slices per volume, 3 mm apart.
         size: (H, W) in pixels, at least (16, 8).
-        seed: of the whole data set, 0 or more.
-        workers: processes; None for one per core, at most 8. With more than one, the calling script needs the usual
+        seed: Of the whole data set, 0 or more.
+        workers: Processes; None for one per core, at most 8. With more than one, the calling script needs the usual
             `if __name__ == "__main__":`, since each process imports it.
 
     Raises:
-        ValueError: for numbers out of range.
-        OSError: where the folder cannot be written.
+        ValueError: If a number is out of range.
+        OSError: If the folder cannot be written.
     """
     check_numbers(slices, size, (seed, *cases), weeks, workers)
     folder = Path(folder)

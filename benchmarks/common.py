@@ -9,11 +9,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the project's files are not installed
 
+Network = TypeVar("Network", bound=torch.nn.Module)
 
 SHORTEST = 0.05  # seconds of a timing: a GPU does in less what the host needs as long to launch
 
@@ -23,7 +25,8 @@ def interleave(functions: dict[str, Callable[[], object]], rounds: int) -> dict[
 
     Each is called twice before: to set itself up, and to see how many calls a timing needs to last SHORTEST.
     """
-    calls, seconds = {}, {name: [] for name in functions}
+    calls: dict[str, int] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
     for name, function in functions.items():
         time_calls(function, 1)
         calls[name] = math.ceil(SHORTEST / time_calls(function, 1))
@@ -43,9 +46,15 @@ def time_calls(function: Callable[[], object], count: int) -> float:
     return (time.perf_counter() - start) / count
 
 
-def report(name: str, value: float, unit: str, **settings) -> None:
+def report(name: str, value: float, unit: str, **settings: object) -> None:
     """One JSON line."""
     print(json.dumps({"name": name, "value": float(f"{value:.4g}"), "unit": unit, **settings}), flush=True)
+
+
+def channels_last(network: Network, device: torch.device) -> Network:
+    """Move a network to a device, with the memory format that train.py gives it."""
+    # PyTorch documents memory_format here, but its type hints omit it.
+    return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def machine(device: torch.device) -> str:

@@ -17,16 +17,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from common import machine, report
+from common import channels_last, machine, report
 from peers import descend
 from reference import PaperPixelCNN, nats_per_code
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoints import load_weights, read_config
+from checkpoints import read_config
 from config import TrainConfig
 from dataset import Slices, batch_indices, load_dataset
-from modules import VQVAE, GatedPixelCNN, PriorConfig, VQVAEConfig
+from modules import VQVAE, GatedPixelCNN, PriorConfig
+from predict import load_vqvae
 from train import extract_codes
 from trainer import EMA, make_optimiser, micro_batches
 from utils import filled, pick_device
@@ -37,29 +38,32 @@ PUBLIC = 32, 3e-4  # of pixelcnn_baseline.py in github.com/ritheshkumar95/pytorc
 PART = 4  # held-out slices at a time
 LOOKS = 10
 
+Split = tuple[Tensor, Tensor]  # codes (N, h, w) and positions (N,)
+
+
+def loss_of(network: torch.nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    """Of codes and positions: nats a code."""
+    if isinstance(network, GatedPixelCNN):
+        return network.nll
+    return lambda codes, _: nats_per_code(network(codes), codes)
+
 
 class Contender:
     """A prior in training, ours or the paper's, and what it has reached."""
 
     def __init__(self, network: torch.nn.Module, batch: int, rate: float):
         self.network, self.batch, self.rate = network, batch, rate
-        self.ours = isinstance(network, GatedPixelCNN)
-        self.ema = EMA(network, RECIPE.ema_decay) if self.ours else None
+        self.ema = EMA(network, RECIPE.ema_decay) if isinstance(network, GatedPixelCNN) else None
         self.optimiser = make_optimiser(network, RECIPE)
-        self.seconds, self.updates, self.looks = 0.0, 0, []
-
-    def loss_of(self, network: torch.nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
-        """Of codes and positions: nats a code."""
-        if self.ours:
-            return network.nll
-        return lambda codes, _: nats_per_code(network(codes), codes)
+        self.seconds, self.updates = 0.0, 0
+        self.looks: list[float] = []
 
     def learn(self, codes: Tensor, positions: Tensor, share: float) -> None:
         """One update, after `share` of the time; the rate falls along a cosine."""
         start = time.perf_counter()
         for group in self.optimiser.param_groups:
             group["lr"] = self.rate * min(1.0, (self.updates + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * share))
-        descend(self.optimiser, micro_batches(self.loss_of(self.network), codes, positions), RECIPE.gradient_clip)
+        descend(self.optimiser, micro_batches(loss_of(self.network), codes, positions), RECIPE.gradient_clip)
         self.updates += 1
         if self.ema:
             self.ema.follow(self.updates)
@@ -72,23 +76,24 @@ class Contender:
         """Bits a held-out code, float32, without dropout."""
         network = (self.ema.network if self.ema else self.network).eval()
         parts = zip(codes.split(PART), positions.split(PART))
-        nats = sum(self.loss_of(network)(*part).item() * len(part[0]) for part in parts)
+        nats = sum(loss_of(network)(*part).item() * len(part[0]) for part in parts)
         network.train()
         self.looks.append(nats / len(codes) / math.log(2))
 
 
-def contend(contenders: list[Contender], training: tuple, held_out: tuple, seconds: float, seed: int) -> None:
+def contend(contenders: list[Contender], training: Split, held_out: Split, seconds: float, seed: int) -> None:
     """Train all for as many seconds each."""
+    codes, positions = training
     with tqdm(total=round(seconds * len(contenders)), unit="s", disable=None) as bar:
         while (one := min(contenders, key=lambda contender: contender.seconds)).seconds < seconds:
-            chosen = torch.from_numpy(batch_indices(len(training[0]), one.batch, seed, one.updates))
-            one.learn(*(of[chosen] for of in training), one.seconds / seconds)
+            chosen = torch.from_numpy(batch_indices(len(codes), one.batch, seed, one.updates))
+            one.learn(codes[chosen], positions[chosen], one.seconds / seconds)
             bar.update(round(sum(other.seconds for other in contenders)) - bar.n)
             if one.seconds >= seconds * (len(one.looks) + 1) / LOOKS:
                 one.look(*held_out)
 
 
-def codes_and_positions(vqvae: VQVAE, slices: Slices, device: torch.device) -> tuple[Tensor, Tensor]:
+def codes_and_positions(vqvae: VQVAE, slices: Slices, device: torch.device) -> Split:
     """Codes (N, h, w) and positions (N,) of a split."""
     return extract_codes(vqvae, slices, PART, device), torch.from_numpy(slices.positions).to(device)
 
@@ -104,14 +109,15 @@ def main() -> None:
     options = parser.parse_args()
     device = pick_device(options.device)
     given = read_config(options.run)
-    vqvae = load_weights(options.run / "vqvae.safetensors", VQVAE, VQVAEConfig).to(device)
+    vqvae = load_vqvae(options.run, given, device)
     side = vqvae.config.downsampling
     data = load_dataset(given["options"]["data"], given["slice_size"], (side, side), given["options"]["seed"])
     training, held_out = (codes_and_positions(vqvae, of, device) for of in (data.train, getattr(data, options.split)))
 
     torch.manual_seed(options.seed)
-    config = PriorConfig(grid=tuple(training[0].shape[1:]), codebook_size=vqvae.config.codebook_size)
-    prior = GatedPixelCNN(config).to(device, memory_format=torch.channels_last)
+    rows, columns = training[0].shape[1:]
+    config = PriorConfig(grid=(rows, columns), codebook_size=vqvae.config.codebook_size)
+    prior = channels_last(GatedPixelCNN(config), device)
     prior.init_embedding(vqvae.codebook.embeddings)
     contenders = {
         "ours": Contender(prior, *OURS),

@@ -16,9 +16,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 from common import machine
@@ -112,7 +114,9 @@ def compare_trainings(out: Path) -> Iterator[Row]:
 
 
 @torch.no_grad()
-def compare_networks(networks: Callable, slices: Tensor, device: torch.device) -> Iterator[Row]:
+def compare_networks(
+    networks: Callable[[torch.device], predict.Networks], slices: Tensor, device: torch.device
+) -> Iterator[Row]:
     """The same networks on the same slices (N, 1, H, W), in single precision and as they train."""
     on_cpu, on_gpu = networks(torch.device("cpu")), networks(device)
     codes, there = on_cpu.vqvae.encode(slices), slices.to(device)
@@ -151,11 +155,8 @@ def compare_sampling(networks: predict.Networks, device: torch.device, count: in
     """Rows that were recorded and replayed with rows computed one by one; all at once with one at a time."""
     prior, positions = networks.prior, torch.linspace(0, 1, count, device=device)
     recorded = prior.sample(range(count), positions, top_p=predict.TOP_P)
-    record, RowSampler.capture_graph = RowSampler.capture_graph, lambda maker: maker.sample_row
-    try:
+    with mock.patch.object(RowSampler, "capture_graph", lambda sampler: sampler.sample_row):
         computed = prior.sample(range(count), positions, top_p=predict.TOP_P)
-    finally:
-        RowSampler.capture_graph = record
     yield Row("share of codes that a recorded row draws alike", 1.0, share_equal(recorded, computed), 0.0)
     single = [prior.sample([n], positions[n : n + 1], top_p=predict.TOP_P) for n in range(4)]
     yield Row("share of codes drawn alike alone", 1.0, share_equal(recorded[:4], torch.cat(single)), 1e-2)
@@ -165,7 +166,7 @@ def share_equal(one: Tensor, other: Tensor) -> float:
     return (one == other).double().mean().item()
 
 
-def run_commands(out: Path, run: Path, device: torch.device, count: int) -> dict:
+def run_commands(out: Path, run: Path, device: torch.device, count: int) -> dict[str, Any]:
     """predict.py with both of its tasks, and evaluate.py, on a copy of the run; gives the evaluation."""
     copied = out / "of_gpu"
     shutil.copytree(run, copied)
@@ -176,19 +177,21 @@ def run_commands(out: Path, run: Path, device: torch.device, count: int) -> dict
     return json.loads((copied / "evaluation.json").read_text())
 
 
-def compare_evaluations(cpu: dict, gpu: dict) -> Iterator[Row]:
+def compare_evaluations(cpu: dict[str, Any], gpu: dict[str, Any]) -> Iterator[Row]:
     """Figures of the same networks; samples have each device's random numbers, and are only shown."""
     for path in (*FIGURES, *sorted(SAMPLED)):
-        values = []
-        for results in (cpu, gpu):
-            for name in path:
-                results = results[name]
-            values.append(results)
-        tolerance = FIGURES[path] * abs(values[0]) if path in FIGURES else None
-        yield Row("evaluation: " + ", ".join(path), *values, tolerance)
+        one, other = (figure_at(path, results) for results in (cpu, gpu))
+        tolerance = FIGURES[path] * abs(one) if path in FIGURES else None
+        yield Row("evaluation: " + ", ".join(path), one, other, tolerance)
 
 
-def benchmark(script: str, device: torch.device) -> Iterator[dict]:
+def figure_at(path: Sequence[str], results: Any) -> float:
+    for name in path:
+        results = results[name]
+    return results
+
+
+def benchmark(script: str, device: torch.device) -> Iterator[dict[str, Any]]:
     """The JSON lines of a benchmark; on stderr what it says besides."""
     command = [sys.executable, str(ROOT / "benchmarks" / script), "--device", str(device), "--codes", "2048"]
     for line in subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines():
@@ -198,7 +201,7 @@ def benchmark(script: str, device: torch.device) -> Iterator[dict]:
             print(line, file=sys.stderr)
 
 
-def table(report: dict) -> str:
+def table(report: dict[str, Any]) -> str:
     """The report in Markdown."""
     lines = [f"{report['machine']}, PyTorch {report['torch']}, {report['date']}", ""]
     lines += ["| figure | CPU | GPU | may differ by | |", "|---|---|---|---|---|"]
@@ -212,7 +215,7 @@ def table(report: dict) -> str:
     return "\n".join([*lines, "", f"{report['seconds']:.0f} s"])
 
 
-def check(out: Path, device: torch.device, tiny: bool) -> dict:
+def check(out: Path, device: torch.device, tiny: bool) -> dict[str, Any]:
     """All of it; gives the report."""
     start, count = time.monotonic(), 4 if tiny else 64
     print(f"On {machine(device)}")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -71,7 +72,7 @@ def main() -> None:
         write(few, FIRST_PASS)
         images = sorted(few.glob("keras_slices_[tv]*/*.nii.gz"))
         plain = NibabelSlices(images)
-        readers = {"nibabel": lambda: [plain[i] for i in range(500)]}
+        readers: dict[str, Callable[[], object]] = {"nibabel": lambda: [plain[i] for i in range(500)]}
         if monai := monai_slices(images):
             readers["monai"] = lambda: [monai(i) for i in range(500)]
         seconds = interleave({"ours": lambda: first_pass(few, options.workers), **readers}, 3)

@@ -20,8 +20,8 @@ from metrics import reconstruction_metrics
 
 def exposures(seed: int, case: int, size: tuple[int, int]) -> Tensor:
     """A volume without noise, and with noise drawn twice: (3, slices, 1, H, W) in [-1, 1]."""
-    volumes = [phantom.draw_volume(seed, case, size=size, exposure=exposure)[0] for exposure in (None, 0, 1)]
-    volumes = np.stack(volumes)[:, :, None]
+    drawn = [phantom.draw_volume(seed, case, size=size, exposure=exposure)[0] for exposure in (None, 0, 1)]
+    volumes = np.stack(drawn)[:, :, None]
     scale = np.percentile(volumes[1], PERCENTILE)
     return torch.from_numpy(volumes / scale).clamp(0, 1).float() * 2 - 1
 

@@ -43,7 +43,7 @@ def monai_update(slices: torch.Tensor) -> Callable[[], object]:
     model = VQVAE(spatial_dims=2, in_channels=1, out_channels=1).to(slices.device)
     optimiser = torch.optim.Adam(model.parameters())
 
-    def update():
+    def update() -> None:
         reconstructions, quantisation_loss = model(slices)
         descend(optimiser, [torch.nn.functional.mse_loss(reconstructions, slices) + quantisation_loss])
 

@@ -8,13 +8,14 @@ augmentation: the networks are compared, not the training around them.
 
 import argparse
 import sys
+from collections.abc import Callable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import machine, report
+from common import channels_last, machine, report
 from reference import PaperPixelCNN, TextbookVQVAE, nats_per_code
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from config import TrainConfig
@@ -26,6 +27,7 @@ from utils import autocast, filled, pick_device
 
 BATCH = 32
 PRIOR_RATE = 3e-3  # for batches of 32 and few patients; train.py's batches and its rate are others
+LogitsOf = Callable[[Tensor, Tensor], Tensor]  # of code grids and their indices in the split
 
 
 def halved(slices: Slices, device: torch.device) -> Tensor:
@@ -33,7 +35,9 @@ def halved(slices: Slices, device: torch.device) -> Tensor:
     return F.avg_pool2d(slices.batch(np.arange(len(slices))), 2).to(device)
 
 
-def train(model, loss_of, data: Tensor, updates: int, rate: float, seed: int) -> None:
+def train(
+    model: nn.Module, loss_of: Callable[[int, Tensor], Tensor], data: Tensor, updates: int, rate: float, seed: int
+) -> None:
     """Adam with the rate that train.py uses, the same for both; long gradients are not cut."""
     optimiser = make_optimiser(model, TrainConfig())
     for update in tqdm(range(updates), desc=type(model).__name__, disable=None, file=sys.stderr):
@@ -44,7 +48,7 @@ def train(model, loss_of, data: Tensor, updates: int, rate: float, seed: int) ->
         optimiser.step()
 
 
-def train_ours(model: VQVAE, slices: Tensor, options) -> None:
+def train_ours(model: VQVAE, slices: Tensor, options: argparse.Namespace) -> None:
     """As train.py does, without mirroring: warmed up without codes, codes then put where the vectors are."""
     warm_up = min(100, options.updates // 6)
 
@@ -62,7 +66,7 @@ def train_ours(model: VQVAE, slices: Tensor, options) -> None:
     model.eval()
 
 
-def train_textbook(model: TextbookVQVAE, slices: Tensor, options) -> None:
+def train_textbook(model: TextbookVQVAE, slices: Tensor, options: argparse.Namespace) -> None:
     """Plainly, in float32, with the same learning rates."""
 
     def loss_of(update: int, chosen: Tensor) -> Tensor:
@@ -73,7 +77,7 @@ def train_textbook(model: TextbookVQVAE, slices: Tensor, options) -> None:
 
 
 @torch.no_grad()
-def heldout_ssim(model, slices: Tensor) -> float:
+def heldout_ssim(model: nn.Module, slices: Tensor) -> float:
     """Mean SSIM of reconstructions, float32."""
     figures = reconstruction_metrics().to(slices.device)
     for batch in slices.split(BATCH):
@@ -82,7 +86,7 @@ def heldout_ssim(model, slices: Tensor) -> float:
 
 
 @torch.no_grad()
-def heldout_nats(model, logits_of, codes: Tensor) -> float:
+def heldout_nats(model: nn.Module, logits_of: LogitsOf, codes: Tensor) -> float:
     """Nats a code, float32, dropout off."""
     model.eval()
     chosen = torch.arange(len(codes), device=codes.device).split(BATCH)
@@ -91,7 +95,15 @@ def heldout_nats(model, logits_of, codes: Tensor) -> float:
     return total / len(codes)
 
 
-def best_nats(model, logits_of, heldout_logits_of, codes: Tensor, heldout: Tensor, options, rate: float) -> float:
+def best_nats(
+    model: nn.Module,
+    logits_of: LogitsOf,
+    heldout_logits_of: LogitsOf,
+    codes: Tensor,
+    heldout: Tensor,
+    options: argparse.Namespace,
+    rate: float,
+) -> float:
     """The lowest held-out nats a code of ten looks at even intervals: both priors keep their best weights."""
     looks = []
 
@@ -121,7 +133,7 @@ def main() -> None:
     settings["machine"] = machine(device)
 
     torch.manual_seed(options.seed)
-    ours = VQVAE(VQVAEConfig()).to(device, memory_format=torch.channels_last)
+    ours = channels_last(VQVAE(VQVAEConfig()), device)
     train_ours(ours, slices, options)
     textbook = TextbookVQVAE().to(device)
     train_textbook(textbook, slices, options)
@@ -131,7 +143,8 @@ def main() -> None:
 
     codes, heldout_codes = (torch.cat([ours.encode(b) for b in x.split(BATCH)]) for x in (slices, heldout))
     places, heldout_places = (torch.from_numpy(x.positions).to(device) for x in (data.train, data.validate))
-    prior = GatedPixelCNN(PriorConfig(grid=tuple(codes.shape[1:]))).to(device, memory_format=torch.channels_last)
+    rows, columns = codes.shape[1:]
+    prior = channels_last(GatedPixelCNN(PriorConfig(grid=(rows, columns))), device)
     prior.init_embedding(ours.codebook.embeddings)
     paper = PaperPixelCNN().to(device)
     nats = (

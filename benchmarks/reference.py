@@ -4,7 +4,9 @@ The VQ-VAE of arXiv:1711.00937 (section 4.1, as most public code has it) and the
 15 layers of 64 channels, sampled by a full forward a code; a data set that opens a file a slice with nibabel.
 """
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import nibabel as nib
 import numpy as np
@@ -69,6 +71,9 @@ class TextbookVQVAE(nn.Module):
 class PaperLayer(nn.Module):
     """One gated layer of both stacks, undilated; kernels wider than causality allows are masked."""
 
+    keep_row: Tensor
+    keep_column: Tensor
+
     def __init__(self, channels: int, kernel: int, first: bool):
         super().__init__()
         half = kernel // 2
@@ -118,7 +123,7 @@ class PaperPixelCNN(nn.Module):
 
 
 @torch.inference_mode()
-def sample_by_full_forwards(model, codes: Tensor, places: list[tuple[int, int]]) -> Tensor:
+def sample_by_full_forwards(model: Callable[[Tensor], Tensor], codes: Tensor, places: list[tuple[int, int]]) -> Tensor:
     """Draw the codes at `places`, one full forward each: all of the grid's places make a sample."""
     for row, column in places:
         logits = model(codes)[:, :, row, column]
@@ -126,7 +131,7 @@ def sample_by_full_forwards(model, codes: Tensor, places: list[tuple[int, int]])
     return codes
 
 
-class NibabelSlices(torch.utils.data.Dataset):
+class NibabelSlices(torch.utils.data.Dataset[Tensor]):
     """A file a slice, opened each time it is asked for."""
 
     def __init__(self, paths: list[Path]):
@@ -136,7 +141,8 @@ class NibabelSlices(torch.utils.data.Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor:
-        return torch.from_numpy(nib.load(self.paths[index]).get_fdata(dtype=np.float32))[None]
+        image = cast(nib.Nifti1Image, nib.load(self.paths[index]))
+        return torch.from_numpy(image.get_fdata(dtype=np.float32))[None]
 
 
 def nats_per_code(logits: Tensor, codes: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ pythae and MONAI, where they are installed, in the same way.
 import argparse
 
 import torch
-from common import interleave, machine, profile, report
+from common import channels_last, interleave, machine, profile, report
 from peers import sampling_steps
 from reference import sample_by_full_forwards
 
@@ -45,11 +45,9 @@ def main() -> None:
     device = pick_device(options.device)
     size = options.codes
     torch.manual_seed(0)
-    prior = (
-        GatedPixelCNN(PriorConfig(grid=GRID, codebook_size=size)).to(device, memory_format=torch.channels_last).eval()
-    )
-    vqvae = VQVAE(VQVAEConfig(codebook_size=size)).to(device, memory_format=torch.channels_last).eval()
-    refiner = Refiner(RefinerConfig(codebook_size=size)).to(device, memory_format=torch.channels_last).eval()
+    prior = channels_last(GatedPixelCNN(PriorConfig(grid=GRID, codebook_size=size)), device).eval()
+    vqvae = channels_last(VQVAE(VQVAEConfig(codebook_size=size)), device).eval()
+    refiner = channels_last(Refiner(RefinerConfig(codebook_size=size)), device).eval()
     positions = torch.rand(BATCH, device=device)
     codes = torch.randint(size, (BATCH, *GRID), device=device)
     networks = predict.Networks(vqvae, prior, refiner)

@@ -9,10 +9,11 @@ update reaches; pythae and MONAI, where they are installed; on a GPU the whole r
 import argparse
 import tempfile
 import time
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from common import interleave, machine, profile, report
+from common import channels_last, interleave, machine, profile, report
 from peers import descend, vqvae_updates
 from reference import PaperPixelCNN, TextbookVQVAE
 from torch.utils.flop_counter import FlopCounterMode
@@ -27,14 +28,14 @@ from utils import autocast, pick_device
 BATCH, SIZE, GRID = 32, (256, 128), (64, 32)
 
 
-def our_vqvae_update(slices: torch.Tensor, codes: int):
+def our_vqvae_update(slices: torch.Tensor, codes: int) -> Callable[[], None]:
     """One update of stage 1 as train.py makes it, with K codes in use."""
     device = slices.device
-    model = VQVAE(VQVAEConfig(codebook_size=codes)).to(device, memory_format=torch.channels_last)
+    model = channels_last(VQVAE(VQVAEConfig(codebook_size=codes)), device)
     optimiser = trainer.make_optimiser(model, TrainConfig())
     slices = slices.contiguous(memory_format=torch.channels_last)
 
-    def update():
+    def update() -> None:
         with autocast(device):
             reconstructions, embedding_loss, _ = model(slices)
         descend(optimiser, [F.mse_loss(reconstructions, slices) + embedding_loss], TrainConfig().gradient_clip)
@@ -42,48 +43,48 @@ def our_vqvae_update(slices: torch.Tensor, codes: int):
     return update
 
 
-def textbook_vqvae_update(slices: torch.Tensor, codes: int):
+def textbook_vqvae_update(slices: torch.Tensor, codes: int) -> Callable[[], None]:
     """The same of the textbook's, in float32."""
     model = TextbookVQVAE(codes).to(slices.device)
     optimiser = torch.optim.Adam(model.parameters())
 
-    def update():
+    def update() -> None:
         reconstructions, embedding_loss, _ = model(slices)
         descend(optimiser, [F.mse_loss(reconstructions, slices) + embedding_loss])
 
     return update
 
 
-def our_prior_update(size: int, device: torch.device):
+def our_prior_update(size: int, device: torch.device) -> Callable[[], None]:
     """One update of stage 2 as train.py makes it, but of 32 slices and without the encoding, for K = `size`."""
-    model = GatedPixelCNN(PriorConfig(grid=GRID, codebook_size=size)).to(device, memory_format=torch.channels_last)
+    model = channels_last(GatedPixelCNN(PriorConfig(grid=GRID, codebook_size=size)), device)
     optimiser = trainer.make_optimiser(model, TrainConfig())
     codes, positions = torch.randint(size, (BATCH, *GRID), device=device), torch.rand(BATCH, device=device)
 
-    def update():
+    def update() -> None:
         descend(optimiser, trainer.micro_batches(model.nll, codes, positions), TrainConfig().gradient_clip)
 
     return update
 
 
-def paper_prior_update(size: int, device: torch.device):
+def paper_prior_update(size: int, device: torch.device) -> Callable[[], None]:
     """The same of the paper's network, in float32."""
     model = PaperPixelCNN(size).to(device)
     optimiser = torch.optim.Adam(model.parameters())
     codes = torch.randint(size, (BATCH, *GRID), device=device)
 
-    def update():
+    def update() -> None:
         descend(optimiser, [F.cross_entropy(model(codes), codes)])
 
     return update
 
 
-def convolution(device: torch.device):
+def convolution(device: torch.device) -> Callable[[], None]:
     """Forward and backward of the convolution that the machine's rate is taken from, in the type that training uses."""
-    layer = torch.nn.Conv2d(128, 128, 3, padding=1).to(device, memory_format=torch.channels_last)
+    layer = channels_last(torch.nn.Conv2d(128, 128, 3, padding=1), device)
     x = torch.randn(BATCH, 128, *GRID, device=device).to(memory_format=torch.channels_last).requires_grad_()
 
-    def update():
+    def update() -> None:
         with autocast(device):
             y = layer(x)
         y.float().sum().backward()
@@ -91,13 +92,13 @@ def convolution(device: torch.device):
     return update
 
 
-def our_refiner_update(slices: torch.Tensor, codes: int):
+def our_refiner_update(slices: torch.Tensor, codes: int) -> Callable[[], None]:
     """One update of the refiner as train.py makes it, but of 32 slices, which are encoded and decoded anew."""
-    vqvae = VQVAE(VQVAEConfig(codebook_size=codes)).to(slices.device, memory_format=torch.channels_last).eval()
-    model = Refiner(RefinerConfig(codebook_size=codes)).to(slices.device, memory_format=torch.channels_last)
+    vqvae = channels_last(VQVAE(VQVAEConfig(codebook_size=codes)), slices.device).eval()
+    model = channels_last(Refiner(RefinerConfig(codebook_size=codes)), slices.device)
     optimiser = trainer.make_optimiser(model, TrainConfig())
 
-    def update():
+    def update() -> None:
         with autocast(slices.device):
             grids = vqvae.encode(slices)
         parts = trainer.micro_batches(lambda part, of: model.loss(of, part, vqvae), grids, slices)
@@ -106,7 +107,7 @@ def our_refiner_update(slices: torch.Tensor, codes: int):
     return update
 
 
-def flops(update) -> int:
+def flops(update: Callable[[], object]) -> int:
     """Floating-point operations of convolutions and matrix products in one call."""
     with FlopCounterMode(display=False) as counter:
         update()
@@ -161,10 +162,10 @@ def main() -> None:
             profile(ours, device)
     report("convolution_rate", flops(limit) / seconds["convolution"] / 1e9, "GFLOP/s", **settings)
     if device.type == "cuda":
-        seconds, memory = recipe(device)
-        report("recipe_seconds", seconds, "s", updates=5000, **settings)
+        whole, memory = recipe(device)
+        report("recipe_seconds", whole, "s", updates=5000, **settings)
         report("recipe_memory", memory, "GiB", updates=5000, **settings)
-        found.append(f"the published recipe's 5000 updates take {seconds:.0f} s with validation and figures")
+        found.append(f"the published recipe's 5000 updates take {whole:.0f} s with validation and figures")
     print(f"On {settings['machine']}: {'; '.join(found)}.")
 
 

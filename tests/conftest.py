@@ -1,4 +1,4 @@
-"""What the tests of train.py and predict.py share: a small phantom and a training on it that takes seconds."""
+"""What tests share: a small phantom and a training on it that takes seconds; an empty cache and a data folder."""
 
 import runpy
 import sys
@@ -83,6 +83,20 @@ def trained(tmp_path_factory, slices_folder, tiny_preset):
     options |= {"batch-size": 5, "device": "cpu"}
     train.main([text for name, value in options.items() for text in (f"--{name}", str(value))])
     return made
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache of this test's own."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("PROSTATEVQ_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A data folder to be filled by the test."""
+    return tmp_path / "data"
 
 
 @pytest.fixture

@@ -137,17 +137,17 @@ def test_equal_time_is_given_to_the_slow_and_the_fast():
         def __init__(self, cost, batch):
             self.batch, self.cost, self.seconds, self.updates, self.looks, self.shares = batch, cost, 0.0, 0, [], []
 
-        def learn(self, codes, share):
-            assert len(codes) == self.batch
+        def learn(self, codes, positions, share):
+            assert len(codes) == len(positions) == self.batch
             self.shares.append(share)
             self.seconds, self.updates = self.seconds + self.cost, self.updates + 1
 
-        def look(self, codes):
-            assert len(codes) == 3
+        def look(self, codes, positions):
+            assert len(codes) == len(positions) == 3
             self.looks.append(self.seconds)
 
     fast, slow = contenders = [Clocked(1 / 64, 8), Clocked(1 / 16, 32)]
-    equal_time.contend(contenders, (torch.zeros(40),), (torch.zeros(3),), 5.0, seed=0)
+    equal_time.contend(contenders, (torch.zeros(40),) * 2, (torch.zeros(3),) * 2, 5.0, seed=0)
     assert (fast.updates, slow.updates) == (320, 80)
     for one in contenders:
         assert one.looks == pytest.approx([0.5 * (n + 1) for n in range(equal_time.LOOKS)])

@@ -36,22 +36,9 @@ from slice_files import (
 import dataset
 from dataset import DataError, batch_indices, denormalize, describe_changes, load_dataset, read_slices
 
+pytestmark = pytest.mark.usefixtures("cache")
 ROOT = Path(__file__).parents[1]
-
-
 REAL = ROOT.parent / "shared" / "hipmri_like"
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    folder = tmp_path / "cache"
-    monkeypatch.setenv("PROSTATEVQ_CACHE", str(folder))
-    return folder
-
-
-@pytest.fixture
-def data(tmp_path):
-    return tmp_path / "data"
 
 
 def entries(cache):

@@ -11,18 +11,7 @@ from slice_files import cases_of, has_notice, message, picture, volumes_of, writ
 import files
 from dataset import load_dataset, read_slices
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    folder = tmp_path / "cache"
-    monkeypatch.setenv("PROSTATEVQ_CACHE", str(folder))
-    return folder
-
-
-@pytest.fixture
-def data(tmp_path):
-    return tmp_path / "data"
-
+pytestmark = pytest.mark.usefixtures("cache")
 
 # ---------------------------------------------------------------- finding files
 

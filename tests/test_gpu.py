@@ -251,6 +251,7 @@ def test_a_slice_that_does_not_fit_is_one_line(trained, tmp_path, monkeypatch, n
 # ---------------------------------------------------------------- the check for a day with a card
 
 
+@pytest.mark.slow
 def test_the_check_runs_through(gpu, tiny_preset, tmp_path, monkeypatch, capsys):
     """Its parts, with the networks of the tests; it takes processes and minutes with those of the demo."""
     real = gpu_check.train_options
