@@ -1,7 +1,7 @@
 """What ours is compared with: the textbook networks and loaders, from plain PyTorch layers, small and plain.
 
 The VQ-VAE of arXiv:1711.00937 (section 4.1, as most public code has it) and the gated PixelCNN of arXiv:1606.05328,
-15 layers of 64 channels, sampled by a full forward pass per code; a data set that opens one file per slice with nibabel.
+15 layers of 64 channels, sampled by a full forward pass per code; a data set that opens one file per slice (nibabel).
 """
 
 from pathlib import Path
