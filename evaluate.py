@@ -1,4 +1,4 @@
-"""Measure a trained run on held-out slices: reconstructions, the prior, samples, and whether it copies.
+"""Evaluate a trained run on held-out slices: reconstructions, the prior, samples, and copying of training slices.
 
     python evaluate.py --run runs/default
 
@@ -7,9 +7,9 @@ Prints a table, and writes RUN/evaluation.json and the figures evaluation.png an
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,25 +18,25 @@ from torch import Tensor
 from checkpoints import read_config, read_data_files, strict_json
 from dataset import Dataset, Slices, describe_changes, load_dataset
 from metrics import (
-    SMALLEST_SIDE,
-    Nearest,
+    MIN_SIDE,
+    NearestNeighbours,
     RandomFeatures,
     all_reconstruction_metrics,
+    best_aligned_pair,
     bits_per_pixel,
-    closest_views,
+    c2st,
     code_counts,
     codebook_use,
-    copying_statistic,
+    data_copying_statistic,
     density_and_coverage,
-    frechet_distance,
-    halves,
-    jpeg2000_bits,
+    jpeg2000_bits_per_slice,
+    memorisation_rate,
     ms_ssim_diversity,
-    nearest,
-    quantise,
-    share_nearer,
+    nearest_neighbours,
+    random_feature_frechet,
+    round_to_grey_levels,
     sliced_wasserstein,
-    two_sample_test,
+    two_fold_split,
     wilson_interval,
 )
 from modules import VQVAE
@@ -44,8 +44,9 @@ from nifti import left_right_axis
 from plots import caption, evaluation_figure, evenly_spaced, reconstructions_figure
 from predict import (
     DEFAULT_NUM,
-    MOST,
+    MAX_NUM,
     Networks,
+    SamplingOptions,
     add_sampling_options,
     describe_sampling,
     draw_positions,
@@ -54,7 +55,7 @@ from predict import (
     load_vqvae,
     refine,
     sampling_device,
-    warn_of_incomplete_run,
+    warn_if_incomplete,
 )
 from utils import (
     Parser,
@@ -68,68 +69,163 @@ from utils import (
     write_file,
 )
 
-FEWEST = 4  # slices or samples that can be evaluated
+MIN_SLICES = 4  # slices or samples that can be evaluated
+
+COMPARISONS = ("samples", "decoder_alone", "prior_alone", "baseline")
+LEGEND = """
+samples        samples vs. held-out slices
+decoder alone  refined reconstructions of training slices vs. held-out slices (copying: of held-out slices)
+prior alone    samples vs. refined reconstructions of held-out slices; the column to judge copying by
+baseline       training slices vs. held-out slices (copying: one half of the held-out cases vs. the other half)
+"""
 
 
-def parse_options(arguments: Sequence[str] | None):
-    """The command line."""
+class TableRow(NamedTuple):
+    """A row of the printed table."""
+
+    section: str  # of evaluation.json
+    key: str  # in that section
+    label: str
+    format: str
+    reading: str = ""  # which way is better
+
+
+NETWORK_ROWS = (
+    TableRow("reconstructions", "ssim", "SSIM", ".3f", "higher is better, at most 1"),
+    TableRow("reconstructions", "ms_ssim", "MS-SSIM", ".3f", "higher is better, at most 1"),
+    TableRow("reconstructions", "psnr", "PSNR, dB", ".2f", "higher is better"),
+    TableRow("reconstructions", "mse", "MSE", ".4f", "lower is better"),
+    TableRow("reconstructions", "bits_per_pixel", "code grid, bits per pixel", ".4f", "fixed by the network"),
+    TableRow("codes", "used", "share of codes used", ".3f", "higher is better, at most 1"),
+    TableRow("codes", "perplexity", "perplexity of codes", ".0f", "higher is better, at most K"),
+    TableRow(
+        "prior", "nats_per_code", "prior, nats per code", ".3f", "lower is better; far lower in training: overfitted"
+    ),
+    TableRow("prior", "bits_per_code", "prior, bits per code", ".3f", "the same in bits"),
+    TableRow("prior", "bits_per_slice", "prior, bits per slice", ".0f", "sum over the grid; should be below JPEG 2000"),
+    TableRow(
+        "prior", "jpeg2000_bits_per_slice", "JPEG 2000, bits per slice", ".0f", "at the PSNR of the reconstructions"
+    ),
+)
+SAMPLE_ROWS = (
+    TableRow("samples", "c2st_accuracy", "C2ST accuracy", ".3f", "0.5 is best, 1 is worst"),
+    TableRow("samples", "c2st_interval", "  95 % interval", ".2f"),
+    TableRow("samples", "coverage", "coverage", ".3f", "higher is better, at most 1"),
+    TableRow("samples", "density", "density", ".3f", "the baseline's is best"),
+    TableRow("samples", "random_feature_frechet", "random-feature Frechet distance", ".1f", "lower is better; not FID"),
+    TableRow("samples", "sliced_wasserstein", "sliced Wasserstein distance", ".3f", "lower is better"),
+    TableRow("samples", "ms_ssim_diversity", "MS-SSIM diversity", ".3f", "the baseline's is best"),
+    TableRow("copying", "min_distance", "distance to training, minimum", ".3f", "0 is a copy"),
+    TableRow("copying", "median_distance", "  median", ".3f"),
+    TableRow("copying", "memorisation_rate", "memorisation rate", ".3f", "closer than any held-out; 1 for copies"),
+    TableRow("copying", "c_t", "data-copying C_T", ".1f", "about 0; far below 0 for copies"),
+)
+
+
+# ---------------------------------------------------------------- options and data
+
+
+class EvaluateOptions(SamplingOptions):
+    """Options of evaluate.py."""
+
+    num: int | None
+    split: str
+    data: str | None
+
+
+def parse_options(arguments: Sequence[str] | None) -> EvaluateOptions:
+    """Parse the command line."""
     parser = Parser(description=__doc__.split("\n\n")[0])
     add_sampling_options(parser)
     parser.add_argument(
         "--num",
-        type=number(int, FEWEST, MOST),
+        type=number(int, MIN_SLICES, MAX_NUM),
         metavar="N",
-        help="slices to sample (default: 64, or as many as held-out slices if they are more)",
+        help="slices to sample (default: 64, or the number of held-out slices if larger)",
     )
     parser.add_argument(
         "--split", choices=("validate", "test"), default="test", help="the held-out slices (default: test)"
     )
-    parser.add_argument(
-        "--data", type=filled(str), metavar="DIR", help="where the training data lie now (default: where they lay then)"
-    )
-    return parser.parse_args(arguments)
+    parser.add_argument("--data", type=filled(str), metavar="DIR", help="folder of the training data, if it has moved")
+    return parser.parse_args(arguments, EvaluateOptions())
 
 
-class Group(NamedTuple):
-    """Slices that are measured together."""
+class SliceSet(NamedTuple):
+    """Slices that are evaluated together."""
 
-    slices: Tensor  # (N, 1, H, W) in [-1, 1], of 256 levels
-    cases: Sequence  # N patients; each sample is a case of its own
+    slices: Tensor  # (N, 1, H, W) in [-1, 1], rounded to 256 grey levels
+    cases: Sequence[Hashable]  # N patients; each sample is a case of its own
 
 
-def evaluate(options, config: dict, networks: Networks, device: torch.device) -> None:
-    """Measure a run on held-out slices: a table, RUN/evaluation.json, images/evaluation.png and images/copying.png.
+def select(slices: Slices, indices: np.ndarray, device: torch.device) -> SliceSet:
+    """Load the slices at `indices` and their cases, None for unknown."""
+    return SliceSet(slices.batch(indices).to(device), [slices.cases[i] for i in indices])
 
-    Samples may differ from real slices because of the decoder and the refiner or because of the prior. To separate
-    these, each metric of samples is reported for four comparisons. Reconstructions are refined, as samples are:
 
-    samples        Samples beside held-out slices.
-    decoder_alone  Reconstructions in the samples' place: they owe nothing to the prior. They are of training slices,
-                   so that none lies beside its own original; for copying of the held-out slices, which no network has
-                   seen.
-    prior_alone    Samples beside reconstructions of the held-out slices: both are decoded and refined. Copying is
-                   to be judged here, because a slice smoother than real ones is nearer to every other slice, and a
-                   rougher one farther.
-    floor          Training slices in their place: how much real slices of other patients differ. For copying half of
-                   the held-out cases beside the other half.
+def training_data(options: EvaluateOptions, config: Mapping[str, Any], vqvae: VQVAE) -> Dataset:
+    """Load the data that a run was trained on.
 
-    Samples and training slices are as many, since most figures depend on that; all samples are searched for copies.
+    Raises:
+        RunError: The data are missing, differ from those of the training, or cannot be evaluated.
+    """
+    folder = options.data or config["options"]["data"]
+    if folder != "phantom" and not Path(folder).exists():
+        raise RunError(f"the data of {options.run} are not in {folder}: name their folder with --data")
+    side = vqvae.config.downsampling
+    data = load_dataset(folder, config["slice_size"], (side, side), config["options"]["seed"])
+    for notice in data.notices:
+        say(notice)
+    if data.fingerprint != config["fingerprint"]:
+        changes = describe_changes(read_data_files(options.run), data.files)
+        raise RunError(
+            f"{folder} does not hold the data {options.run} was trained on ({changes}): name their folder with --data"
+        )
+    if len(getattr(data, options.split)) < MIN_SLICES or len(data.train) < MIN_SLICES:
+        raise RunError(
+            f"{folder} has fewer than {MIN_SLICES} training or {options.split} slices: choose another --split"
+        )
+    if min(data.slice_size) < MIN_SIDE:
+        raise RunError(f"slices of {data.slice_size} pixels cannot be evaluated: a side needs at least {MIN_SIDE}")
+    return data
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def evaluate(options: EvaluateOptions, config: Mapping[str, Any], networks: Networks, device: torch.device) -> None:
+    """Evaluate a run on held-out slices; print a table, write evaluation.json, evaluation.png and copying.png.
+
+    Samples can differ from real slices because of the decoder and the refiner or because of the prior. To separate
+    these errors, each metric of samples is reported for four comparisons, in which reconstructions are refined:
+
+    samples        Samples vs. held-out slices: the whole model.
+    decoder_alone  Reconstructions of training slices vs. held-out slices: errors of decoder and refiner. Of training
+                   slices, so that none is compared with its original; for copying, of held-out slices, which no network
+                   was trained on.
+    prior_alone    Samples vs. reconstructions of held-out slices, which share the errors of decoder and refiner. Judge
+                   copying by this comparison, because blur shortens nearest-neighbour distances and grain lengthens
+                   them.
+    baseline       Training slices vs. held-out slices: how much real patients differ. For copying, one half of the
+                   held-out cases vs. the other half.
+
+    Most metrics depend on the number of slices, so all use as many samples as training slices. The search for copies
+    uses all samples.
     """
     started = time.perf_counter()
     data = training_data(options, config, networks.vqvae)
-    make_folder(options.images)  # now, not after minutes
+    make_folder(options.images)  # fails now rather than after minutes
     held_out = getattr(data, options.split)
     count = options.num or max(DEFAULT_NUM, len(held_out))
     drawn = draw_samples(options, networks, draw_positions(range(count), options.seed, config["positions"]), device)
-    samples = Group(quantise(drawn.slices.to(device)), range(count))
-    real = take(held_out, np.arange(len(held_out)), device)
+    samples = SliceSet(round_to_grey_levels(drawn.slices.to(device)), range(count))
+    real = select(held_out, np.arange(len(held_out)), device)
     chosen = np.sort(np.random.default_rng(0).permutation(len(data.train))[:count])
-    training = take(data.train, chosen, device)
+    training = select(data.train, chosen, device)
     codes, decoded, reconstructions = reconstruct_all(networks, real, options)
     training_codes, training_decoded, training_reconstructions = reconstruct_all(networks, training, options)
 
-    print(f"{count} samples drawn; measuring reconstructions and the prior")
-    results = {
+    print(f"{count} samples drawn; evaluating reconstructions and the prior")
+    results: dict[str, Any] = {
         "settings": {
             "split": options.split,
             "heldout_slices": len(held_out),
@@ -142,245 +238,211 @@ def evaluate(options, config: dict, networks: Networks, device: torch.device) ->
             "top_p": options.top_p,
             "refiner_noise": options.refiner_noise,
         },
-        **network_figures(networks, real, decoded, codes, held_out.positions, options.batch_size),
-        "training": network_figures(
+        **network_metrics(networks, real, decoded, codes, held_out.positions, options.batch_size),
+        "training": network_metrics(
             networks, training, training_decoded, training_codes, data.train.positions[chosen], options.batch_size
         ),
     }
-    results["prior"]["jpeg2000_bits_per_slice"] = jpeg2000_bits(real.slices, results["reconstructions"]["psnr"])
+    psnr = results["reconstructions"]["psnr"]
+    results["prior"]["jpeg2000_bits_per_slice"] = jpeg2000_bits_per_slice(real.slices, psnr)
 
-    print("measuring samples")
+    print("evaluating samples")
     features = RandomFeatures(training.slices)
-    as_many = Group(*(part[: len(chosen)] for part in samples))
-    compared = {
-        "samples": (as_many, real),
-        "decoder_alone": (training_reconstructions, real),
-        "prior_alone": (as_many, reconstructions),
-        "floor": (training, real),
-    }
-    of_samples = {name: sample_figures(features, *pair) for name, pair in compared.items()}
+    compared = SliceSet(samples.slices[: len(chosen)], samples.cases[: len(chosen)])
+    of_samples = [
+        sample_metrics(features, compared, real),
+        sample_metrics(features, training_reconstructions, real),
+        sample_metrics(features, compared, reconstructions),
+        sample_metrics(features, training, real),
+    ]
 
     print(f"searching {len(data.train)} training slices for copies")
-    axis = left_right_axis(np.array(config["affine"]))
-    near, near_decoded, near_real = (
-        nearest(group.slices, data.train.batch, len(data.train), axis) for group in (samples, reconstructions, real)
+    flip_axis = left_right_axis(np.array(config["affine"]))
+    nn_samples, nn_reconstructions, nn_real = (
+        nearest_neighbours(own.slices, data.train.batch, len(data.train), flip_axis)
+        for own in (samples, reconstructions, real)
     )
-    half = torch.from_numpy(halves(real.cases)).to(device)
-    near_halves = (Nearest(*(values[those] for values in near_real)) for those in (~half, half))
-    compared = {
-        "samples": (near, near_real),
-        "decoder_alone": (near_decoded, near_real),
-        "prior_alone": (near, near_decoded),
-        "floor": near_halves,
-    }
-    of_copying = {name: copying_figures(*pair) for name, pair in compared.items()}
-    parts = {name: {"samples": of_samples[name], "copying": of_copying[name]} for name in compared}
-    results |= parts.pop("samples") | parts
+    second_half = torch.from_numpy(two_fold_split(real.cases)).to(device)
+    nn_halves = [NearestNeighbours(*(field[half] for field in nn_real)) for half in (~second_half, second_half)]
+    of_copying = [
+        copying_metrics(nn_samples, nn_real),
+        copying_metrics(nn_reconstructions, nn_real),
+        copying_metrics(nn_samples, nn_reconstructions),
+        copying_metrics(*nn_halves),
+    ]
+    for name, sample_values, copying_values in zip(COMPARISONS, of_samples, of_copying):
+        comparison = {"samples": sample_values, "copying": copying_values}
+        results |= comparison if name == "samples" else {name: comparison}
 
     print_table(results)
     write_file(options.run / "evaluation.json", lambda part: part.write_text(strict_json(results)))
-    by_height = np.argsort(held_out.positions)[evenly_spaced(len(held_out))]
-    strips = {
-        f"{options.split} slices": real.slices[by_height],
-        "reconstructions": reconstructions.slices[by_height],
+    by_position = np.argsort(held_out.positions)[evenly_spaced(len(held_out))]
+    rows = {
+        f"{options.split} slices": real.slices[by_position],
+        "reconstructions": reconstructions.slices[by_position],
         "samples": samples.slices[drawn.positions.argsort()[evenly_spaced(count)]],
     }
-    distances = {"samples": near, f"reconstructions of {options.split} slices": near_decoded}
-    distances[f"{options.split} slices"] = near_real
+    distances = {
+        "samples": nn_samples.distances,
+        f"reconstructions of {options.split} slices": nn_reconstructions.distances,
+        f"{options.split} slices": nn_real.distances,
+    }
     evaluation_figure(
         options.images / "evaluation.png",
         results,
-        {label: slices[:, 0].cpu().numpy() for label, slices in strips.items()},
-        {label: found.distances.cpu().numpy() for label, found in distances.items()},
+        {label: slices[:, 0].cpu().numpy() for label, slices in rows.items()},
+        {label: values.cpu().numpy() for label, values in distances.items()},
         f"{options.run}: {count} samples ({describe_sampling(options)}) and {len(held_out)} {options.split} slices",
     )
-    found = {"sample": (samples, near), f"{options.split} slice": (real, near_real)}
-    write_copying_figure(options.images / "copying.png", data.train, found, axis)
+    closest = {"sample": (samples, nn_samples), f"{options.split} slice": (real, nn_real)}
+    write_copying_figure(options.images / "copying.png", data.train, closest, flip_axis)
     say(f"{time.perf_counter() - started:.0f} s: {options.run / 'evaluation.json'}, figures in {options.images}")
 
 
-def take(slices: Slices, chosen: Sequence[int], device: torch.device) -> Group:
-    """Chosen slices and their cases; where a name gives none, the case is None."""
-    return Group(slices.batch(chosen).to(device), [slices.cases[i] for i in chosen])
+def reconstruct_all(
+    networks: Networks, originals: SliceSet, options: EvaluateOptions
+) -> tuple[Tensor, SliceSet, SliceSet]:
+    """Return the codes (N, h, w) of slices, their reconstructions, and their refined reconstructions."""
+    vqvae, device = networks.vqvae, originals.slices.device
+    code_batches = [vqvae.encode(batch) for batch in originals.slices.split(options.batch_size)]
+    decoded = torch.cat([vqvae.decode(batch) for batch in code_batches])
+    codes = torch.cat(code_batches)
+    sample_ids = range(MAX_NUM, MAX_NUM + len(codes))  # other random streams than those of samples
+    refined = refine(options, networks, sample_ids, codes, device).to(device)
+    reconstructions, refined_reconstructions = (
+        SliceSet(round_to_grey_levels(slices), originals.cases) for slices in (decoded, refined)
+    )
+    return codes, reconstructions, refined_reconstructions
 
 
-def training_data(options, config: dict, vqvae: VQVAE) -> Dataset:
-    """The data a run was trained on. Raises RunError where they are others, or cannot be evaluated."""
-    folder = options.data or config["options"]["data"]
-    if folder != "phantom" and not Path(folder).exists():
-        raise RunError(f"the data of {options.run} are not in {folder}: say where they are with --data")
-    side = vqvae.config.downsampling
-    data = load_dataset(folder, config["slice_size"], (side, side), config["options"]["seed"])
-    for notice in data.notices:
-        say(notice)
-    if data.fingerprint != config["fingerprint"]:
-        changes = describe_changes(read_data_files(options.run), data.files)
-        raise RunError(
-            f"{folder} does not hold the data {options.run} was trained on ({changes}): say where they are with --data"
-        )
-    if len(getattr(data, options.split)) < FEWEST or len(data.train) < FEWEST:
-        raise RunError(f"{folder} has fewer than {FEWEST} training or {options.split} slices: choose another --split")
-    if min(data.slice_size) < SMALLEST_SIDE:
-        raise RunError(f"slices of {data.slice_size} pixels cannot be evaluated: {SMALLEST_SIDE} a side at least")
-    return data
-
-
-def reconstruct_all(networks: Networks, group: Group, options) -> tuple[Tensor, Group, Group]:
-    """Return codes (N, h, w) of slices, their reconstructions, and their refined reconstructions."""
-    vqvae, device = networks.vqvae, group.slices.device
-    codes = [vqvae.encode(batch) for batch in group.slices.split(options.batch_size)]
-    decoded = torch.cat([vqvae.decode(batch) for batch in codes])
-    codes = torch.cat(codes)
-    numbers = range(MOST, MOST + len(codes))  # other random streams than those of samples
-    refined = refine(options, networks, numbers, codes, device).to(device)
-    return codes, *(Group(quantise(slices), group.cases) for slices in (decoded, refined))
+# ---------------------------------------------------------------- metrics
 
 
 @torch.no_grad()
-def network_figures(
+def network_metrics(
     networks: Networks,
-    originals: Group,
-    reconstructions: Group,
+    originals: SliceSet,
+    reconstructions: SliceSet,
     codes: Tensor,
     positions: np.ndarray,
     batch_size: int,
 ) -> dict[str, dict[str, float]]:
-    """Return the metrics of the VQ-VAE, without the refiner, and of the prior, on slices and their codes (N, h, w)."""
+    """Return the metrics of the VQ-VAE, without the refiner, and of the prior.
+
+    Args:
+        networks: Of the run.
+        originals: N slices.
+        reconstructions: Theirs.
+        codes: Theirs, (N, h, w).
+        positions: Theirs, (N,) in [0, 1], NaN for unknown.
+        batch_size: Slices per forward pass.
+    """
     metrics = all_reconstruction_metrics(originals.slices.shape[2:]).to(codes.device)
     for pair in zip(reconstructions.slices.split(batch_size), originals.slices.split(batch_size)):
         metrics.update(*pair)
     size = networks.vqvae.config.codebook_size
     rate = bits_per_pixel(codes.shape[1:], size, originals.slices.shape[2:])
     used, perplexity = codebook_use(code_counts(codes, size))
-    places = torch.from_numpy(positions).to(codes.device)
-    total = sum(
-        networks.prior.nll(batch, place).item() * batch.numel()
-        for batch, place in zip(codes.split(batch_size), places.split(batch_size))
-    )
+    batches = zip(codes.split(batch_size), torch.from_numpy(positions).to(codes.device).split(batch_size))
+    total = sum(networks.prior.nll(*batch).item() * batch[0].numel() for batch in batches)
     nats = total / codes.numel()
     bits = nats / math.log(2)
     return {
         "reconstructions": {name: value.item() for name, value in metrics.compute().items()} | {"bits_per_pixel": rate},
         "codes": {"used": used, "perplexity": perplexity},
-        "prior": {
-            "nats_per_code": nats,
-            "bits_per_code": bits,
-            "bits_per_slice": bits * codes[0].numel(),
-        },
+        "prior": {"nats_per_code": nats, "bits_per_code": bits, "bits_per_slice": bits * codes[0].numel()},
     }
 
 
-def sample_figures(features: RandomFeatures, group: Group, reference: Group) -> dict:
-    """What is measured of slices beside a reference."""
-    right, trials = two_sample_test(*group, *reference)
-    of, reference_of = features(group.slices), features(reference.slices)
-    density, coverage = density_and_coverage(of, reference_of, reference.cases)
-    levels = sliced_wasserstein(group.slices, reference.slices)
+def sample_metrics(features: RandomFeatures, samples: SliceSet, reference: SliceSet) -> dict[str, Any]:
+    """Return the metrics of samples against a reference."""
+    correct, trials = c2st(*samples, *reference)
+    sample_features, reference_features = features(samples.slices), features(reference.slices)
+    density, coverage = density_and_coverage(sample_features, reference_features, reference.cases)
+    levels = sliced_wasserstein(samples.slices, reference.slices)
     return {
-        "two_sample_accuracy": right / trials,
-        "two_sample_interval": wilson_interval(right, trials),
+        "c2st_accuracy": correct / trials,
+        "c2st_interval": wilson_interval(correct, trials),
         "coverage": coverage,
         "density": density,
-        "frechet_distance": frechet_distance(of, reference_of),
+        "random_feature_frechet": random_feature_frechet(sample_features, reference_features),
         "sliced_wasserstein": sum(levels.values()) / len(levels),
         "sliced_wasserstein_levels": levels,
-        "ms_ssim_diversity": ms_ssim_diversity(group.slices),
+        "ms_ssim_diversity": ms_ssim_diversity(samples.slices),
     }
 
 
-def copying_figures(near: Nearest, reference: Nearest) -> dict[str, float]:
-    """How near slices are to training slices, beside a reference."""
+def copying_metrics(samples: NearestNeighbours, reference: NearestNeighbours) -> dict[str, float]:
+    """Return the metrics of copying, from the nearest training slices of samples and of a reference."""
     return {
-        "smallest_distance": near.distances.min().item(),
-        "median_distance": near.distances.median().item(),
-        "share_nearer_than_heldout": share_nearer(near.distances, reference.distances),
-        "statistic": copying_statistic(near, reference),
+        "min_distance": samples.distances.min().item(),
+        "median_distance": samples.distances.median().item(),
+        "memorisation_rate": memorisation_rate(samples.distances, reference.distances),
+        "c_t": data_copying_statistic(samples, reference),
     }
 
 
-# What a line of the table shows: section and name in evaluation.json, label, format, and which way is better.
-NETWORK_LINES = (
-    ("reconstructions", "ssim", "SSIM", ".3f", "higher is better, 1 at most"),
-    ("reconstructions", "ms_ssim", "MS-SSIM", ".3f", "higher is better, 1 at most"),
-    ("reconstructions", "psnr", "PSNR, dB", ".2f", "higher is better"),
-    ("reconstructions", "mse", "MSE", ".4f", "lower is better"),
-    ("reconstructions", "bits_per_pixel", "bits a pixel of the code grid", ".4f", "fixed by the network"),
-    ("codes", "used", "share of codes used", ".3f", "higher is better, 1 at most"),
-    ("codes", "perplexity", "perplexity of codes", ".0f", "higher is better, K at most"),
-    ("prior", "nats_per_code", "prior, nats a code", ".3f", "lower is better; far lower in training: overfitted"),
-    ("prior", "bits_per_code", "prior, bits a code", ".3f", "the same in bits"),
-    ("prior", "bits_per_slice", "prior, bits a slice", ".0f", "the same for the grid; should be below JPEG 2000"),
-    ("prior", "jpeg2000_bits_per_slice", "JPEG 2000, bits a slice", ".0f", "at the PSNR of the reconstructions"),
-)
-SAMPLE_LINES = (
-    ("samples", "two_sample_accuracy", "two-sample accuracy", ".3f", "0.5 is perfect, 1 the worst"),
-    ("samples", "two_sample_interval", "  95 % interval", ".2f", ""),
-    ("samples", "coverage", "coverage", ".3f", "higher is better, 1 at most"),
-    ("samples", "density", "density", ".3f", "the floor's is best"),
-    ("samples", "frechet_distance", "Frechet distance", ".1f", "lower is better"),
-    ("samples", "sliced_wasserstein", "sliced Wasserstein distance", ".3f", "lower is better"),
-    ("samples", "ms_ssim_diversity", "MS-SSIM diversity", ".3f", "the floor's is best"),
-    ("copying", "smallest_distance", "nearest training slice, smallest", ".3f", "0 is a copy"),
-    ("copying", "median_distance", "  median", ".3f", ""),
-    ("copying", "share_nearer_than_heldout", "share nearer than any held-out", ".3f", "near 0; copies bring it to 1"),
-    ("copying", "statistic", "copying statistic", ".1f", "around 0; copies bring it far below"),
-)
-COLUMNS = """
-samples        samples beside held-out slices
-decoder alone  refined reconstructions in their place (of training slices; for copying of held-out slices)
-prior alone    samples beside refined reconstructions of held-out slices; the column to judge copying by
-floor          training slices in their place (for copying half of the held-out cases beside the other half)
-"""
+# ---------------------------------------------------------------- table and figure
 
 
-def print_table(results: dict) -> None:
-    """A line a figure: of VQ-VAE and prior on slices, then of samples."""
+def print_table(results: Mapping[str, Any]) -> None:
+    """Print the metrics of the networks, then those of samples for each comparison."""
     settings = results["settings"]
     print(f"\n{settings['heldout_slices']} {settings['split']} slices (cases: {settings['heldout_cases']})")
-    print_lines(NETWORK_LINES, {settings["split"]: results, "training": results["training"]})
+    print_rows(NETWORK_ROWS, {settings["split"]: results, "training": results["training"]})
     fewer = settings["samples_compared"] < settings["samples"]
-    first = f", of which all but the lines on copying take the first {settings['samples_compared']}" if fewer else ""
-    print(f"\n{settings['samples']} samples{first}")
-    columns = {name.replace("_", " "): results[name] for name in ("decoder_alone", "prior_alone", "floor")}
-    print_lines(SAMPLE_LINES, {"samples": results} | columns)
-    print(COLUMNS)
+    note = f"; only the rows on copying use more than the first {settings['samples_compared']}" if fewer else ""
+    print(f"\n{settings['samples']} samples{note}")
+    columns = {name.replace("_", " "): results[name] for name in COMPARISONS[1:]}
+    print_rows(SAMPLE_ROWS, {"samples": results} | columns)
+    print(LEGEND)
 
 
-def print_lines(lines: Sequence[tuple], columns: dict[str, dict]) -> None:
-    """Lines of a table whose columns are parts of evaluation.json."""
+def print_rows(rows: Sequence[TableRow], columns: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print rows of a table whose columns are objects of evaluation.json."""
     print(f"{'':32}" + "".join(f"{title:>15}" for title in columns))
-    for section, name, label, form, better in lines:
-        values = (column[section].get(name, ()) for column in columns.values())
-        cells = ("-".join(f"{part:{form}}" for part in np.atleast_1d(value)) for value in values)
-        print(f"{label:32}" + "".join(f"{cell:>15}" for cell in cells) + f"   {better}".rstrip())
+    for row in rows:
+        values = (column[row.section].get(row.key, ()) for column in columns.values())
+        cells = ("-".join(f"{part:{row.format}}" for part in np.atleast_1d(value)) for value in values)
+        print(f"{row.label:32}" + "".join(f"{cell:>15}" for cell in cells) + f"   {row.reading}".rstrip())
 
 
 def write_copying_figure(
-    path: Path, training: Slices, found: dict[str, tuple[Group, Nearest]], axis: int | None
+    path: Path, training: Slices, found: Mapping[str, tuple[SliceSet, NearestNeighbours]], flip_axis: int | None
 ) -> None:
-    """Of each kind of slices the three nearest to a training slice, beside it and moved as they were compared."""
-    own, others, titles = [], [], []
-    for kind, (group, near) in found.items():
-        for i in near.distances.argsort()[:3].tolist():
-            index = near.indices[i].item()
-            training_slice = training.batch([index]).to(group.slices.device)
-            views = closest_views(group.slices[i : i + 1], training_slice, axis)[:2]
-            for pictures, view in zip((own, others), views):
-                pictures.append(view[0].cpu().numpy())
-            titles.append(f"{kind} {i}, distance {near.distances[i]:.3f}\nfrom {caption(training.names[index])}")
+    """Plot the three closest pairs of each kind of slices, aligned as they were compared.
+
+    Args:
+        path: Of the PNG.
+        training: The training slices.
+        found: Slices and their nearest training slices, by the kind of slices.
+        flip_axis: As in `nearest_neighbours`.
+    """
+    crops, nearest, titles = [], [], []
+    for kind, (own, neighbours) in found.items():
+        for i in neighbours.distances.argsort()[:3].tolist():
+            index = int(neighbours.indices[i])
+            training_slice = training.batch([index]).to(own.slices.device)
+            crop, other, _ = best_aligned_pair(own.slices[i : i + 1], training_slice, flip_axis)
+            crops.append(crop[0].cpu().numpy())
+            nearest.append(other[0].cpu().numpy())
+            titles.append(f"{kind} {i}, distance {neighbours.distances[i]:.3f}\nto {caption(training.names[index])}")
     labels = ("sample or slice", "nearest\ntraining slice")
-    reconstructions_figure(path, np.stack(own), np.stack(others), titles, labels, limit=0.5)
+    reconstructions_figure(path, np.stack(crops), np.stack(nearest), titles, labels, limit=0.5)
+
+
+# ---------------------------------------------------------------- command
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line `python evaluate.py`."""
+    """Run `python evaluate.py`."""
     options = parse_options(arguments)
     device = sampling_device(options)
     check_folder("--images", options.images)
     config = read_config(options.run)
     check_folder("--run", options.run)
     networks = load_networks(options.run, config, load_vqvae(options.run, config, device), device)
-    warn_of_incomplete_run(options.run)
+    warn_if_incomplete(options.run)
     evaluate(options, config, networks, device)
 
 

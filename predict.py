@@ -1,17 +1,17 @@
 """Sample new slices from a trained run, or reconstruct given ones.
 
-python predict.py --run runs/default --num 64                    # new slices to samples/ and images/samples.png
+python predict.py --run runs/default --num 64           # writes new slices to samples/, and images/samples.png
 python predict.py --run runs/default --reconstruct FILE_OR_FOLDER --out reconstructions
 """
 
 import csv
 import os
 import time
-from argparse import ArgumentParser
-from collections.abc import Callable, Iterator, Sequence
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -49,21 +49,46 @@ from utils import (
 )
 
 DEFAULT_NUM = 64  # samples
-SHOWN = 64  # samples in the figure
-TOP_P = 0.995  # at 1 one of 30 samples has a broken outline
-DIGITS = "[0-9]" * 6  # in the names of files
-LONGEST = 200  # bytes of a slice's own name in that of a file, which may have 255
-REFINER_BATCH = 64  # slices refined at a time on a GPU: 0.9 GB of 256x128
-MOST = 10**6  # samples, so that their numbers have six digits
+MAX_NUM = 10**6  # samples: their file names have six digits
+MAX_SHOWN = 64  # samples in the figure
+TOP_P = 0.995  # with 1, one of 30 samples has a broken outline
+SIX_DIGITS = "[0-9]" * 6  # glob pattern of the sample's number
+MAX_NAME_BYTES = 200  # of a slice's name within a file name, which may have 255
+REFINER_BATCH_SIZE = 64  # slices refined at a time on a GPU: 0.9 GB for 256x128
 
 
-def parse_options(arguments: Sequence[str] | None):
-    """The command line."""
+# ---------------------------------------------------------------- options
+
+
+class SamplingOptions(Namespace):
+    """Options that predict.py and evaluate.py share."""
+
+    run: Path
+    images: Path
+    temperature: float
+    top_p: float
+    refiner_noise: float
+    batch_size: int  # 0: chosen by `sampling_device`
+    seed: int
+    device: str
+
+
+class PredictOptions(SamplingOptions):
+    """Options of predict.py."""
+
+    num: int
+    out: Path
+    position: float | None
+    reconstruct: list[Path] | None
+
+
+def parse_options(arguments: Sequence[str] | None) -> PredictOptions:
+    """Parse the command line."""
     parser = Parser(description=__doc__.split("\n\n")[0])
     add_sampling_options(parser)
     parser.add_argument(
         "--num",
-        type=number(int, 1, MOST),
+        type=number(int, 1, MAX_NUM),
         default=DEFAULT_NUM,
         metavar="N",
         help="slices to sample (default: %(default)s)",
@@ -75,20 +100,20 @@ def parse_options(arguments: Sequence[str] | None):
         "--position",
         type=number(float, 0, 1),
         metavar="P",
-        help="height of the slices in their volume, 0 (lowest) to 1 (default: as often as in the training data)",
+        help="position of the slices in their volume, 0 (lowest) to 1 (default: distributed as in the training data)",
     )
     parser.add_argument(
         "--reconstruct",
         type=filled(Path),
         nargs="+",
         metavar="PATH",
-        help="instead of sampling: encode and decode these files, or a folder's",
+        help="encode and decode these files, or the files of a folder, instead of sampling",
     )
-    return parser.parse_args(arguments)
+    return parser.parse_args(arguments, PredictOptions())
 
 
 def add_sampling_options(parser: ArgumentParser) -> None:
-    """The options that evaluate.py has too: which run, and how samples are drawn."""
+    """Add the options of `SamplingOptions` to a parser."""
     add = parser.add_argument
     add("--run", type=filled(Path), default=Path("runs/default"), help="run directory (default: %(default)s)")
     add("--images", type=filled(Path), default=Path("images"), help="folder of figures (default: %(default)s)")
@@ -97,40 +122,59 @@ def add_sampling_options(parser: ArgumentParser) -> None:
         type=number(float, MIN_TEMPERATURE, 100),
         default=1.0,
         metavar="T",
-        help="1e-6 to 100; below 1 the likelier codes are drawn more often (default: 1.0)",
+        help="sampling temperature, 1e-6 to 100; below 1, likely codes are drawn more often (default: 1.0)",
     )
     add(
         "--top-p",
         type=number(float, 0, 1, above=True),
         default=TOP_P,
         metavar="P",
-        help="draw from the fewest codes that have probability P together; 1: from all, and from time to time one that "
-        "breaks an outline (default: 0.995)",
+        help="nucleus sampling: draw from the fewest codes that together have probability P; with 1, from all codes, "
+        "some of which break an outline (default: 0.995)",
     )
     add(
         "--refiner-noise",
         type=number(float, 0, 1),
         default=1.0,
-        metavar="D",
-        help="scale of the refiner's initial noise, 0 to 1: less gives smoother slices, for short runs (default: 1)",
+        metavar="S",
+        help="scale of the refiner's initial noise, 0 to 1; less gives smoother slices (default: 1)",
     )
     add(
         "--batch-size",
         type=number(int, 1, MAX_BATCH_SIZE),
+        default=0,
         metavar="N",
-        help="slices at a time (default: 32, on a GPU 512; half as many where its memory runs short)",
+        help="slices per batch (default: 32, on a GPU 512; halved if its memory runs out)",
     )
     add(
         "--seed",
         type=number(int, 0, MAX_SEED),
         default=0,
-        help="of the samples; sample n is fixed by it (default: 0)",
+        help="random seed; it determines sample n, whatever the batch size (default: 0)",
     )
-    add("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
+    add("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
+
+
+def sampling_device(options: SamplingOptions) -> torch.device:
+    """Return the device of --device; set the batch size to the device's default if none was given."""
+    device = pick_device(options.device)
+    options.batch_size = options.batch_size or (512 if device.type == "cuda" else 32)
+    return device
+
+
+def describe_sampling(options: SamplingOptions) -> str:
+    """Return the options that samples depend on, for a title."""
+    parameters = (
+        f"temperature {options.temperature:g}, top-p {options.top_p:g}, refiner noise {options.refiner_noise:g}"
+    )
+    return f"{parameters}, seed {options.seed}"
+
+
+# ---------------------------------------------------------------- output files
 
 
 def prepare_folder(out: Path, patterns: Sequence[str]) -> None:
-    """Make the folder, and remove what an earlier call wrote there, once there is something to take its place."""
+    """Make the output folder, and remove the files of an earlier call. Call it once the new ones are computed."""
     with writing(f"--out {out}"):
         out.mkdir(parents=True, exist_ok=True)
         old = [path for pattern in patterns for path in out.glob(pattern)]
@@ -141,8 +185,8 @@ def prepare_folder(out: Path, patterns: Sequence[str]) -> None:
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """Have a file written: all of it, or on an error, which names it, nothing."""
+def remove_on_error(path: Path) -> Iterator[Path]:
+    """Remove a partly written file if writing it fails. Raises RunError, which names the file, for an OSError."""
     try:
         with writing(path):
             yield path
@@ -151,26 +195,18 @@ def whole(path: Path) -> Iterator[Path]:
         raise
 
 
-def shortened(name: str) -> str:
-    """The beginning of a name, of at most LONGEST bytes."""
-    while len(os.fsencode(name)) > LONGEST:
+def truncate_name(name: str) -> str:
+    """Truncate a name to at most MAX_NAME_BYTES bytes."""
+    while len(os.fsencode(name)) > MAX_NAME_BYTES:
         name = name[:-1]
     return name
 
 
-def draw_positions(numbers: Sequence[int], seed: int, described: dict) -> torch.Tensor:
-    """Positions (N,) for sample numbers, distributed as the training slices': NaN for not known."""
-    draws = np.array([np.random.default_rng((seed, n)).random(2) for n in numbers])
-    if described["unknown"] == 1:
-        return torch.full((len(draws),), torch.nan)
-    quantiles = described["quantiles"]
-    positions = np.interp(draws[:, 0], np.linspace(0, 1, len(quantiles)), quantiles)
-    positions[draws[:, 1] < described["unknown"]] = np.nan
-    return torch.from_numpy(positions).float()
+# ---------------------------------------------------------------- sampling
 
 
 class Networks(NamedTuple):
-    """What a run has trained."""
+    """The trained networks of a run."""
 
     vqvae: VQVAE
     prior: GatedPixelCNN
@@ -178,97 +214,115 @@ class Networks(NamedTuple):
 
 
 class Samples(NamedTuple):
-    """New slices and what they were made from."""
+    """New slices, and the codes and positions that they were generated from."""
 
     slices: Tensor  # (N, 1, H, W) in [-1, 1]
     codes: Tensor  # (N, h, w) int64
-    positions: Tensor  # (N,) in [0, 1], NaN for not known
-    seconds: tuple[float, float]  # for codes, for decoding
+    positions: Tensor  # (N,) in [0, 1], NaN for unknown
+    seconds: tuple[float, float]  # for sampling the codes, for decoding and refining
 
 
-def draw_samples(options, networks: Networks, positions: Tensor, device: torch.device) -> Samples:
-    """Samples 0 to N - 1 at positions (N,), the same ones at every batch size."""
+def draw_positions(sample_ids: Sequence[int], seed: int, distribution: Mapping[str, Any]) -> Tensor:
+    """Draw slice positions with the distribution of the training slices.
+
+    Args:
+        sample_ids: N whole numbers; each sample has its own random stream.
+        seed: Of all samples.
+        distribution: "positions" of config.json: "quantiles" of the known positions, share "unknown".
+
+    Returns:
+        Positions (N,) in [0, 1], NaN for unknown.
+    """
+    draws = np.array([np.random.default_rng((seed, n)).random(2) for n in sample_ids])
+    if distribution["unknown"] == 1:
+        return torch.full((len(draws),), torch.nan)
+    quantiles = distribution["quantiles"]
+    positions = np.interp(draws[:, 0], np.linspace(0, 1, len(quantiles)), quantiles)
+    positions[draws[:, 1] < distribution["unknown"]] = np.nan
+    return torch.from_numpy(positions).float()
+
+
+def draw_samples(options: SamplingOptions, networks: Networks, positions: Tensor, device: torch.device) -> Samples:
+    """Draw samples 0 to N - 1 at positions (N,); they do not depend on the batch size."""
     start = time.perf_counter()
     codes = sample_codes(options, networks.prior, positions, device)
-    drawn = time.perf_counter()
+    codes_done = time.perf_counter()
     slices = refine(options, networks, range(len(codes)), codes, device)
-    return Samples(slices, codes, positions, (drawn - start, time.perf_counter() - drawn))
+    return Samples(slices, codes, positions, (codes_done - start, time.perf_counter() - codes_done))
 
 
-def sample_codes(options, prior: GatedPixelCNN, positions: Tensor, device: torch.device) -> Tensor:
-    """Code grids (N, h, w) of samples 0 to N - 1 at positions (N,), on the CPU."""
+def sample_codes(options: SamplingOptions, prior: GatedPixelCNN, positions: Tensor, device: torch.device) -> Tensor:
+    """Draw the code grids (N, h, w) of samples 0 to N - 1 at positions (N,); return them on the CPU."""
     settings = options.seed, options.temperature, options.top_p
     with tqdm(total=len(positions) * prior.config.grid[0], desc="codes", unit="row", disable=None) as bar:
 
-        def draw(part: range) -> Tensor:
-            places = positions[part.start : part.stop].to(device)
-            return prior.sample(part, places, *settings, progress=lambda row: bar.update(len(part))).cpu()
+        def sample_batch(batch: range) -> Tensor:
+            def progress(row: int) -> None:
+                bar.update(len(batch))
 
-        return torch.cat(list(in_memory(draw, len(positions), options.batch_size)))
+            places = positions[batch.start : batch.stop].to(device)
+            return prior.sample(batch, places, *settings, progress=progress).cpu()
+
+        return torch.cat(list(split_to_fit(sample_batch, len(positions), options.batch_size)))
 
 
-def refine(options, networks: Networks, numbers: Sequence[int], codes: Tensor, device: torch.device) -> Tensor:
-    """Decode codes (N, h, w) and refine them for N sample ids: slices (N, 1, H, W), on the CPU."""
-    size = REFINER_BATCH if device.type == "cuda" else max(1, MICRO_BATCH_CODES // codes[0].numel())
+def refine(
+    options: SamplingOptions, networks: Networks, sample_ids: Sequence[int], codes: Tensor, device: torch.device
+) -> Tensor:
+    """Decode codes (N, h, w) and refine them for N sample ids; return slices (N, 1, H, W) on the CPU."""
+    size = REFINER_BATCH_SIZE if device.type == "cuda" else max(1, MICRO_BATCH_CODES // codes[0].numel())
     with tqdm(total=len(codes), desc="refining", unit="slice", disable=None) as bar:
 
-        def draw(part: range) -> Tensor:
-            given = numbers[part.start : part.stop], codes[part.start : part.stop].to(device)
-            slices = networks.refiner.sample(*given, networks.vqvae, options.seed, options.refiner_noise).cpu()
-            bar.update(len(part))
-            return slices
+        def refine_batch(batch: range) -> Tensor:
+            own_ids, own_codes = sample_ids[batch.start : batch.stop], codes[batch.start : batch.stop].to(device)
+            slices = networks.refiner.sample(own_ids, own_codes, networks.vqvae, options.seed, options.refiner_noise)
+            bar.update(len(batch))
+            return slices.cpu()
 
-        return torch.cat(list(in_memory(draw, len(codes), size)))
+        return torch.cat(list(split_to_fit(refine_batch, len(codes), size)))
 
 
-def in_memory(compute: Callable[[range], Tensor], count: int, size: int) -> Iterator[Tensor]:
-    """compute(part) of parts of [0, count), `size` at a time; of half as many from where a GPU's memory runs short.
+def split_to_fit(compute: Callable[[range], Tensor], count: int, size: int) -> Iterator[Tensor]:
+    """Yield `compute` of consecutive batches of [0, count), halving the batch size when a GPU runs out of memory.
 
-    Raises RunError where it does not suffice for one.
+    Args:
+        compute: Maps a batch of indices to its result.
+        count: Number of indices.
+        size: Initial batch size.
+
+    Raises:
+        RunError: The memory does not suffice for a batch of one.
     """
     start = 0
     while start < count:
-        part, result = range(start, min(start + size, count)), None
+        batch, result = range(start, min(start + size, count)), None
         with suppress(torch.OutOfMemoryError):
-            result = compute(part)
+            result = compute(batch)
         if result is not None:
             yield result
-            start = part.stop
-        elif len(part) == 1:
+            start = batch.stop
+        elif len(batch) == 1:
             raise RunError("the GPU's memory does not suffice for a single slice: free some of it, or try --device cpu")
         else:
             torch.cuda.empty_cache()
-            size = len(part) // 2
+            size = len(batch) // 2
 
 
-def sampling_device(options) -> torch.device:
-    """The device that is asked for; where no batch size is, it is set to one that suits the device."""
-    device = pick_device(options.device)
-    options.batch_size = options.batch_size or (512 if device.type == "cuda" else 32)
-    return device
-
-
-def describe_sampling(options) -> str:
-    """The options that samples depend on, for a title."""
-    drawn = f"temperature {options.temperature:g}, top-p {options.top_p:g}, refiner noise {options.refiner_noise:g}"
-    return f"{drawn}, seed {options.seed}"
-
-
-def sample(options, config: dict, networks: Networks, device: torch.device) -> None:
-    """Draw code grids, decode them, write slices, codes and the sheet."""
+def sample(options: PredictOptions, config: Mapping[str, Any], networks: Networks, device: torch.device) -> None:
+    """Draw samples; write the slices, their codes and a figure."""
     positions = draw_positions(range(options.num), options.seed, config["positions"])
     if options.position is not None:
         positions = torch.full((options.num,), options.position)
     samples = draw_samples(options, networks, positions, device)
     slices = samples.slices[:, 0].numpy()
-    prepare_folder(options.out, (f"sample_{DIGITS}.nii.gz", "codes.npy"))
-    with whole(options.out / "codes.npy") as path:
+    prepare_folder(options.out, (f"sample_{SIX_DIGITS}.nii.gz", "codes.npy"))
+    with remove_on_error(options.out / "codes.npy") as path:
         np.save(path, samples.codes.numpy().astype(np.int16))
     affine = np.array(config["affine"])
     for i, pixels in enumerate(denormalize(slices, config["intensity"]["scale"])):
-        with whole(options.out / f"sample_{i:06d}.nii.gz") as path:
+        with remove_on_error(options.out / f"sample_{i:06d}.nii.gz") as path:
             write_slice(path, pixels, affine)
-    shown = min(len(slices), SHOWN)
+    shown = min(len(slices), MAX_SHOWN)
     samples_figure(options.images / "samples.png", slices[:shown], f"{shown} samples, {describe_sampling(options)}")
     seconds = samples.seconds
     say(
@@ -277,76 +331,95 @@ def sample(options, config: dict, networks: Networks, device: torch.device) -> N
     )
 
 
-def warn_of_grids(affines: list[np.ndarray], trained: np.ndarray) -> None:
-    """Say so where slices, by their affines (4, 4), have other pixel sizes or orientations than training slices."""
-    sizes, usual = np.linalg.norm(np.array(affines)[:, :3, :2], axis=1), np.linalg.norm(trained[:3, :2], axis=0)
-    factors = np.maximum(sizes / usual, usual / sizes).max(axis=1)
-    if factors.max() > SAME_SPACING:
-        height, width = sizes[factors.argmax()]
+# ---------------------------------------------------------------- reconstruction
+
+
+def warn_of_geometry(affines: Sequence[np.ndarray], training_affine: np.ndarray) -> None:
+    """Warn if slices, by their affines (4, 4), differ from training slices in pixel spacing or orientation."""
+    spacings = np.linalg.norm(np.array(affines)[:, :3, :2], axis=1)
+    expected = np.linalg.norm(training_affine[:3, :2], axis=0)
+    ratios = np.maximum(spacings / expected, expected / spacings).max(axis=1)
+    if ratios.max() > SAME_SPACING:
+        height, width = spacings[ratios.argmax()]
         say(
-            f"warning: {(factors > SAME_SPACING).sum()} slices have other pixels ({height:.3g}x{width:.3g} mm) than "
-            f"training slices ({usual[0]:.3g}x{usual[1]:.3g} mm): they are not resampled"
+            f"warning: {(ratios > SAME_SPACING).sum()} slices have another pixel spacing ({height:.3g}x{width:.3g} mm) "
+            f"than training slices ({expected[0]:.3g}x{expected[1]:.3g} mm): they are not resampled"
         )
-    turned = sum(nib.aff2axcodes(affine)[:2] != nib.aff2axcodes(trained)[:2] for affine in affines)
-    if turned:
-        say(f"warning: {turned} slices have another orientation than training slices: they are not turned")
+    orientation = nib.aff2axcodes(training_affine)[:2]
+    others = sum(nib.aff2axcodes(affine)[:2] != orientation for affine in affines)
+    if others:
+        say(f"warning: {others} slices have another orientation than training slices: they are not reoriented")
 
 
-def reconstruct(options, config: dict, vqvae: VQVAE, device: torch.device) -> None:
-    """Encode and decode given slices; write both, a table of SSIM and PSNR, and a figure."""
-    slices, affines, notices = read_slices(options.reconstruct, tuple(config["slice_size"]))
+def reconstruct(options: PredictOptions, config: Mapping[str, Any], vqvae: VQVAE, device: torch.device) -> None:
+    """Encode and decode given slices; write originals, reconstructions, a table of SSIM and PSNR, and a figure."""
+    slices, affines, notices = read_slices(options.reconstruct or [], tuple(config["slice_size"]))
     for notice in notices:
         say(notice)
-    warn_of_grids(affines, np.array(config["affine"]))
+    warn_of_geometry(affines, np.array(config["affine"]))
     if any(Path(name).resolve().parent == options.out.resolve() for name in slices.names):
         raise RunError(f"--out {options.out} holds the slices to reconstruct: choose another folder")
     overall = reconstruction_metrics().to(device)
     single = reconstruction_metrics().to(device)
-    rows, reconstructions = [], []
+    rows: list[dict[str, Any]] = []
+    decoded_batches = []
     for batch in slices.batches(options.batch_size):
         batch = batch.to(device)
         decoded = vqvae.decode(vqvae.encode(batch))
         overall.update(decoded, batch)
         for pair in zip(decoded.split(1), batch.split(1)):
-            figures = {name: value.item() for name, value in single(*pair).items()}
-            rows.append({"slice": printable(slices.names[len(rows)])} | figures)
-        reconstructions.append(decoded[:, 0].cpu().numpy())
-    reconstructions = np.concatenate(reconstructions)
+            metrics = {name: value.item() for name, value in single(*pair).items()}
+            rows.append({"slice": printable(slices.names[len(rows)])} | metrics)
+        decoded_batches.append(decoded[:, 0].cpu().numpy())
+    reconstructions = np.concatenate(decoded_batches)
     originals = slices.batch(np.arange(len(slices)))[:, 0].numpy()
-    prepare_folder(
-        options.out, (f"{DIGITS}_*_original.nii.gz", f"{DIGITS}_*_reconstruction.nii.gz", "reconstructions.csv")
-    )
+    names = (f"{SIX_DIGITS}_*_original.nii.gz", f"{SIX_DIGITS}_*_reconstruction.nii.gz", "reconstructions.csv")
+    prepare_folder(options.out, names)
     for i, affine in enumerate(affines):
-        name = f"{i:06d}_{shortened(Path(slices.names[i]).name.removesuffix('.gz').removesuffix('.nii'))}"
+        name = f"{i:06d}_{truncate_name(Path(slices.names[i]).name.removesuffix('.gz').removesuffix('.nii'))}"
         for kind, pixels in (("original", originals[i]), ("reconstruction", reconstructions[i])):
-            with whole(options.out / f"{name}_{kind}.nii.gz") as path:
+            with remove_on_error(options.out / f"{name}_{kind}.nii.gz") as path:
                 write_slice(path, denormalize(pixels, slices.scales[i]), affine)
-    with whole(options.out / "reconstructions.csv") as path, open(path, "w", newline="", encoding="utf-8") as file:
+    table = options.out / "reconstructions.csv"
+    with remove_on_error(table), open(table, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ("slice", "ssim", "psnr"))
         writer.writeheader()
         writer.writerows(rows)
-    chosen = evenly_spaced(len(slices))
-    titles = [f"{caption(slices.names[i])}\nSSIM {rows[i]['ssim']:.3f}" for i in chosen]
-    reconstructions_figure(options.images / "reconstructions.png", originals[chosen], reconstructions[chosen], titles)
-    figures = {name: value.item() for name, value in overall.compute().items()}
-    say(f"{len(slices)} slices: SSIM {figures['ssim']:.3f}, PSNR {figures['psnr']:.2f} dB: {options.out}")
+    shown = evenly_spaced(len(slices))
+    titles = [f"{caption(slices.names[i])}\nSSIM {rows[i]['ssim']:.3f}" for i in shown]
+    reconstructions_figure(options.images / "reconstructions.png", originals[shown], reconstructions[shown], titles)
+    means = {name: value.item() for name, value in overall.compute().items()}
+    say(f"{len(slices)} slices: SSIM {means['ssim']:.3f}, PSNR {means['psnr']:.2f} dB: {options.out}")
 
 
-def load_vqvae(run: Path, config: dict, device: torch.device) -> VQVAE:
-    """A run's VQ-VAE. Raises RunError where it cannot be used, or takes no slices of the size that config.json has."""
-    vqvae = load_weights(run / "vqvae.safetensors", VQVAE, VQVAEConfig).to(device)
+# ---------------------------------------------------------------- command
+
+
+def load_vqvae(run: Path, config: Mapping[str, Any], device: torch.device) -> VQVAE:
+    """Load the VQ-VAE of a run.
+
+    Raises:
+        RunError: It cannot be used, or the slice size of config.json does not fit it.
+    """
+    vqvae = load_weights(run / "vqvae.safetensors", VQVAE, VQVAEConfig)
+    assert isinstance(vqvae, VQVAE)
     side = vqvae.config.downsampling
     rows, columns = config["slice_size"]
     if rows % side or columns % side:
         raise RunError(f"{run}: vqvae.safetensors takes no slices of {rows}x{columns}, which config.json has")
-    return vqvae
+    return vqvae.to(device)
 
 
-def load_networks(run: Path, config: dict, vqvae: VQVAE, device: torch.device) -> Networks:
-    """All of a run's networks. Raises RunError where one cannot be used, or where they are not of one training."""
-    prior = load_weights(run / "prior.safetensors", GatedPixelCNN, PriorConfig).to(device)
+def load_networks(run: Path, config: Mapping[str, Any], vqvae: VQVAE, device: torch.device) -> Networks:
+    """Load the prior and the refiner of a run beside its VQ-VAE.
+
+    Raises:
+        RunError: A network cannot be used, or the networks are of different runs.
+    """
+    prior = load_weights(run / "prior.safetensors", GatedPixelCNN, PriorConfig)
     refiner = load_weights(run / "refiner.safetensors", Refiner, RefinerConfig)
-    refiner.to(device, memory_format=torch.channels_last)  # twice as fast on a CPU
+    assert isinstance(prior, GatedPixelCNN)
+    assert isinstance(refiner, Refiner)
     own = vqvae.config
     grid = tuple(side // own.downsampling for side in config["slice_size"])
     if (prior.config.grid, prior.config.codebook_size) != (grid, own.codebook_size):
@@ -356,28 +429,30 @@ def load_networks(run: Path, config: dict, vqvae: VQVAE, device: torch.device) -
         for name in ("downsampling", "codebook_size", "embedding_dim")
     ):
         raise RunError(f"{run}: refiner.safetensors and vqvae.safetensors are of different runs: their codes differ")
-    return Networks(vqvae, prior, refiner)
+    # Twice as fast on a CPU. PyTorch's annotations lack the argument.
+    refiner.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return Networks(vqvae, prior.to(device), refiner.to(device))
 
 
-def refuse_unknown_position(options, config: dict) -> None:
-    """Raise RunError where --position is one that no training slice had: the prior makes nothing of it."""
-    heights = config["positions"]["quantiles"]
-    if options.position is None or heights and heights[0] <= options.position <= heights[-1]:
+def check_position(options: PredictOptions, config: Mapping[str, Any]) -> None:
+    """Raise RunError for a --position outside those of the training slices: the prior cannot extrapolate."""
+    known = config["positions"]["quantiles"]
+    if options.position is None or known and known[0] <= options.position <= known[-1]:
         return
-    known = f"from {heights[0]:g} to {heights[-1]:g}" if heights else "not known: no names with slice numbers"
+    extent = f"from {known[0]:g} to {known[-1]:g}" if known else "not known: no names with slice numbers"
     raise RunError(
-        f"no --position {options.position:g} in {options.run}: the heights of its training slices are {known}"
+        f"no --position {options.position:g} in {options.run}: the positions of its training slices are {extent}"
     )
 
 
-def warn_of_incomplete_run(run: Path) -> None:
-    """Say so where train.py has not come to its end."""
+def warn_if_incomplete(run: Path) -> None:
+    """Warn if the training of a run is not finished."""
     if not is_complete(run):
-        say(f"warning: {run} is not complete: train.py has not come to its end")
+        say(f"warning: {run} is not complete: the training is not finished")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line `python predict.py`."""
+    """Run `python predict.py`."""
     options = parse_options(arguments)
     device = sampling_device(options)
     check_folder("--out", options.out)
@@ -388,8 +463,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         reconstruct(options, config, vqvae, device)
         return
     networks = load_networks(options.run, config, vqvae, device)
-    refuse_unknown_position(options, config)
-    warn_of_incomplete_run(options.run)
+    check_position(options, config)
+    warn_if_incomplete(options.run)
     sample(options, config, networks, device)
 
 

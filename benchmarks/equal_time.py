@@ -1,6 +1,6 @@
 """What our prior and the paper's 15 gated layers reach in equal time, on the codes of a finished run.
 
-Held-out bits a code. All learn the same codes, those of the run's training slices as they are. Ours is trained as
+Held-out bits per code. All learn the same codes, those of the run's training slices as they are. Ours is trained as
 train.py trains it: batches of 8 slices, told their positions, its weights averaged. The paper's network is trained
 twice: in the same batches at the same rate (it too learns faster so than at 1e-3 or 3e-3), which compares networks,
 and at the batch and rate of public code, which compares recipes. Optimiser, bfloat16, parts of batches, the cut of long
@@ -73,7 +73,7 @@ class Contender:
 
     @torch.no_grad()
     def look(self, codes: Tensor, positions: Tensor) -> None:
-        """Bits a held-out code, float32, without dropout."""
+        """Bits per held-out code, float32, without dropout."""
         network = (self.ema.network if self.ema else self.network).eval()
         parts = zip(codes.split(PART), positions.split(PART))
         nats = sum(loss_of(network)(*part).item() * len(part[0]) for part in parts)
@@ -134,7 +134,7 @@ def main() -> None:
     for name, one in contenders.items():
         report(f"equal_time_bits_{name}", bits[name], "bits/code", updates=one.updates, batch=one.batch, **settings)
     print(
-        f"In {options.minutes:g} minutes each: ours {bits['ours']:.2f} bits a held-out code after {updates['ours']} "
+        f"In {options.minutes:g} minutes each: ours {bits['ours']:.2f} bits per held-out code after {updates['ours']} "
         f"updates. The paper's network {bits['reference']:.2f} after {updates['reference']} with our batches and rate "
         f"(ours is {lower['reference']:.0%} lower), {bits['public']:.2f} after {updates['public']} with public code's "
         f"({lower['public']:.0%} lower)."

@@ -44,13 +44,13 @@ FIGURES = {  # in evaluation.json: how far apart they may be, as a share of the 
     ("reconstructions", "psnr"): 1e-3,
     ("codes", "perplexity"): 1e-3,
     ("prior", "bits_per_code"): 1e-3,
-    ("floor", "samples", "frechet_distance"): 1e-3,
-    ("floor", "samples", "sliced_wasserstein"): 1e-3,
-    ("floor", "samples", "ms_ssim_diversity"): 1e-3,
-    ("floor", "samples", "coverage"): 1e-3,
-    ("floor", "copying", "median_distance"): 1e-3,
+    ("baseline", "samples", "random_feature_frechet"): 1e-3,
+    ("baseline", "samples", "sliced_wasserstein"): 1e-3,
+    ("baseline", "samples", "ms_ssim_diversity"): 1e-3,
+    ("baseline", "samples", "coverage"): 1e-3,
+    ("baseline", "copying", "median_distance"): 1e-3,
 }
-SAMPLED = {("samples", "two_sample_accuracy"), ("samples", "coverage"), ("copying", "median_distance")}
+SAMPLED = {("samples", "c2st_accuracy"), ("samples", "coverage"), ("copying", "median_distance")}
 
 
 @dataclass(frozen=True)

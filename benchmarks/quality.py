@@ -1,6 +1,6 @@
 """What the textbook's networks and ours reach after equal updates, on slices brought to 128x64.
 
-Held-out SSIM of the VQ-VAEs, then held-out nats a code of the priors on the same codes (ours), both without
+Held-out SSIM of the VQ-VAEs, then held-out nats per code of the priors on the same codes (ours), both without
 augmentation: the networks are compared, not the training around them.
 
     python benchmarks/quality.py [--data DIR] [--updates 1000] [--prior-updates 500] [--seed 0]
@@ -87,7 +87,7 @@ def heldout_ssim(model: nn.Module, slices: Tensor) -> float:
 
 @torch.no_grad()
 def heldout_nats(model: nn.Module, logits_of: LogitsOf, codes: Tensor) -> float:
-    """Nats a code, float32, dropout off."""
+    """Nats per code, float32, dropout off."""
     model.eval()
     chosen = torch.arange(len(codes), device=codes.device).split(BATCH)
     total = sum(nats_per_code(logits_of(codes[part], part), codes[part]).item() * len(part) for part in chosen)
@@ -104,7 +104,7 @@ def best_nats(
     options: argparse.Namespace,
     rate: float,
 ) -> float:
-    """The lowest held-out nats a code of ten looks at even intervals: both priors keep their best weights."""
+    """The lowest held-out nats per code of ten looks at even intervals: both priors keep their best weights."""
     looks = []
 
     def loss_of(update: int, chosen: Tensor) -> Tensor:
@@ -165,7 +165,7 @@ def main() -> None:
     report("heldout_nats_reference", nats[1], "nats/code", updates=options.prior_updates, **settings)
     print(
         f"After equal updates on {options.data}: held-out SSIM {ssim[0]:.3f}, the textbook's {ssim[1]:.3f}; "
-        f"{nats[0]:.2f} nats a held-out code, the paper's network {nats[1]:.2f}."
+        f"{nats[0]:.2f} nats per held-out code, the paper's network {nats[1]:.2f}."
     )
 
 

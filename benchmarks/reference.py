@@ -1,7 +1,7 @@
 """What ours is compared with: the textbook networks and loaders, from plain PyTorch layers, small and plain.
 
 The VQ-VAE of arXiv:1711.00937 (section 4.1, as most public code has it) and the gated PixelCNN of arXiv:1606.05328,
-15 layers of 64 channels, sampled by a full forward a code; a data set that opens a file a slice with nibabel.
+15 layers of 64 channels, sampled by a full forward pass per code; a data set that opens one file per slice (nibabel).
 """
 
 from collections.abc import Callable
@@ -132,7 +132,7 @@ def sample_by_full_forwards(model: Callable[[Tensor], Tensor], codes: Tensor, pl
 
 
 class NibabelSlices(torch.utils.data.Dataset[Tensor]):
-    """A file a slice, opened each time it is asked for."""
+    """One file per slice, opened at each access."""
 
     def __init__(self, paths: list[Path]):
         self.paths = paths
@@ -148,6 +148,6 @@ class NibabelSlices(torch.utils.data.Dataset[Tensor]):
 def nats_per_code(logits: Tensor, codes: Tensor) -> Tensor:
     """Mean cross-entropy () of logits (N, K, h, w) and codes (N, h, w), 0 or more: ln K where all are held as likely.
 
-    A row a code, as the last convolution left them in memory: a softmax across the channels of a grid is slow.
+    One row per code, as the last convolution left them in memory: a softmax across the channels of a grid is slow.
     """
     return F.cross_entropy(logits.permute(0, 2, 3, 1).flatten(0, 2), codes.flatten())

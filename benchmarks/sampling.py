@@ -1,4 +1,4 @@
-"""Seconds to sample code grids, against a full forward a code with the same prior; then slices, decoded.
+"""Seconds to sample code grids, against a full forward pass per code with the same prior; then slices, decoded.
 
 The full forwards are timed at places spread over the grid and multiplied up: all 2048 would take most of an hour.
 pythae and MONAI, where they are installed, in the same way.
@@ -88,7 +88,7 @@ def main() -> None:
     print(
         f"On {settings['machine']}: {BATCH} grids of {GRID[0]}x{GRID[1]} codes take {seconds['batch']:.1f} s, "
         f"{seconds['batch'] / forward:.1f} times one forward over them and {speedup:.0f} times as fast as a forward "
-        f"a code; one grid takes {seconds['one']:.2f} s; decoding {BATCH} takes {seconds['decoding']:.2f} s, "
+        f"pass per code; one grid takes {seconds['one']:.2f} s; decoding {BATCH} takes {seconds['decoding']:.2f} s, "
         f"refined {seconds['refiner']:.1f} s; {count} whole slices {seconds['slices']:.1f} s."
     )
 

@@ -1,4 +1,4 @@
-"""Metrics against NumPy twins and numbers worked out by hand."""
+"""Metrics against brute-force implementations in NumPy and values derived by hand."""
 
 import io
 import math
@@ -39,13 +39,13 @@ def gaussian_window():
 
 
 def numpy_ssim(x, y):
-    """SSIM of two pictures, window by window; a window at every pixel, pixels beyond the border mirrored."""
+    """SSIM of two images, window by window; a window at every pixel, the border padded by reflection."""
     window, (height, width) = gaussian_window(), x.shape
-    x, y = (np.pad(picture.astype(np.float64), WINDOW // 2, mode="reflect") for picture in (x, y))
+    x, y = (np.pad(image.astype(np.float64), WINDOW // 2, mode="reflect") for image in (x, y))
     values = []
     for top in range(height):
         for left in range(width):
-            a, b = (picture[top : top + WINDOW, left : left + WINDOW] for picture in (x, y))
+            a, b = (image[top : top + WINDOW, left : left + WINDOW] for image in (x, y))
             mean_a, mean_b = (window * a).sum(), (window * b).sum()
             var_a, var_b = (window * (a - mean_a) ** 2).sum(), (window * (b - mean_b) ** 2).sum()
             covariance = (window * (a - mean_a) * (b - mean_b)).sum()
@@ -59,45 +59,45 @@ def numpy_ssim(x, y):
 
 @pytest.mark.parametrize("size", [(24, 12), (13, 21)])
 @pytest.mark.parametrize("noise", [0.05, 0.5])
-def test_ssim_is_the_brute_force_one(size, noise):
+def test_ssim_equals_brute_force(size, noise):
     reconstructions, slices = random_pair(3, *size, noise)
     expected = np.mean([numpy_ssim(x[0].numpy(), y[0].numpy()) for x, y in zip(reconstructions, slices)])
     assert measure((reconstructions, slices))["ssim"] == pytest.approx(expected, abs=1e-4)
 
 
-def test_psnr_is_that_of_the_error_over_all_slices():
+def test_psnr_uses_the_error_over_all_slices():
     reconstructions, slices = random_pair(3, 24, 12)
     reconstructions[0] = slices[0]  # a mean of three PSNRs would be infinite
     mse = ((reconstructions - slices).double().numpy() ** 2).mean()
     assert measure((reconstructions, slices))["psnr"] == pytest.approx(10 * math.log10(2**2 / mse), abs=1e-4)
 
 
-def test_the_same_slices_have_ssim_1():
+def test_ssim_of_equal_slices_is_1():
     _, slices = random_pair(2, 24, 12)
     assert measure((slices, slices))["ssim"] == pytest.approx(1, abs=1e-6)
 
 
-def test_batches_of_unequal_size_give_what_one_batch_gives():
+def test_reconstruction_metrics_do_not_depend_on_the_batch_size():
     reconstructions, slices = random_pair(7, 20, 12)
     reconstructions[:1] = slices[:1]
-    whole = measure((reconstructions, slices))
+    expected = measure((reconstructions, slices))
     parts = measure(*zip(reconstructions.split([1, 4, 2]), slices.split([1, 4, 2])))
-    assert parts == pytest.approx(whole, abs=1e-5)
+    assert parts == pytest.approx(expected, abs=1e-5)
     each = [measure((x, y))["ssim"] for x, y in zip(reconstructions.split(1), slices.split(1))]
-    assert whole["ssim"] == pytest.approx(np.mean(each), abs=1e-5)
+    assert expected["ssim"] == pytest.approx(np.mean(each), abs=1e-5)
 
 
-def test_the_range_does_not_follow_the_batch():
-    """A pair of low contrast scores the same alone and beside one that spans [-1, 1]."""
+def test_data_range_does_not_depend_on_the_batch():
+    """A low-contrast pair has the same SSIM alone and in a batch with a pair that spans [-1, 1]."""
     assert DATA_RANGE == (-1, 1)
-    wide, low = random_pair(1, 20, 12), [0.05 * x for x in random_pair(1, 20, 12)]
-    alone, beside = measure(low), measure(tuple(torch.cat(pair) for pair in zip(wide, low)))
-    assert beside["ssim"] == pytest.approx((alone["ssim"] + measure(wide)["ssim"]) / 2, abs=1e-5)
+    full, low = random_pair(1, 20, 12), [0.05 * x for x in random_pair(1, 20, 12)]
+    alone, together = measure(low), measure(tuple(torch.cat(pair) for pair in zip(full, low)))
+    assert together["ssim"] == pytest.approx((alone["ssim"] + measure(full)["ssim"]) / 2, abs=1e-5)
     mse = (low[0] - low[1]).square().mean().item()
     assert alone["psnr"] == pytest.approx(10 * math.log10(4 / mse), abs=1e-3)
 
 
-def test_values_beyond_the_range_are_clipped():
+def test_reconstruction_metrics_clip_to_the_data_range():
     reconstructions, slices = random_pair(2, 20, 12)
     reconstructions, slices = 3 * reconstructions, 2 * slices
     expected = measure((reconstructions.clamp(-1, 1), slices.clamp(-1, 1)))
@@ -109,7 +109,7 @@ def test_values_beyond_the_range_are_clipped():
 # ---------------------------------------------------------------- codes
 
 
-def test_code_counts():
+def test_code_counts_are_the_histogram_of_the_codes():
     codes = torch.tensor([[[0, 3], [3, 1]], [[3, 0], [0, 3]]])
     counts = code_counts(codes, 6)
     assert counts.tolist() == [3, 1, 0, 4, 0, 0]
@@ -132,11 +132,11 @@ def test_code_counts_of_batches_add_up():
         ([2**40, 2**40], 1.0, 2.0),
     ],
 )
-def test_codebook_use(counts, share, perplexity):
+def test_codebook_use_and_perplexity(counts, share, perplexity):
     assert codebook_use(torch.tensor(counts)) == pytest.approx((share, perplexity), rel=1e-12)
 
 
-def test_codebook_use_of_nothing_is_an_error():
+def test_codebook_use_without_codes_is_an_error():
     with pytest.raises(ValueError, match="no codes were counted"):
         codebook_use(torch.zeros(4, dtype=torch.int64))
 
@@ -145,7 +145,7 @@ def test_codebook_use_of_nothing_is_an_error():
     ("grid", "codes", "size", "expected"),
     [((64, 32), 512, (256, 128), 9 / 16), ((4, 4), 2, (8, 8), 1 / 4), ((2, 3), 256, (2, 3), 8)],
 )
-def test_bits_per_pixel(grid, codes, size, expected):
+def test_bits_per_pixel_of_a_code_grid(grid, codes, size, expected):
     assert metrics.bits_per_pixel(grid, codes, size) == pytest.approx(expected, rel=1e-12)
 
 
@@ -155,8 +155,8 @@ def test_bits_per_pixel(grid, codes, size, expected):
 @pytest.mark.parametrize(
     ("size", "scales"), [((256, 128), 4), ((128, 64), 3), ((64, 32), 2), ((32, 16), 1), ((176, 200), 5), ((11, 99), 1)]
 )
-def test_ms_ssim_has_as_many_scales_as_fit(size, scales):
-    weights = metrics.scale_weights(size)
+def test_ms_ssim_uses_as_many_scales_as_fit(size, scales):
+    weights = metrics.ms_ssim_weights(size)
     assert len(weights) == scales
     assert sum(weights) == pytest.approx(1, abs=1e-12)
     paper = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
@@ -164,11 +164,11 @@ def test_ms_ssim_has_as_many_scales_as_fit(size, scales):
     pair = random_pair(1, *size)
     values = metrics.all_reconstruction_metrics(size)(*pair)
     assert values.keys() == {"ssim", "ms_ssim", "psnr", "mse"}
-    assert 0 < values["ms_ssim"] < 1  # none of the scales is empty
+    assert 0 < values["ms_ssim"] < 1  # no scale is empty
     assert metrics.all_reconstruction_metrics(size)(pair[1], pair[1])["ms_ssim"] == pytest.approx(1, abs=1e-5)
 
 
-def test_all_reconstruction_metrics_over_batches():
+def test_all_reconstruction_metrics_equal_their_definitions():
     reconstructions, slices = random_pair(7, 32, 16)
     measured = metrics.all_reconstruction_metrics((32, 16))
     for pair in zip(reconstructions.split(3), slices.split(3)):
@@ -182,19 +182,19 @@ def test_all_reconstruction_metrics_over_batches():
     assert values["psnr"] == pytest.approx(10 * math.log10(4 / values["mse"]), abs=1e-3)
 
 
-def test_slices_of_256_levels_are_left_as_they_are():
+def test_rounding_to_grey_levels_keeps_real_slices():
     slices = (torch.arange(256) / 127.5 - 1).view(1, 1, 16, 16)
-    assert torch.equal(metrics.quantise(slices), slices)
+    assert torch.equal(metrics.round_to_grey_levels(slices), slices)
     noisy = slices + (torch.rand(slices.shape) - 0.5) * 0.99 / 127.5
-    torch.testing.assert_close(metrics.quantise(noisy), slices, rtol=0, atol=1e-6)
-    assert metrics.quantise(torch.tensor([-3.0, 3.0])).tolist() == [-1, 1]
+    torch.testing.assert_close(metrics.round_to_grey_levels(noisy), slices, rtol=0, atol=1e-6)
+    assert metrics.round_to_grey_levels(torch.tensor([-3.0, 3.0])).tolist() == [-1, 1]
 
 
 # ---------------------------------------------------------------- JPEG 2000
 
 
 def smooth_slices(count, height, width):
-    """Noise blurred to blobs of some pixels, with a little grain."""
+    """Low-pass noise with a little white noise."""
     coarse = torch.nn.functional.interpolate(
         torch.rand(count, 1, height // 8, width // 8), (height, width), mode="bicubic"
     )
@@ -202,54 +202,52 @@ def smooth_slices(count, height, width):
 
 
 @pytest.mark.parametrize("psnr", [22.0, 35.0])
-def test_jpeg2000_reaches_that_psnr(psnr):
-    """Half a dB less needs fewer bits, half a dB more needs more; PSNR is measured here anew, with Pillow alone."""
+def test_jpeg2000_rate_belongs_to_the_requested_psnr(psnr):
+    """The rate lies between the rates at 0.5 dB less and at 0.5 dB more, measured independently with Pillow."""
     slices = smooth_slices(6, 64, 48)
-    pictures = metrics.to_levels(slices)[:, 0].numpy()
+    images = metrics.to_grey_levels(slices)[:, 0].numpy()
     rates = {}
     for quality in np.arange(psnr - 4, psnr + 4, 0.25):
-        streams = [io.BytesIO() for _ in pictures]
-        for picture, stream in zip(pictures, streams):
+        streams = [io.BytesIO() for _ in images]
+        for image, stream in zip(images, streams):
             options = {"irreversible": True, "quality_mode": "dB", "quality_layers": [float(quality)], "no_jp2": True}
-            Image.fromarray(picture).save(stream, format="JPEG2000", **options)
-        mse = np.mean([(np.asarray(Image.open(s), float) - p) ** 2 for s, p in zip(streams, pictures)])
+            Image.fromarray(image).save(stream, format="JPEG2000", **options)
+        mse = np.mean([(np.asarray(Image.open(s), float) - p) ** 2 for s, p in zip(streams, images)])
         headers = [stream.getvalue().index(b"\xff\x93") + 4 for stream in streams]
         sizes = [len(stream.getvalue()) - header for stream, header in zip(streams, headers)]
         rates[10 * math.log10(255**2 / mse)] = 8 * np.mean(sizes)
     below = max(rate for reached, rate in rates.items() if reached < psnr - 0.5)
     above = min(rate for reached, rate in rates.items() if reached > psnr + 0.5)
-    assert below < metrics.jpeg2000_bits(slices, psnr) < above
+    assert below < metrics.jpeg2000_bits_per_slice(slices, psnr) < above
 
 
-def test_jpeg2000_of_nothing_to_tell_is_nearly_free():
+def test_jpeg2000_rate_without_headers_is_near_0_for_constant_slices():
     flat = torch.full((3, 1, 64, 32), -1.0)
-    assert metrics.jpeg2000_bits(flat, 30) <= 128  # a few empty packets
-    assert metrics.jpeg2000_bits(2 * torch.rand(3, 1, 64, 32) - 1, 30) > 64 * 32
+    assert metrics.jpeg2000_bits_per_slice(flat, 30) <= 128  # a few empty packets
+    assert metrics.jpeg2000_bits_per_slice(2 * torch.rand(3, 1, 64, 32) - 1, 30) > 64 * 32
 
 
 # ---------------------------------------------------------------- patches
 
 
-def test_the_pyramid_adds_up_to_the_slices():
+def test_laplacian_pyramid_reconstructs_the_slices():
     slices = torch.rand(2, 1, 72, 40)
     levels = metrics.laplacian_pyramid(slices)
     assert [tuple(level.shape[2:]) for level in levels] == [(72, 40), (36, 20)]
     line = torch.tensor([1.0, 4, 6, 4, 1]) / 16
-    made = levels[1]
-    torch.testing.assert_close(
-        levels[0] + metrics.enlarge(made, slices.shape, torch.outer(line, line)[None, None]), slices
-    )
+    kernel = torch.outer(line, line)[None, None]
+    torch.testing.assert_close(levels[0] + metrics.upsample(levels[1], slices.shape, kernel), slices)
 
 
 @pytest.mark.parametrize(
     ("size", "sizes"),
     [((128, 64), [(128, 64), (64, 32), (32, 16)]), ((32, 16), [(32, 16)]), ((70, 33), [(70, 33), (35, 17)])],
 )
-def test_the_pyramid_ends_at_16_pixels_and_flat_slices_have_no_details(size, sizes):
-    *details, last = levels = metrics.laplacian_pyramid(torch.full((1, 1, *size), 0.3))
+def test_laplacian_pyramid_ends_at_16_pixels_and_is_0_for_constant_slices(size, sizes):
+    *band_pass, low_pass = levels = metrics.laplacian_pyramid(torch.full((1, 1, *size), 0.3))
     assert [tuple(level.shape[2:]) for level in levels] == sizes
-    torch.testing.assert_close(last, torch.full_like(last, 0.3))
-    for level in details:
+    torch.testing.assert_close(low_pass, torch.full_like(low_pass, 0.3))
+    for level in band_pass:
         torch.testing.assert_close(level, torch.zeros_like(level))
 
 
@@ -258,16 +256,16 @@ def few_patches(monkeypatch):
     monkeypatch.setattr(metrics, "PATCHES", 1024)
 
 
-def test_sliced_wasserstein_of_a_set_with_itself_is_0(few_patches):
+def test_sliced_wasserstein_of_equal_sets_is_0(few_patches):
     slices = torch.rand(5, 1, 64, 32)
     assert metrics.sliced_wasserstein(slices, slices) == {"64x32": 0, "32x16": 0}
 
 
-def test_sliced_wasserstein_of_a_shift_in_brightness(few_patches):
-    """Brighter by c, each of a patch's 49 pixels moves by c / std in the last level, its projection by c / std times
-    the direction's sum. For a direction drawn from the sphere in n dimensions the mean size of that sum is
-    sqrt(n) G(n/2) / (sqrt(pi) G((n+1)/2)) = 0.80; over 512 directions it has a standard error of 0.027, of which 5 are
-    allowed, a chance of 6e-7. The standard deviation of the patches drawn is that of all within a few per cent."""
+def test_sliced_wasserstein_of_a_brightness_offset_is_the_analytic_one(few_patches):
+    """An offset c moves each of the 49 pixels of a patch by c / std in the low-pass level, and a projection by c / std
+    times the sum of its direction. For directions uniform on the sphere in n dimensions, the mean absolute sum is
+    sqrt(n) G(n/2) / (sqrt(pi) G((n+1)/2)) = 0.80, with a standard error of 0.027 over 512 directions; five of them are
+    allowed (false alarms: 6e-7). The standard deviation of sampled patches is within a few per cent of that of all."""
     slices = 0.5 * torch.randn(20, 1, 64, 32)
     distances = metrics.sliced_wasserstein(slices + 0.1, slices)
     assert distances["64x32"] == pytest.approx(0, abs=1e-5)
@@ -276,26 +274,26 @@ def test_sliced_wasserstein_of_a_shift_in_brightness(few_patches):
     assert distances["32x16"] * last.std().item() / 0.1 == pytest.approx(mean, abs=5 * 0.027 + 0.04)
 
 
-def test_sliced_wasserstein_is_in_units_of_the_reference(few_patches):
-    """Twice the contrast is twice as far from the slices, measured in their units, as they are from it in its units."""
+def test_sliced_wasserstein_has_the_units_of_the_reference(few_patches):
+    """Swapping the sets halves the distance if the new reference has twice the contrast."""
     slices = torch.randn(20, 1, 64, 32)
     one, other = metrics.sliced_wasserstein(2 * slices, slices), metrics.sliced_wasserstein(slices, 2 * slices)
     assert one == pytest.approx({level: 2 * distance for level, distance in other.items()}, rel=1e-4)
 
 
-def test_sliced_wasserstein_finds_smoothness_in_the_fine_level(few_patches):
+def test_sliced_wasserstein_detects_blur_at_full_resolution(few_patches):
     slices = torch.randn(20, 1, 64, 32)
     blurred = torch.nn.functional.avg_pool2d(torch.nn.functional.pad(slices, (1, 1, 1, 1), mode="reflect"), 3, 1)
     distances = metrics.sliced_wasserstein(blurred, slices)
-    others = metrics.sliced_wasserstein(torch.randn(20, 1, 64, 32), slices)
-    assert distances["64x32"] > 5 * others["64x32"]
+    baseline = metrics.sliced_wasserstein(torch.randn(20, 1, 64, 32), slices)
+    assert distances["64x32"] > 5 * baseline["64x32"]
     assert distances["64x32"] > distances["32x16"]
 
 
-# ---------------------------------------------------------------- features
+# ---------------------------------------------------------------- random features
 
 
-def test_features_are_the_same_for_every_batch_and_leave_the_random_state_alone():
+def test_random_features_are_standardised_and_depend_on_neither_batch_nor_random_state():
     training, slices = torch.rand(70, 1, 32, 16), torch.rand(3, 1, 32, 16)
     state = torch.get_rng_state()
     features = metrics.RandomFeatures(training)
@@ -309,34 +307,34 @@ def test_features_are_the_same_for_every_batch_and_leave_the_random_state_alone(
     torch.testing.assert_close(again[:3], features(slices), atol=1e-3, rtol=1e-3)
 
 
-def gaussian(count, mean, spread):
-    """Features of exactly that mean and diagonal covariance."""
+def gaussian(count, mean, std):
+    """Features whose sample mean and diagonal sample covariance are exact."""
     x = torch.randn(count, len(mean), dtype=torch.float64)
     x = x - x.mean(0)
     x = x @ torch.linalg.inv(torch.linalg.cholesky(x.T.cov())).T
-    return x * torch.tensor(spread, dtype=torch.float64) + torch.tensor(mean, dtype=torch.float64)
+    return x * torch.tensor(std, dtype=torch.float64) + torch.tensor(mean, dtype=torch.float64)
 
 
-def test_frechet_distance_of_known_moments():
+def test_random_feature_frechet_of_known_moments():
     """|m1 - m2|^2 + sum (s1 - s2)^2 for diagonal covariances."""
     one, other = gaussian(50, [0, 1, 2], [1, 2, 3]), gaussian(40, [1, 1, 0], [2, 2, 0.5])
-    assert metrics.frechet_distance(one, other) == pytest.approx(1 + 4 + 1 + 2.5**2, rel=1e-9)
-    assert metrics.frechet_distance(one, one.flip(0)) == pytest.approx(0, abs=1e-9)
+    assert metrics.random_feature_frechet(one, other) == pytest.approx(1 + 4 + 1 + 2.5**2, rel=1e-9)
+    assert metrics.random_feature_frechet(one, one.flip(0)) == pytest.approx(0, abs=1e-9)
 
 
-def test_frechet_distance_is_the_plain_one():
-    """By the eigenvalues of C1 C2, which do not commute; and with fewer features than dimensions."""
+def test_random_feature_frechet_equals_the_eigenvalue_formula():
+    """For covariances that do not commute, and for fewer features than dimensions."""
     for count in (60, 4):
         one, other = torch.randn(count, 6) @ torch.randn(6, 6), torch.randn(30, 6) @ torch.randn(6, 6)
         c1, c2 = (np.cov(x.double().numpy().T) for x in (one, other))
         roots = np.sqrt(np.linalg.eigvals(c1 @ c2).real.clip(min=0)).sum()
         means = (one.double().mean(0) - other.double().mean(0)).square().sum().item()
         expected = means + np.trace(c1) + np.trace(c2) - 2 * roots
-        assert metrics.frechet_distance(one, other) == pytest.approx(expected, rel=1e-5)
+        assert metrics.random_feature_frechet(one, other) == pytest.approx(expected, rel=1e-5)
 
 
-def plain_density_and_coverage(features, reference, cases, k):
-    """Ball by ball, feature by feature."""
+def brute_force_density_and_coverage(features, reference, cases, k):
+    """Density and coverage, ball by ball and feature by feature."""
     hits = np.zeros((len(reference), len(features)))
     for i, x in enumerate(reference):
         others = sorted(np.linalg.norm(x - y) for j, y in enumerate(reference) if cases[j] != cases[i])
@@ -346,16 +344,16 @@ def plain_density_and_coverage(features, reference, cases, k):
 
 
 @pytest.mark.parametrize(("cases", "k"), [(None, 5), ([0] * 24, 5), ([0, 1, 2, 3] * 6, 5), ([0] * 22 + [1] * 2, 2)])
-def test_density_and_coverage_are_the_brute_force_ones(cases, k):
+def test_density_and_coverage_equal_brute_force(cases, k):
     reference, features = torch.randn(24, 3), 0.8 * torch.randn(17, 3) + 0.2
-    apart = range(24) if cases is None or len(set(cases)) == 1 else cases
-    expected = plain_density_and_coverage(features.numpy(), reference.numpy(), apart, k)
+    groups = range(24) if cases is None or len(set(cases)) == 1 else cases
+    expected = brute_force_density_and_coverage(features.numpy(), reference.numpy(), groups, k)
     assert 0 < expected[1] < 1
     assert metrics.density_and_coverage(features, reference, cases) == pytest.approx(expected, abs=1e-6)
 
 
-def test_density_and_coverage_at_their_ends():
-    """A set covers itself, and each of its features lies in 5 balls on average: its own and those of 4 others."""
+def test_density_and_coverage_of_equal_disjoint_and_collapsed_sets():
+    """A set covers itself, and its features lie in k = 5 balls on average: their own and those of four others."""
     reference = torch.randn(30, 4)
     assert metrics.density_and_coverage(reference, reference) == pytest.approx((1, 1), abs=1e-6)
     assert metrics.density_and_coverage(reference + 100, reference) == (0, 0)
@@ -363,8 +361,8 @@ def test_density_and_coverage_at_their_ends():
     assert coverage < 0.5 < density
 
 
-def test_the_next_slice_of_a_patient_does_not_shrink_the_balls():
-    """Patients far apart, slices close: other patients' slices are covered only when balls reach between patients."""
+def test_coverage_uses_neighbours_of_other_patients():
+    """With clustered patients, slices of new patients are covered only if the balls reach to other patients."""
     random = torch.Generator().manual_seed(3)
     patients = torch.randn(20, 4, generator=random)
     slices = (patients[:, None] + 1e-3 * torch.randn(20, 8, 4, generator=random)).flatten(0, 1)
@@ -374,7 +372,7 @@ def test_the_next_slice_of_a_patient_does_not_shrink_the_balls():
     assert metrics.density_and_coverage(others, slices, cases)[1] > 0.5
 
 
-def test_diversity():
+def test_ms_ssim_diversity_of_equal_slices_a_pair_and_noise():
     slice_ = smooth_slices(1, 32, 16)
     assert metrics.ms_ssim_diversity(slice_.repeat(6, 1, 1, 1)) == pytest.approx(0, abs=1e-5)
     pair = smooth_slices(2, 64, 32)
@@ -383,24 +381,24 @@ def test_diversity():
     assert metrics.ms_ssim_diversity(2 * torch.rand(6, 1, 32, 16) - 1) > 0.9
 
 
-# ---------------------------------------------------------------- two-sample test
+# ---------------------------------------------------------------- classifier two-sample test
 
 
-def test_halves_keep_cases_together():
+def test_two_fold_split_keeps_patients_together():
     cases = ["a"] * 7 + ["b"] * 3 + ["c"] * 5 + ["d"] * 1
-    half = metrics.halves(cases)
-    assert {case: {*half[np.array(cases) == case].tolist()} for case in "abcd"} == {
+    folds = metrics.two_fold_split(cases)
+    assert {case: {*folds[np.array(cases) == case].tolist()} for case in "abcd"} == {
         "a": {False},
         "b": {True},
         "c": {True},
         "d": {False},
     }
-    assert metrics.halves(range(10)).sum() == 5
+    assert metrics.two_fold_split(range(10)).sum() == 5
 
 
-def test_halves_of_one_case_are_its_quarters_in_turn():
-    assert metrics.halves(["a"] * 12).tolist() == ([False] * 3 + [True] * 3) * 2
-    assert metrics.halves([None] * 4).tolist() == [False, True, False, True]
+def test_two_fold_split_of_one_patient_alternates_quarters():
+    assert metrics.two_fold_split(["a"] * 12).tolist() == ([False] * 3 + [True] * 3) * 2
+    assert metrics.two_fold_split([None] * 4).tolist() == [False, True, False, True]
 
 
 @pytest.fixture
@@ -412,28 +410,29 @@ def short_classifier(monkeypatch):
     torch.set_num_threads(threads)
 
 
-def test_two_sample_test_of_one_distribution_is_half_right(short_classifier):
-    """Whatever the networks learnt, a share p of one set and 1 - p of the other is told right: 200 trials of mean 1/2.
-    By Hoeffding's inequality the chance of more than 0.16 away is at most 2 exp(-2 * 200 * 0.16^2) = 7e-5."""
+def test_c2st_of_one_distribution_is_at_chance_level(short_classifier):
+    """Whatever the networks learn, they classify a share p of one set and 1 - p of the other correctly: 200 trials of
+    mean 1/2. By Hoeffding's inequality, deviations above 0.16 have a probability of at most
+    2 exp(-2 * 200 * 0.16^2) = 7e-5."""
     slices = smooth_slices(200, 32, 16)
     state = torch.get_rng_state()
-    right, trials = metrics.two_sample_test(slices[:100], range(100), slices[100:], range(100))
+    correct, trials = metrics.c2st(slices[:100], range(100), slices[100:], range(100))
     assert torch.equal(torch.get_rng_state(), state)
     assert trials == 200
-    assert abs(right / trials - 0.5) < 0.16
-    assert metrics.two_sample_test(slices[:100], range(100), slices[100:], range(100)) == (right, trials)
+    assert abs(correct / trials - 0.5) < 0.16
+    assert metrics.c2st(slices[:100], range(100), slices[100:], range(100)) == (correct, trials)
 
 
-def test_two_sample_test_of_other_slices_is_right(short_classifier):
-    """With 30 slices of one set and 100 of the other, 30 of each are tested."""
+def test_c2st_separates_different_distributions(short_classifier):
+    """With 30 slices in one set and 100 in the other, 30 of each are tested."""
     slices = smooth_slices(130, 32, 16)
     changed = slices[:100] + 0.3 * torch.randn(100, 1, 32, 16)
-    right, trials = metrics.two_sample_test(changed, range(100), slices[100:], ["a"] * 10 + ["b"] * 20)
+    correct, trials = metrics.c2st(changed, range(100), slices[100:], ["a"] * 10 + ["b"] * 20)
     assert trials == 2 * 30
-    assert right >= 57
+    assert correct >= 57
 
 
-def test_classifiers_of_two_seeds_differ(monkeypatch):
+def test_classifiers_depend_on_their_seed_only(monkeypatch):
     monkeypatch.setattr(metrics, "CLASSIFIER_UPDATES", 1)
     slices = smooth_slices(40, 32, 16)
     first, again, second = (metrics.train_classifier(slices[:20], slices[20:], seed)(slices) for seed in (0, 0, 1))
@@ -441,8 +440,8 @@ def test_classifiers_of_two_seeds_differ(monkeypatch):
     assert not torch.isclose(first, second).any()
 
 
-def test_two_sample_test_tests_no_slice_or_case_it_was_trained_on(monkeypatch):
-    """Slices are filled with the number of their case; each is tested once by each network of the other half."""
+def test_c2st_tests_no_patient_that_it_was_trained_on(monkeypatch):
+    """Slices hold the number of their patient; each network of the other fold tests each slice once."""
     cases = [case for case in range(6) for _ in range(4)]
     slices = torch.tensor(cases).float()[:, None, None, None].expand(-1, 1, 16, 16)
     tested, seeds = [], []
@@ -459,61 +458,61 @@ def test_two_sample_test_tests_no_slice_or_case_it_was_trained_on(monkeypatch):
         return network
 
     monkeypatch.setattr(metrics, "train_classifier", train_classifier)
-    result = metrics.two_sample_test(slices, cases, slices + 100, cases)
+    result = metrics.c2st(slices, cases, slices + 100, cases)
     assert result == (48, 48)
-    assert sorted(tested) == sorted([*cases, *(case + 100 for case in cases)] * metrics.STARTS)
-    assert sorted(seeds) == sorted([*range(metrics.STARTS)] * 2)
-    assert metrics.STARTS > 1
+    assert sorted(tested) == sorted([*cases, *(case + 100 for case in cases)] * metrics.CLASSIFIERS_PER_FOLD)
+    assert sorted(seeds) == sorted([*range(metrics.CLASSIFIERS_PER_FOLD)] * 2)
+    assert metrics.CLASSIFIERS_PER_FOLD > 1
 
 
 @pytest.mark.parametrize(
-    ("right", "trials", "low", "high"), [(5, 10, 0.2366, 0.7634), (0, 10, 0, 0.2775), (81, 263, 0.2553, 0.3662)]
+    ("correct", "trials", "low", "high"), [(5, 10, 0.2366, 0.7634), (0, 10, 0, 0.2775), (81, 263, 0.2553, 0.3662)]
 )
-def test_wilson_interval(right, trials, low, high):
-    """The last as in Newcombe 1998, Stat. Med. 17:857, table I, without continuity correction."""
-    assert metrics.wilson_interval(right, trials) == pytest.approx((low, high), abs=5e-5)
+def test_wilson_interval_equals_published_values(correct, trials, low, high):
+    """The last is from Newcombe 1998, Stat. Med. 17:857, table I, without continuity correction."""
+    assert metrics.wilson_interval(correct, trials) == pytest.approx((low, high), abs=5e-5)
 
 
-# ---------------------------------------------------------------- copying
+# ---------------------------------------------------------------- data copying
 
 
-def find(slices, training, mirrored=None):
-    return metrics.nearest(slices, training.__getitem__, len(training), mirrored)
+def find(slices, training, flip_axis=None):
+    return metrics.nearest_neighbours(slices, training.__getitem__, len(training), flip_axis)
 
 
-def test_a_moved_copy_is_at_distance_0():
-    training = smooth_slices(150, 48, 32)  # more than are compared at full resolution, and than one batch
+def test_shifted_or_flipped_copies_have_distance_0():
+    training = smooth_slices(150, 48, 32)  # more than CANDIDATES and than BATCH_SIZE
     chosen, shifts = [149, 3, 70, 20], [(0, 0), (4, -3), (-1, 2), (-4, -4)]
     copies = torch.stack([training[i].roll(shift, (1, 2)) for i, shift in zip(chosen, shifts)])
     found = find(copies, training)
     assert found.indices.tolist() == chosen
     assert found.distances.tolist() == [0, 0, 0, 0]
     assert (find(copies.flip(2), training).distances > 0.1).all()
-    assert find(copies.flip(2), training, mirrored=2).distances.tolist() == [0, 0, 0, 0]
+    assert find(copies.flip(2), training, flip_axis=2).distances.tolist() == [0, 0, 0, 0]
     assert find(training[5].roll((5, 0), (1, 2))[None], training).distances.item() > 0.01
 
 
-def test_nearest_is_the_brute_force_one():
-    """With as many training slices as are compared at full resolution the search is exact."""
+def test_nearest_neighbours_equal_brute_force():
+    """With no more than CANDIDATES training slices the search is exact."""
     slices, training = 2 * torch.rand(4, 1, 24, 16) - 1, 2 * torch.rand(8, 1, 24, 16) - 1
     slices[0] = 0.7 * training[6] + 0.3 * slices[0]
     expected = []
     for one in slices[:, 0].double().numpy():
         best = []
         for index, other in enumerate(training[:, 0].double().numpy()):
-            for picture in (one, one[:, ::-1]):
+            for image in (one, one[:, ::-1]):
                 for y in range(9):
                     for x in range(9):
-                        difference = picture[y : y + 16, x : x + 8] - other[4:-4, 4:-4]
+                        difference = image[y : y + 16, x : x + 8] - other[4:-4, 4:-4]
                         best.append((np.sqrt((difference**2).mean()), index))
         expected.append(min(best))
-    found = find(slices, training, mirrored=3)
+    found = find(slices, training, flip_axis=3)
     assert found.indices.tolist() == [index for _, index in expected]
     assert found.distances.tolist() == pytest.approx([distance for distance, _ in expected], abs=1e-6)
 
 
-def test_cells_are_those_of_like_training_slices():
-    """Three kinds of slices, of three brightnesses: a cell holds slices of one kind."""
+def test_cells_group_similar_slices():
+    """With slices of three brightnesses, no cell mixes two of them."""
     levels = torch.tensor([-0.8, 0.0, 0.8]).repeat_interleave(30)[:, None, None, None]
     training = (levels + 0.01 * torch.randn(90, 1, 32, 16)).clamp(-1, 1)
     cells = find(training[::3], training).cells
@@ -521,46 +520,50 @@ def test_cells_are_those_of_like_training_slices():
     assert sum(map(len, kinds)) == len(set.union(*kinds))
 
 
-def test_share_nearer():
-    assert metrics.share_nearer(torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([0.5, 0.3])) == 0.5
-    assert metrics.share_nearer(torch.tensor([0.3]), torch.tensor([0.3])) == 0
+def test_memorisation_rate_counts_samples_closer_than_every_held_out_slice():
+    assert metrics.memorisation_rate(torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([0.5, 0.3])) == 0.5
+    assert metrics.memorisation_rate(torch.tensor([0.3]), torch.tensor([0.3])) == 0
 
 
-def at(distances, cells=None):
-    """What was found, if these are the distances."""
+def neighbours(distances, cells=None):
+    """Nearest neighbours at these distances, in one cell by default."""
     distances = torch.as_tensor(distances, dtype=torch.float32)
     cells = torch.zeros(len(distances)) if cells is None else torch.as_tensor(cells)
-    return metrics.Nearest(distances, torch.zeros(len(distances)).long(), cells.long())
+    return metrics.NearestNeighbours(distances, torch.zeros(len(distances)).long(), cells.long())
 
 
-def test_rank_statistic_is_the_brute_force_one():
+def test_mann_whitney_z_equals_brute_force():
     first, second = np.round(np.random.default_rng(0).random(30), 1), np.round(np.random.default_rng(1).random(20), 1)
     u = sum(1.0 if a > b else 0.5 if a == b else 0.0 for a in first for b in second)
     expected = (u - 300) / math.sqrt(30 * 20 * 51 / 12)
-    assert metrics.rank_statistic(torch.tensor(first), torch.tensor(second)) == pytest.approx(expected, rel=1e-9)
+    assert metrics.mann_whitney_z(torch.tensor(first), torch.tensor(second)) == pytest.approx(expected, rel=1e-9)
 
 
-def test_copies_make_the_statistic_negative_and_fresh_draws_do_not():
-    """Fresh draws: standard normal for these numbers; beyond 4 has a chance of 6e-5."""
+def test_data_copying_statistic_is_negative_for_copies_and_about_0_for_independent_draws():
+    """For independent draws it is about standard normal; 4 is exceeded with a probability of 6e-5."""
     held_out = torch.rand(100) + 0.5
-    least = -math.sqrt(3 * 100 * 80 / 181)  # U = 0
-    assert metrics.copying_statistic(at(0.1 * torch.rand(80)), at(held_out)) == pytest.approx(least, rel=1e-6)
-    assert metrics.copying_statistic(at(2 + torch.rand(80)), at(held_out)) == pytest.approx(-least, rel=1e-6)
-    assert abs(metrics.copying_statistic(at(torch.rand(80) + 0.5), at(held_out))) < 4
-    assert metrics.copying_statistic(at(held_out), at(held_out)) == 0
+    lowest = -math.sqrt(3 * 100 * 80 / 181)  # U = 0
+
+    def c_t(distances):
+        return metrics.data_copying_statistic(neighbours(distances), neighbours(held_out))
+
+    assert c_t(0.1 * torch.rand(80)) == pytest.approx(lowest, rel=1e-6)
+    assert c_t(2 + torch.rand(80)) == pytest.approx(-lowest, rel=1e-6)
+    assert abs(c_t(torch.rand(80) + 0.5)) < 4
+    assert c_t(held_out) == 0
 
 
-def test_cells_find_copies_of_one_kind_of_slice():
-    """Meehan's case for cells: all kinds together, copies of one hide behind the other kinds, that are far from all."""
+def test_data_copying_statistic_finds_copies_within_a_cell():
+    """Without cells, samples far from all training slices would hide the copies of another kind (Meehan et al.)."""
     cells, held_cells = [0] * 40 + [1] * 60, [0] * 50 + [1] * 30 + [2] * 10
-    samples = at(torch.cat([0.1 * torch.rand(40), 2 + torch.rand(60)]), cells)
-    held_out = at(torch.cat([0.5 + torch.rand(50), 1.5 + torch.rand(30), torch.zeros(10)]), held_cells)
+    samples = neighbours(torch.cat([0.1 * torch.rand(40), 2 + torch.rand(60)]), cells)
+    held_out = neighbours(torch.cat([0.5 + torch.rand(50), 1.5 + torch.rand(30), torch.zeros(10)]), held_cells)
     z = [
-        metrics.rank_statistic(samples.distances[a:b], held_out.distances[c:d])
+        metrics.mann_whitney_z(samples.distances[a:b], held_out.distances[c:d])
         for a, b, c, d in ((0, 40, 0, 50), (40, 100, 50, 80))
     ]
     assert z[0] < -8 < 0 < z[1]
-    assert metrics.copying_statistic(samples, held_out) == pytest.approx((50 * z[0] + 30 * z[1]) / 80, rel=1e-9)
-    few = at(samples.distances[30:50], cells[30:50])  # ten of each kind: too few for cells
-    together = metrics.rank_statistic(few.distances, held_out.distances)
-    assert metrics.copying_statistic(few, held_out) == pytest.approx(together, rel=1e-9)
+    assert metrics.data_copying_statistic(samples, held_out) == pytest.approx((50 * z[0] + 30 * z[1]) / 80, rel=1e-9)
+    few = neighbours(samples.distances[30:50], cells[30:50])  # ten per cell: too few
+    together = metrics.mann_whitney_z(few.distances, held_out.distances)
+    assert metrics.data_copying_statistic(few, held_out) == pytest.approx(together, rel=1e-9)

@@ -1,0 +1,318 @@
+"""evaluate.py on a tiny trained run: evaluation.json, the table, the figures, and what each comparison compares."""
+
+import contextlib
+import errno
+import io
+import json
+import math
+import re
+import shutil
+import tempfile
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+
+import evaluate
+import metrics
+import predict
+from checkpoints import read_config
+from dataset import Slices, load_dataset
+from utils import RunError
+
+
+def arguments(**options):
+    texts = []
+    for name, value in options.items():
+        texts += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
+    return texts
+
+
+SAMPLE_KEYS = {
+    "c2st_accuracy",
+    "c2st_interval",
+    "coverage",
+    "density",
+    "random_feature_frechet",
+    "sliced_wasserstein",
+    "sliced_wasserstein_levels",
+    "ms_ssim_diversity",
+}
+COPYING_KEYS = {"min_distance", "median_distance", "memorisation_rate", "c_t"}
+
+
+@pytest.fixture(scope="module")
+def quick():
+    """Fewer patches, pairs and classifier updates; test_metrics.py tests the metrics themselves."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "PATCHES", 256)
+        patch.setattr(metrics, "PAIRS", 10)
+        patch.setattr(metrics, "CLASSIFIER_UPDATES", 2)
+        yield
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory, trained, quick):
+    """Evaluate a copy of the run; return the folder of figures, the content of evaluation.json and the output."""
+
+    def run(draw=False, **options):
+        folder = tmp_path_factory.mktemp("evaluated")
+        shutil.copytree(trained.run, folder / "run")
+        given = {"run": folder / "run", "images": folder / "images", "device": "cpu"} | options
+        with contextlib.redirect_stdout(io.StringIO()) as printed, pytest.MonkeyPatch.context() as patch:
+            for figure in ("evaluation_figure", "write_copying_figure"):
+                if not draw:  # figures take half of the time
+                    patch.setattr(evaluate, figure, lambda *_: None)
+            evaluate.main(arguments(**given))
+        results = json.loads((folder / "run" / "evaluation.json").read_text(), parse_constant=pytest.fail)
+        return folder / "images", results, printed.getvalue()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def evaluation(evaluated):
+    return evaluated(draw=True, num=6)
+
+
+def numbers_of(value):
+    """All numbers of a nested object."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [number for part in value for number in numbers_of(part)] if isinstance(value, list) else [value]
+
+
+def test_evaluation_json_has_all_metrics_of_all_comparisons(evaluation):
+    _, results, _ = evaluation
+    assert results["settings"] == {
+        "split": "test",
+        "heldout_slices": 4,
+        "heldout_cases": 1,
+        "training_slices": 12,
+        "samples": 6,
+        "samples_compared": 6,
+        "seed": 0,
+        "temperature": 1.0,
+        "top_p": 0.995,
+        "refiner_noise": 1.0,
+    }
+    for part in (results, results["training"]):
+        assert part["reconstructions"].keys() == {"ssim", "ms_ssim", "psnr", "mse", "bits_per_pixel"}
+        assert part["codes"].keys() == {"used", "perplexity"}
+        assert part["prior"].keys() - {"jpeg2000_bits_per_slice"} == {
+            "nats_per_code",
+            "bits_per_code",
+            "bits_per_slice",
+        }
+    for part in (results, results["decoder_alone"], results["prior_alone"], results["baseline"]):
+        assert part["samples"].keys() == SAMPLE_KEYS
+        assert part["copying"].keys() == COPYING_KEYS
+        low, high = part["samples"]["c2st_interval"]
+        assert 0 <= low <= part["samples"]["c2st_accuracy"] <= high <= 1
+    assert all(math.isfinite(number) for number in numbers_of({**results, "settings": {}}))
+    assert results["reconstructions"]["bits_per_pixel"] == 4 / 16  # 16 codes for 4x4 pixels
+    prior = results["prior"]
+    assert prior["bits_per_code"] == pytest.approx(prior["nats_per_code"] / math.log(2))
+    assert prior["bits_per_slice"] == pytest.approx(prior["bits_per_code"] * 16 * 8)
+    levels = results["samples"]["sliced_wasserstein_levels"]
+    assert levels.keys() == {"64x32", "32x16"}
+    assert results["samples"]["sliced_wasserstein"] == pytest.approx(sum(levels.values()) / 2)
+
+
+def test_printed_table_agrees_with_evaluation_json(evaluation):
+    _, results, printed = evaluation
+    lines = {line[:32].strip(): line[32:].split() for line in printed.splitlines()}
+    assert lines["SSIM"][:2] == [f"{part['reconstructions']['ssim']:.3f}" for part in (results, results["training"])]
+    parts = [results, results["decoder_alone"], results["prior_alone"], results["baseline"]]
+    assert lines["coverage"][:4] == [f"{part['samples']['coverage']:.3f}" for part in parts]
+    assert lines["data-copying C_T"][:4] == [f"{part['copying']['c_t']:.1f}" for part in parts]
+    interval = results["baseline"]["samples"]["c2st_interval"]
+    assert lines["95 % interval"][3] == "-".join(f"{end:.2f}" for end in interval)
+
+
+def test_evaluation_writes_both_figures(evaluation):
+    images, _, _ = evaluation
+    assert sorted(path.name for path in images.iterdir()) == ["copying.png", "evaluation.png"]
+    assert imread(images / "evaluation.png").shape[1] == 1440
+    assert imread(images / "copying.png").shape[1] == pytest.approx(6 * 2.4 * 120, rel=0.05)
+
+
+def test_reconstruction_metrics_agree_with_predict(evaluation, trained, tmp_path, capsys):
+    """Up to the rounding of reconstructions to 256 grey levels, which `predict.py --reconstruct` does not do."""
+    _, results, _ = evaluation
+    given = {"run": trained.run, "out": tmp_path / "out", "images": tmp_path / "images", "device": "cpu"}
+    predict.main(arguments(**given, reconstruct=[trained.data / "keras_slices_test"]))
+    ssim, psnr = map(float, re.search(r"SSIM (-?[0-9.]+), PSNR (-?[0-9.]+) dB", capsys.readouterr().out).groups())
+    assert results["reconstructions"]["ssim"] == pytest.approx(ssim, abs=2e-3)
+    assert results["reconstructions"]["psnr"] == pytest.approx(psnr, abs=0.02)
+
+
+def test_validation_split_of_moved_data_reproduces_the_best_validation_loss(evaluated, trained, tmp_path, monkeypatch):
+    """The prior's loss equals the lowest of training, up to bfloat16. The default is as many samples as slices."""
+    lines = map(json.loads, (trained.run / "metrics.jsonl").read_text().splitlines())
+    logged = [line["nats_per_code"] for line in lines if (line["stage"], line["split"]) == ("prior", "validate")]
+    shutil.copytree(trained.data, tmp_path / "moved")
+    monkeypatch.setattr(evaluate, "DEFAULT_NUM", 1)
+    _, results, _ = evaluated(split="validate", data=tmp_path / "moved")
+    assert (results["settings"]["split"], results["settings"]["samples"]) == ("validate", 4)
+    assert results["prior"]["nats_per_code"] == pytest.approx(min(logged), rel=0.01)
+
+
+def test_evaluation_does_not_depend_on_the_batch_size(evaluation, evaluated):
+    _, results, _ = evaluated(num=6, batch_size=4)
+    for part, other in ((results, evaluation[1]), (results["baseline"], evaluation[1]["baseline"])):
+        assert part["samples"]["sliced_wasserstein"] == pytest.approx(other["samples"]["sliced_wasserstein"], rel=1e-3)
+        assert part["copying"]["median_distance"] == pytest.approx(other["copying"]["median_distance"], rel=1e-3)
+    assert results["prior"]["nats_per_code"] == pytest.approx(evaluation[1]["prior"]["nats_per_code"], rel=1e-4)
+
+
+def test_temperature_and_seed_change_the_evaluated_samples(evaluated, evaluation, monkeypatch):
+    monkeypatch.setattr(evaluate, "DEFAULT_NUM", 5)  # more than held-out slices
+    _, results, _ = evaluated(temperature=1e-6, seed=7)
+    assert results["settings"] | {"seed": 7, "temperature": 1e-6, "samples": 5} == results["settings"]
+    assert results["samples"]["ms_ssim_diversity"] != evaluation[1]["samples"]["ms_ssim_diversity"]
+
+
+def test_copying_metrics_detect_a_model_that_copies(evaluated, trained, monkeypatch):
+    """Its samples are training slices, flipped and shifted."""
+    data = load_dataset(str(trained.data), (64, 32), (4, 4), 0)
+    copies = data.train.batch(range(6)).roll((3, -2), (2, 3)).flip(2)
+
+    def draw_samples(options, networks, positions, device):
+        return predict.Samples(copies, torch.zeros(6, 16, 8, dtype=torch.int64), torch.linspace(0, 1, 6), (1.0, 1.0))
+
+    monkeypatch.setattr(evaluate, "draw_samples", draw_samples)
+    _, results, _ = evaluated(num=6)
+    assert results["copying"]["median_distance"] == 0
+    for part in (results, results["prior_alone"]):
+        assert part["copying"]["memorisation_rate"] == 1
+        assert part["copying"]["c_t"] < -2
+    assert results["baseline"]["copying"]["min_distance"] > 0
+
+
+def test_each_comparison_uses_the_right_sets_of_slices(evaluated, trained, monkeypatch):
+    """The sets passed to the C2ST and to the data-copying test, identified by the mean of each slice."""
+    compared, copying = [], []
+
+    def means(slices):
+        return slices.mean((1, 2, 3)).tolist()
+
+    def c2st(slices, cases, reference, reference_cases):
+        assert (len(slices), len(reference)) == (len(cases), len(reference_cases))
+        compared.append((means(slices), means(reference)))
+        return 1, 2
+
+    def nearest_neighbours(slices, load_training, count, flip_axis):
+        assert (count, flip_axis) == (12, 2)
+        zeros = torch.zeros(len(slices), dtype=torch.int64)
+        return metrics.NearestNeighbours(slices.mean((1, 2, 3)), zeros, zeros)
+
+    def data_copying_statistic(samples, reference):
+        copying.append((samples.distances.tolist(), reference.distances.tolist()))
+        return 0.0
+
+    for replacement in (c2st, nearest_neighbours, data_copying_statistic):
+        monkeypatch.setattr(evaluate, replacement.__name__, replacement)
+    _, results, table = evaluated(num=14, batch_size=5)  # two more than training slices
+    assert (results["settings"]["samples"], results["settings"]["samples_compared"]) == (14, 12)
+    assert "14 samples; only the rows on copying use more than the first 12" in table
+    data = load_dataset(str(trained.data), (64, 32), (4, 4), 0)
+    config, cpu = read_config(trained.run), torch.device("cpu")
+    vqvae, _, refiner = predict.load_networks(trained.run, config, predict.load_vqvae(trained.run, config, cpu), cpu)
+    real, training = data.test.batch(range(4)), data.train.batch(range(12))
+    refined, refined_training = (  # with sample ids that no sample has
+        metrics.round_to_grey_levels(refiner.sample(range(10**6, 10**6 + len(codes)), codes, vqvae))
+        for codes in map(vqvae.encode, (real, training))
+    )
+    samples, all_samples = compared[0][0], copying[0][0]
+    assert (len(samples), len(all_samples)) == (12, 14)
+    assert all_samples[:12] == samples
+    expected = [(samples, means(real)), (means(refined_training), means(real))]
+    expected += [(samples, means(refined)), (means(training), means(real))]
+    np.testing.assert_allclose(sum(sum(compared, ()), []), sum(sum(expected, ()), []), atol=1e-5)
+    halves = (means(real[[0, 2]]), means(real[[1, 3]]))
+    expected = [(all_samples, means(real)), (means(refined), means(real)), (all_samples, means(refined)), halves]
+    np.testing.assert_allclose(sum(sum(copying, ()), []), sum(sum(expected, ()), []), atol=1e-5)
+    for part, slices in ((results, real), (results["training"], training)):  # without the refiner
+        decoded = metrics.round_to_grey_levels(vqvae.decode(vqvae.encode(slices)))
+        assert part["reconstructions"]["mse"] == pytest.approx((decoded - slices).square().mean().item(), rel=1e-4)
+
+
+def test_data_other_than_the_training_data_are_refused(trained, tmp_path, complaint):
+    """Memorisation can be measured against the training slices only."""
+    other = tmp_path / "other"
+    shutil.copytree(trained.data, other)
+    next((other / "keras_slices_train").iterdir()).unlink()
+    given = {"run": trained.run, "images": tmp_path / "images", "data": other}
+    error = complaint("evaluate.py", arguments(**given))
+    assert f"{other} does not hold the data" in error
+    assert "--data" in error
+    assert not (trained.run / "evaluation.json").exists()
+
+
+def test_missing_training_data_are_an_error_that_names_the_folder(trained, tmp_path, complaint):
+    run = tmp_path / "run"
+    shutil.copytree(trained.run, run)
+    config = read_config(run)
+    config["options"]["data"] = "gone"
+    (run / "config.json").write_text(json.dumps(config))
+    error = complaint("evaluate.py", arguments(run=run, images=tmp_path / "images"))
+    assert "are not in gone: name their folder with --data" in error
+
+
+@pytest.mark.parametrize(
+    ("given", "part"),
+    [
+        ({"num": 3}, "argument --num: 3 is not at least 4"),
+        ({"position": 0.5}, "unrecognized arguments: --position 0.5"),
+        ({"split": "train"}, "argument --split: invalid choice: 'train'"),
+        ({"data": ""}, "argument --data: it is empty"),
+        ({"data": "nowhere"}, "nowhere"),
+    ],
+)
+def test_invalid_options_are_one_line_and_write_nothing(trained, tmp_path, monkeypatch, complaint, given, part):
+    monkeypatch.chdir(tmp_path)
+    assert part in complaint("evaluate.py", arguments(**{"run": trained.run} | given))
+    assert not (trained.run / "evaluation.json").exists()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", ["run", "images"])
+def test_unwritable_folders_are_refused_before_the_evaluation(trained, tmp_path, monkeypatch, option):
+    """As on a file system that is mounted read-only."""
+    given = {"run": trained.run, "images": tmp_path, "device": "cpu"}
+    real = tempfile.TemporaryFile
+
+    def refuse(dir):
+        if dir == given[option]:
+            raise OSError(errno.EROFS, "Read-only file system")
+        return real(dir=dir)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_: pytest.fail("began"))
+    with pytest.raises(RunError, match=f"--{option} .* cannot be written: Read-only file system"):
+        evaluate.main(arguments(**given))
+
+
+def test_evaluation_json_has_null_for_nan(evaluated, monkeypatch):
+    """NaN is not JSON."""
+    monkeypatch.setattr(evaluate, "ms_ssim_diversity", lambda _: math.nan)
+    _, results, _ = evaluated(num=6)
+    assert results["samples"]["ms_ssim_diversity"] is None
+    assert results["baseline"]["samples"]["coverage"] >= 0
+
+
+def test_a_split_with_too_few_slices_is_refused(evaluated, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "MIN_SLICES", 5)
+    with pytest.raises(RunError, match="fewer than 5 training or test slices: choose another --split"):
+        evaluated(num=6)
+
+
+def test_selected_slices_keep_their_patients():
+    pixels = np.arange(3, dtype=np.uint8)[:, None, None] * np.ones((4, 4), np.uint8)
+    cases = ["case_004", None, "sub_001"]
+    slices = Slices(pixels, ["a", "b", "c"], cases, np.zeros(3, np.float32), np.ones(3, np.float32))
+    selected = evaluate.select(slices, np.array([2, 1]), torch.device("cpu"))
+    assert selected.cases == ["sub_001", None]
+    assert torch.equal(selected.slices, slices.batch([2, 1]))
