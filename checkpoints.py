@@ -145,7 +145,7 @@ def checksum(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     """Return the CRC-32 of a header and of the tensors' names and values."""
     crc = zlib.crc32(json.dumps(header, sort_keys=True).encode())
     for name in sorted(tensors):
-        values = tensors[name].cpu().flatten().view(torch.uint8).numpy()
+        values = tensors[name].cpu().flatten().view(torch.uint8).numpy().data
         crc = zlib.crc32(values, zlib.crc32(name.encode(), crc))
     return f"{crc:08x}"
 
@@ -169,7 +169,8 @@ def check_tensors(expected: dict[str, Tensor], given: dict[str, Tensor]) -> None
 
 def save_weights(path: Path, network: nn.Module) -> None:
     """Write a network's weights and config as safetensors. Raises RunError."""
-    save_tensors(path, asdict(network.config), network.state_dict())
+    config: Any = network.config  # a dataclass
+    save_tensors(path, asdict(config), network.state_dict())
 
 
 def load_weights(path: Path, network: Callable[[Any], Network], config: type, prefix: str = "") -> Network:
@@ -243,8 +244,8 @@ def read_data_files(run: Path) -> dict[str, str]:
 # ---------------------------------------------------------------- run directory
 
 # The first three are written in this order: a run that has a config has all of its beginning.
-FILES = ("lock", "data.json", "config.json", "metrics.jsonl", "checkpoint.safetensors")
-FILES += ("checkpoint.previous.safetensors", "vqvae.safetensors", "prior.safetensors", "refiner.safetensors")
+FILES = ["lock", "data.json", "config.json", "metrics.jsonl", "checkpoint.safetensors"]
+FILES += ["checkpoint.previous.safetensors", "vqvae.safetensors", "prior.safetensors", "refiner.safetensors"]
 
 
 class CheckpointHeader(StrictModel):
@@ -359,7 +360,7 @@ class Run:
         if problems and not checkpoint:
             raise RunError(f"{'; '.join(problems)}: choose another --run")
         if problems:
-            logger.warning("%s: resuming from the previous checkpoint", problems[0])
+            logger.warning(f"{problems[0]}: resuming from the previous checkpoint")
         with writing(self.log_path):
             end = checkpoint.header.log_bytes if checkpoint else 0
             os.truncate(self.log_path, min(end, self.log_path.stat().st_size))
@@ -446,7 +447,7 @@ def lock_run(path: Path) -> TextIO:
             owner = file.read(200) or "another process"
         raise RunError(f"{path} is in use by {owner}: wait for it, or choose another --run") from None
     except portalocker.LockException as error:
-        logger.warning("%s cannot be locked here (%s): let no other process train in it", path, summarise(error.args[0]))
+        logger.warning(f"{path} cannot be locked here ({summarise(error.args[0])}): let no other process train in it")
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()}")
     file.flush()

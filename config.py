@@ -9,11 +9,11 @@ import json
 import math
 from argparse import SUPPRESS, Action, ArgumentParser
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from functools import cache
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, TypeVar, Union, cast, get_args, get_origin
 
 import numpy as np
 from annotated_types import Ge, Gt, Le, MaxLen
@@ -205,11 +205,12 @@ def network_config(kind: type, options: TrainConfig, prefix: str = "", **given: 
 @cache
 def network_model(kind: type, prefix: str = "") -> type[StrictModel]:
     """Return the strict model of a network's config, with the ranges of the options that its fields come from."""
-    options = TrainConfig.model_fields
+    options, annotated = TrainConfig.model_fields, cast(Any, Annotated)  # whose arguments are dynamic here
     types: dict[str, Any] = {"grid": Annotated[tuple[Width, Width], Strict(False)]}
     for name in (field.name for field in fields(kind) if field.name not in types):
         field = options[prefix + name] if prefix + name in options else options[name]
-        types[name] = Annotated[(field.annotation, *field.metadata)]
+        parts = (field.annotation, *field.metadata)
+        types[name] = annotated[parts]
     return create_model(
         kind.__name__, __base__=StrictModel, **{field.name: types[field.name] for field in fields(kind)}
     )
@@ -338,15 +339,10 @@ def item_types(field: FieldInfo) -> list[tuple[type, tuple[float, float, bool]]]
 
 def split_limits(kind: type, *metadata: Any) -> tuple[type, tuple[float, float, bool]]:
     """Return a type and its limits as `console.number` takes them."""
-    low, high, exclusive = -math.inf, math.inf, False
-    for limit in metadata:
-        if isinstance(limit, Le):
-            high = limit.le
-        elif isinstance(limit, Ge):
-            low = limit.ge
-        elif isinstance(limit, Gt):
-            low, exclusive = limit.gt, True
-    return kind, (low, high, exclusive)
+    limits = [asdict(part) for part in metadata if isinstance(part, Ge | Gt | Le)]
+    bounds = {name: value for limit in limits for name, value in limit.items()}  # of ge, gt and le
+    low = bounds.get("gt", bounds.get("ge", -math.inf))
+    return kind, (low, bounds.get("le", math.inf), "gt" in bounds)
 
 
 def describe_range(limits: tuple[float, float, bool]) -> str:

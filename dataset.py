@@ -34,6 +34,7 @@ import torch
 from tqdm import tqdm
 
 import phantom
+from console import printable
 from files import (
     SliceFile,
     abbreviate,
@@ -56,7 +57,6 @@ from files import (
     with_forward_slashes,
 )
 from nifti import MAX_SIDE, DataError, RawSlice, open_regular, read_shape, read_slice
-from console import printable
 
 CACHE_FORMAT = 5  # raise it when the same files would give other pixels or another index, notices included
 PERCENTILE = 99.5  # of a volume's pixels: the value that maps to +1; the few brighter ones are vessels

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from checkpoints import read_config, read_data_files, strict_json
+from config import RunConfig
+from console import Parser, RunError, log_notices, nonempty, number, run_command, say
 from dataset import Dataset, Slices, describe_changes, load_dataset
 from metrics import (
     MIN_SIDE,
@@ -57,17 +59,7 @@ from predict import (
     sampling_device,
     warn_if_incomplete,
 )
-from utils import (
-    Parser,
-    RunError,
-    check_folder,
-    filled,
-    make_folder,
-    number,
-    run_command,
-    say,
-    write_file,
-)
+from utils import check_folder, make_folder, write_file
 
 MIN_SLICES = 4  # slices or samples that can be evaluated
 
@@ -146,7 +138,9 @@ def parse_options(arguments: Sequence[str] | None) -> EvaluateOptions:
     parser.add_argument(
         "--split", choices=("validate", "test"), default="test", help="the held-out slices (default: test)"
     )
-    parser.add_argument("--data", type=filled(str), metavar="DIR", help="folder of the training data, if it has moved")
+    parser.add_argument(
+        "--data", type=nonempty(str), metavar="DIR", help="folder of the training data, if it has moved"
+    )
     return parser.parse_args(arguments, EvaluateOptions())
 
 
@@ -162,20 +156,19 @@ def select(slices: Slices, indices: np.ndarray, device: torch.device) -> SliceSe
     return SliceSet(slices.batch(indices).to(device), [slices.cases[i] for i in indices])
 
 
-def training_data(options: EvaluateOptions, config: Mapping[str, Any], vqvae: VQVAE) -> Dataset:
+def training_data(options: EvaluateOptions, config: RunConfig, vqvae: VQVAE) -> Dataset:
     """Load the data that a run was trained on.
 
     Raises:
         RunError: The data are missing, differ from those of the training, or cannot be evaluated.
     """
-    folder = options.data or config["options"]["data"]
+    folder = options.data or config.options.data
     if folder != "phantom" and not Path(folder).exists():
         raise RunError(f"the data of {options.run} are not in {folder}: name their folder with --data")
     side = vqvae.config.downsampling
-    data = load_dataset(folder, config["slice_size"], (side, side), config["options"]["seed"])
-    for notice in data.notices:
-        say(notice)
-    if data.fingerprint != config["fingerprint"]:
+    data = load_dataset(folder, config.slice_size, (side, side), config.options.seed)
+    log_notices(data.notices)
+    if data.fingerprint != config.fingerprint:
         changes = describe_changes(read_data_files(options.run), data.files)
         raise RunError(
             f"{folder} does not hold the data {options.run} was trained on ({changes}): name their folder with --data"
@@ -192,7 +185,7 @@ def training_data(options: EvaluateOptions, config: Mapping[str, Any], vqvae: VQ
 # ---------------------------------------------------------------- evaluation
 
 
-def evaluate(options: EvaluateOptions, config: Mapping[str, Any], networks: Networks, device: torch.device) -> None:
+def evaluate(options: EvaluateOptions, config: RunConfig, networks: Networks, device: torch.device) -> None:
     """Evaluate a run on held-out slices; print a table, write evaluation.json, evaluation.png and copying.png.
 
     Samples can differ from real slices because of the decoder and the refiner or because of the prior. To separate
@@ -216,7 +209,7 @@ def evaluate(options: EvaluateOptions, config: Mapping[str, Any], networks: Netw
     make_folder(options.images)  # fails now rather than after minutes
     held_out = getattr(data, options.split)
     count = options.num or max(DEFAULT_NUM, len(held_out))
-    drawn = draw_samples(options, networks, draw_positions(range(count), options.seed, config["positions"]), device)
+    drawn = draw_samples(options, networks, draw_positions(range(count), options.seed, config.positions), device)
     samples = SliceSet(round_to_grey_levels(drawn.slices.to(device)), range(count))
     real = select(held_out, np.arange(len(held_out)), device)
     chosen = np.sort(np.random.default_rng(0).permutation(len(data.train))[:count])
@@ -257,7 +250,7 @@ def evaluate(options: EvaluateOptions, config: Mapping[str, Any], networks: Netw
     ]
 
     print(f"searching {len(data.train)} training slices for copies")
-    flip_axis = left_right_axis(np.array(config["affine"]))
+    flip_axis = left_right_axis(np.array(config.affine))
     nn_samples, nn_reconstructions, nn_real = (
         nearest_neighbours(own.slices, data.train.batch, len(data.train), flip_axis)
         for own in (samples, reconstructions, real)

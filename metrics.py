@@ -395,7 +395,7 @@ def train_classifier(first: Tensor, second: Tensor, seed: int, batch_size: int =
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = build_classifier(min(first.shape[2:])).to(first.device)
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in PyTorch's annotations
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in PyTorch's type hints
     optimiser = torch.optim.AdamW(network.parameters())
     labels = torch.arange(2, device=first.device).repeat_interleave(batch_size // 2)[:, None].float()
     for update in range(CLASSIFIER_UPDATES):

@@ -58,7 +58,7 @@ def save_figure(figure: Figure, path: Path) -> None:
             warnings.filterwarnings("ignore", "Glyph .* missing from")  # names may be in any script; boxes are drawn
             write_file(path, lambda part: figure.savefig(part, format="png", dpi=120))
     except RunError as error:
-        logger.warning("%s", error)
+        logger.warning(str(error))
 
 
 # ---------------------------------------------------------------- training

@@ -8,7 +8,7 @@ import csv
 import os
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoints import is_complete, load_weights, read_config
-from config import MAX_BATCH_SIZE, MAX_SEED
+from config import MAX_BATCH_SIZE, MAX_SEED, Positions, RunConfig
+from console import Parser, RunError, log_notices, logger, nonempty, number, printable, run_command, say
 from dataset import SAME_SPACING, denormalize, read_slices
 from metrics import reconstruction_metrics
 from modules import (
@@ -35,18 +36,7 @@ from modules import (
 )
 from nifti import write_slice
 from plots import caption, evenly_spaced, reconstructions_figure, samples_figure
-from utils import (
-    Parser,
-    RunError,
-    check_folder,
-    filled,
-    number,
-    pick_device,
-    printable,
-    run_command,
-    say,
-    writing,
-)
+from utils import channels_last, check_folder, pick_device, writing
 
 DEFAULT_NUM = 64  # samples
 MAX_NUM = 10**6  # samples: their file names have six digits
@@ -94,7 +84,7 @@ def parse_options(arguments: Sequence[str] | None) -> PredictOptions:
         help="slices to sample (default: %(default)s)",
     )
     parser.add_argument(
-        "--out", type=filled(Path), default=Path("samples"), help="folder of slices (default: %(default)s)"
+        "--out", type=nonempty(Path), default=Path("samples"), help="folder of slices (default: %(default)s)"
     )
     parser.add_argument(
         "--position",
@@ -104,7 +94,7 @@ def parse_options(arguments: Sequence[str] | None) -> PredictOptions:
     )
     parser.add_argument(
         "--reconstruct",
-        type=filled(Path),
+        type=nonempty(Path),
         nargs="+",
         metavar="PATH",
         help="encode and decode these files, or the files of a folder, instead of sampling",
@@ -115,8 +105,8 @@ def parse_options(arguments: Sequence[str] | None) -> PredictOptions:
 def add_sampling_options(parser: ArgumentParser) -> None:
     """Add the options of `SamplingOptions` to a parser."""
     add = parser.add_argument
-    add("--run", type=filled(Path), default=Path("runs/default"), help="run directory (default: %(default)s)")
-    add("--images", type=filled(Path), default=Path("images"), help="folder of figures (default: %(default)s)")
+    add("--run", type=nonempty(Path), default=Path("runs/default"), help="run directory (default: %(default)s)")
+    add("--images", type=nonempty(Path), default=Path("images"), help="folder of figures (default: %(default)s)")
     add(
         "--temperature",
         type=number(float, MIN_TEMPERATURE, 100),
@@ -126,7 +116,7 @@ def add_sampling_options(parser: ArgumentParser) -> None:
     )
     add(
         "--top-p",
-        type=number(float, 0, 1, above=True),
+        type=number(float, 0, 1, exclusive=True),
         default=TOP_P,
         metavar="P",
         help="nucleus sampling: draw from the fewest codes that together have probability P; with 1, from all codes, "
@@ -222,23 +212,23 @@ class Samples(NamedTuple):
     seconds: tuple[float, float]  # for sampling the codes, for decoding and refining
 
 
-def draw_positions(sample_ids: Sequence[int], seed: int, distribution: Mapping[str, Any]) -> Tensor:
+def draw_positions(sample_ids: Sequence[int], seed: int, distribution: Positions) -> Tensor:
     """Draw slice positions with the distribution of the training slices.
 
     Args:
         sample_ids: N whole numbers; each sample has its own random stream.
         seed: Of all samples.
-        distribution: "positions" of config.json: "quantiles" of the known positions, share "unknown".
+        distribution: Of the training slices' positions.
 
     Returns:
         Positions (N,) in [0, 1], NaN for unknown.
     """
     draws = np.array([np.random.default_rng((seed, n)).random(2) for n in sample_ids])
-    if distribution["unknown"] == 1:
+    if distribution.unknown == 1:
         return torch.full((len(draws),), torch.nan)
-    quantiles = distribution["quantiles"]
+    quantiles = distribution.quantiles
     positions = np.interp(draws[:, 0], np.linspace(0, 1, len(quantiles)), quantiles)
-    positions[draws[:, 1] < distribution["unknown"]] = np.nan
+    positions[draws[:, 1] < distribution.unknown] = np.nan
     return torch.from_numpy(positions).float()
 
 
@@ -308,9 +298,9 @@ def split_to_fit(compute: Callable[[range], Tensor], count: int, size: int) -> I
             size = len(batch) // 2
 
 
-def sample(options: PredictOptions, config: Mapping[str, Any], networks: Networks, device: torch.device) -> None:
+def sample(options: PredictOptions, config: RunConfig, networks: Networks, device: torch.device) -> None:
     """Draw samples; write the slices, their codes and a figure."""
-    positions = draw_positions(range(options.num), options.seed, config["positions"])
+    positions = draw_positions(range(options.num), options.seed, config.positions)
     if options.position is not None:
         positions = torch.full((options.num,), options.position)
     samples = draw_samples(options, networks, positions, device)
@@ -318,8 +308,8 @@ def sample(options: PredictOptions, config: Mapping[str, Any], networks: Network
     prepare_folder(options.out, (f"sample_{SIX_DIGITS}.nii.gz", "codes.npy"))
     with remove_on_error(options.out / "codes.npy") as path:
         np.save(path, samples.codes.numpy().astype(np.int16))
-    affine = np.array(config["affine"])
-    for i, pixels in enumerate(denormalize(slices, config["intensity"]["scale"])):
+    affine = np.array(config.affine)
+    for i, pixels in enumerate(denormalize(slices, config.intensity.scale)):
         with remove_on_error(options.out / f"sample_{i:06d}.nii.gz") as path:
             write_slice(path, pixels, affine)
     shown = min(len(slices), MAX_SHOWN)
@@ -341,22 +331,21 @@ def warn_of_geometry(affines: Sequence[np.ndarray], training_affine: np.ndarray)
     ratios = np.maximum(spacings / expected, expected / spacings).max(axis=1)
     if ratios.max() > SAME_SPACING:
         height, width = spacings[ratios.argmax()]
-        say(
-            f"warning: {(ratios > SAME_SPACING).sum()} slices have another pixel spacing ({height:.3g}x{width:.3g} mm) "
-            f"than training slices ({expected[0]:.3g}x{expected[1]:.3g} mm): they are not resampled"
+        logger.warning(
+            f"{(ratios > SAME_SPACING).sum()} slices have another pixel spacing ({height:.3g}x{width:.3g} mm) than "
+            f"training slices ({expected[0]:.3g}x{expected[1]:.3g} mm): they are not resampled"
         )
     orientation = nib.aff2axcodes(training_affine)[:2]
     others = sum(nib.aff2axcodes(affine)[:2] != orientation for affine in affines)
     if others:
-        say(f"warning: {others} slices have another orientation than training slices: they are not reoriented")
+        logger.warning(f"{others} slices have another orientation than training slices: they are not reoriented")
 
 
-def reconstruct(options: PredictOptions, config: Mapping[str, Any], vqvae: VQVAE, device: torch.device) -> None:
+def reconstruct(options: PredictOptions, config: RunConfig, vqvae: VQVAE, device: torch.device) -> None:
     """Encode and decode given slices; write originals, reconstructions, a table of SSIM and PSNR, and a figure."""
-    slices, affines, notices = read_slices(options.reconstruct or [], tuple(config["slice_size"]))
-    for notice in notices:
-        say(notice)
-    warn_of_geometry(affines, np.array(config["affine"]))
+    slices, affines, notices = read_slices(options.reconstruct or [], config.slice_size)
+    log_notices(notices)
+    warn_of_geometry(affines, np.array(config.affine))
     if any(Path(name).resolve().parent == options.out.resolve() for name in slices.names):
         raise RunError(f"--out {options.out} holds the slices to reconstruct: choose another folder")
     overall = reconstruction_metrics().to(device)
@@ -395,33 +384,30 @@ def reconstruct(options: PredictOptions, config: Mapping[str, Any], vqvae: VQVAE
 # ---------------------------------------------------------------- command
 
 
-def load_vqvae(run: Path, config: Mapping[str, Any], device: torch.device) -> VQVAE:
+def load_vqvae(run: Path, config: RunConfig, device: torch.device) -> VQVAE:
     """Load the VQ-VAE of a run.
 
     Raises:
         RunError: It cannot be used, or the slice size of config.json does not fit it.
     """
     vqvae = load_weights(run / "vqvae.safetensors", VQVAE, VQVAEConfig)
-    assert isinstance(vqvae, VQVAE)
     side = vqvae.config.downsampling
-    rows, columns = config["slice_size"]
+    rows, columns = config.slice_size
     if rows % side or columns % side:
         raise RunError(f"{run}: vqvae.safetensors takes no slices of {rows}x{columns}, which config.json has")
     return vqvae.to(device)
 
 
-def load_networks(run: Path, config: Mapping[str, Any], vqvae: VQVAE, device: torch.device) -> Networks:
+def load_networks(run: Path, config: RunConfig, vqvae: VQVAE, device: torch.device) -> Networks:
     """Load the prior and the refiner of a run beside its VQ-VAE.
 
     Raises:
         RunError: A network cannot be used, or the networks are of different runs.
     """
-    prior = load_weights(run / "prior.safetensors", GatedPixelCNN, PriorConfig)
-    refiner = load_weights(run / "refiner.safetensors", Refiner, RefinerConfig)
-    assert isinstance(prior, GatedPixelCNN)
-    assert isinstance(refiner, Refiner)
+    prior = load_weights(run / "prior.safetensors", GatedPixelCNN, PriorConfig, "prior_")
+    refiner = load_weights(run / "refiner.safetensors", Refiner, RefinerConfig, "refiner_")
     own = vqvae.config
-    grid = tuple(side // own.downsampling for side in config["slice_size"])
+    grid = tuple(side // own.downsampling for side in config.slice_size)
     if (prior.config.grid, prior.config.codebook_size) != (grid, own.codebook_size):
         raise RunError(f"{run}: prior.safetensors and vqvae.safetensors are of different runs: their codes differ")
     if any(
@@ -429,14 +415,12 @@ def load_networks(run: Path, config: Mapping[str, Any], vqvae: VQVAE, device: to
         for name in ("downsampling", "codebook_size", "embedding_dim")
     ):
         raise RunError(f"{run}: refiner.safetensors and vqvae.safetensors are of different runs: their codes differ")
-    # Twice as fast on a CPU. PyTorch's annotations lack the argument.
-    refiner.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return Networks(vqvae, prior.to(device), refiner.to(device))
+    return Networks(vqvae, prior.to(device), channels_last(refiner, device))  # twice as fast on a CPU
 
 
-def check_position(options: PredictOptions, config: Mapping[str, Any]) -> None:
+def check_position(options: PredictOptions, config: RunConfig) -> None:
     """Raise RunError for a --position outside those of the training slices: the prior cannot extrapolate."""
-    known = config["positions"]["quantiles"]
+    known = config.positions.quantiles
     if options.position is None or known and known[0] <= options.position <= known[-1]:
         return
     extent = f"from {known[0]:g} to {known[-1]:g}" if known else "not known: no names with slice numbers"
@@ -448,7 +432,7 @@ def check_position(options: PredictOptions, config: Mapping[str, Any]) -> None:
 def warn_if_incomplete(run: Path) -> None:
     """Warn if the training of a run is not finished."""
     if not is_complete(run):
-        say(f"warning: {run} is not complete: the training is not finished")
+        logger.warning(f"{run} is not complete: the training is not finished")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

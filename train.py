@@ -34,7 +34,7 @@ from plots import (
     vqvae_loss_figure,
 )
 from trainer import BatchLoader, StopSignals, Trainer, device_batches, micro_batches
-from utils import autocast, check_folder, make_folder, pick_device, seed_update
+from utils import autocast, channels_last, check_folder, make_folder, pick_device, seed_update
 
 UNIGRAM_SHARE = 0.95  # of the entropy of the codes' frequencies: a prior has to need less
 
@@ -50,7 +50,7 @@ class VQVAETrainer(Trainer[VQVAE]):
 
     def __init__(self, run: Run, stop: StopSignals, options: TrainConfig, loader: BatchLoader, data: Dataset):
         seed_update(options.seed, self.stage, 0)
-        model = VQVAE(network_config(VQVAEConfig, options)).to(loader.device, memory_format=torch.channels_last)
+        model = channels_last(VQVAE(network_config(VQVAEConfig, options)), loader.device)
         super().__init__(run, stop, options, loader, model, options.updates, options.learning_rate, with_ema=False)
         self.data, self.counts = data, torch.zeros(0)
         self.encoder_warmup = min(options.encoder_warmup, options.updates // 6)
@@ -136,8 +136,7 @@ def draw_reconstructions(path: Path, model: VQVAE, slices: Slices, device: torch
     metrics = reconstruction_metrics().to(device)
     ssim = [metrics(*pair)["ssim"].item() for pair in zip(reconstructions.split(1), batch.split(1))]
     titles = [f"{caption(slices.names[i])}\nSSIM {value:.3f}" for i, value in zip(chosen, ssim)]
-    pictures = (x[:, 0].cpu().numpy() for x in (batch, reconstructions))
-    reconstructions_figure(path, *pictures, titles)
+    reconstructions_figure(path, batch[:, 0].cpu().numpy(), reconstructions[:, 0].cpu().numpy(), titles)
 
 
 # ---------------------------------------------------------------- stage 2: the prior
@@ -156,8 +155,7 @@ class PriorTrainer(Trainer[GatedPixelCNN]):
         self.validation_positions = torch.from_numpy(data.validate.positions).to(loader.device)
         shape = {"grid": tuple(self.validation_codes.shape[1:]), "codebook_size": options.codebook_size}
         seed_update(options.seed, self.stage, 0)
-        model = GatedPixelCNN(network_config(PriorConfig, options, "prior_", **shape))
-        model = model.to(loader.device, memory_format=torch.channels_last)
+        model = channels_last(GatedPixelCNN(network_config(PriorConfig, options, "prior_", **shape)), loader.device)
         model.init_embedding(vqvae.codebook.embeddings)
         super().__init__(run, stop, options, loader, model, options.prior_updates, options.prior_learning_rate)
 
@@ -206,9 +204,8 @@ def warn_if_unigram(nats: float, codes: Tensor, codebook_size: int) -> None:
     _, perplexity = codebook_use(code_counts(codes, codebook_size))
     if codes.numel() > 4 * codebook_size and nats > UNIGRAM_SHARE * math.log(perplexity):
         logger.warning(
-            "the prior has learned little more than how often each code occurs (%.2f nats per code): samples will be "
-            "noise; try more --prior-updates, or a lower --prior-learning-rate",
-            nats,
+            f"the prior has learned little more than how often each code occurs ({nats:.2f} nats per code): samples "
+            "will be noise; try more --prior-updates, or a lower --prior-learning-rate"
         )
 
 
@@ -226,8 +223,7 @@ class RefinerTrainer(Trainer[Refiner]):
         self.data, self.vqvae = data, vqvae
         seed_update(options.seed, self.stage, 0)
         shared = {name: getattr(options, name) for name in ("downsampling", "codebook_size", "embedding_dim")}
-        model = Refiner(network_config(RefinerConfig, options, "refiner_", **shared))
-        model = model.to(loader.device, memory_format=torch.channels_last)
+        model = channels_last(Refiner(network_config(RefinerConfig, options, "refiner_", **shared)), loader.device)
         model.fit_residual_std(*reconstruct_subset(vqvae, data.train, options, loader.device))
         super().__init__(run, stop, options, loader, model, options.refiner_updates, options.refiner_learning_rate)
 
@@ -334,7 +330,7 @@ def check_same_data(run: Run, data: Dataset, allow_changes: bool) -> None:
             f"the data changed since {run.path} began: {changes}; restore them, choose another --run, "
             "or resume with --allow-changed-data"
         )
-    logger.warning("the data changed since %s began: %s", run.path, changes)
+    logger.warning(f"the data changed since {run.path} began: {changes}")
     run.accept_data(data.fingerprint, data.files)
 
 
@@ -382,7 +378,7 @@ def train_stages(
     vqvae = load_weights(run.path / "vqvae.safetensors", VQVAE, VQVAEConfig)
     if vqvae.config != network_config(VQVAEConfig, options):
         raise RunError(f"{run.path / 'vqvae.safetensors'} is not of this run: choose another --run")
-    vqvae.to(device, memory_format=torch.channels_last)
+    vqvae = channels_last(vqvae, device)
     if stage != "refiner":
         prior = PriorTrainer(run, stop, options, loader, data, vqvae)
         prior.fit(checkpoint)

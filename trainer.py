@@ -67,13 +67,14 @@ class EMA(Generic[Network]):
     def __init__(self, network: Network, decay: float):
         self.network, self.decay = deepcopy(network), decay
         # Listed once and moved by one kernel: otherwise the host of a GPU would be busy with each weight in turn.
-        self.weights = list(self.network.parameters()), list(network.parameters())
+        self.averages: list[Tensor] = list(self.network.parameters())
+        self.weights: list[Tensor] = list(network.parameters())
 
     @torch.no_grad()
     def step(self, update: int) -> None:
         """Move the average towards the weights after an update, which is counted from 1."""
         decay = min(self.decay, update / (update + 9))
-        torch._foreach_lerp_(*self.weights, 1 - decay)
+        torch._foreach_lerp_(self.averages, self.weights, 1 - decay)
 
 
 # ---------------------------------------------------------------- stop signals
@@ -345,10 +346,8 @@ class Trainer(Generic[Network]):
         few = [update for update, _ in takewhile(lambda line: line[1] < COLLAPSE_SHARE, zip(updates[::-1], used[::-1]))]
         if len(few) > 1 and few[0] - few[-1] >= COLLAPSE_UPDATES > few[1] - few[-1]:
             logger.warning(
-                "codebook collapse: less than %.0f%% of the codes have been used since update %d; "
-                "try a larger --batch-size, another --seed or a smaller --codebook-size",
-                100 * COLLAPSE_SHARE,
-                few[-1],
+                f"codebook collapse: under {COLLAPSE_SHARE:.0%} of the codes have been used since update {few[-1]}; "
+                "try a larger --batch-size, another --seed or a smaller --codebook-size"
             )
 
     def divergence_error(self, what: str, update: int) -> RunError:

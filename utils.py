@@ -8,12 +8,15 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from console import RunError, logger, summarise
+
+Network = TypeVar("Network", bound=torch.nn.Module)
 
 # ---------------------------------------------------------------- device and seed
 
@@ -36,7 +39,7 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # an AssertionError where PyTorch was built without CUDA
         if name != "auto":
             raise RunError(f"--device {name}: {summarise(error)} (or use --device auto)") from None
-        logger.warning("the GPU cannot be used (%s): computing on the CPU", summarise(error))
+        logger.warning(f"the GPU cannot be used ({summarise(error)}): computing on the CPU")
         return torch.device("cpu")
 
 
@@ -52,6 +55,12 @@ def start_gpu(device: torch.device) -> torch.device:
     torch.cuda.set_device(picture.device)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     return picture.device
+
+
+def channels_last(network: Network, device: torch.device) -> Network:
+    """Move a network to a device, in the memory format in which convolutions are fastest."""
+    # PyTorch documents memory_format here, but its type hints omit it.
+    return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def autocast(device: torch.device) -> torch.autocast:

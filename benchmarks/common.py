@@ -51,12 +51,6 @@ def report(name: str, value: float, unit: str, **settings: object) -> None:
     print(json.dumps({"name": name, "value": float(f"{value:.4g}"), "unit": unit, **settings}), flush=True)
 
 
-def channels_last(network: Network, device: torch.device) -> Network:
-    """Move a network to a device, with the memory format that train.py gives it."""
-    # PyTorch documents memory_format here, but its type hints omit it.
-    return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-
 def machine(device: torch.device) -> str:
     """The machine in words."""
     if device.type == "cuda":

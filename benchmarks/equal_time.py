@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from common import channels_last, machine, report
+from common import machine, report
 from peers import descend
 from reference import PaperPixelCNN, nats_per_code
 from torch import Tensor
@@ -25,12 +25,13 @@ from tqdm import tqdm
 
 from checkpoints import read_config
 from config import TrainConfig
+from console import nonempty
 from dataset import Slices, batch_indices, load_dataset
 from modules import VQVAE, GatedPixelCNN, PriorConfig
 from predict import load_vqvae
 from train import extract_codes
 from trainer import EMA, make_optimiser, micro_batches
-from utils import filled, pick_device
+from utils import channels_last, pick_device
 
 RECIPE = TrainConfig()  # of train.py
 OURS = 8, RECIPE.prior_learning_rate  # slices per update, as train.py has for the prior, and peak rate
@@ -66,7 +67,7 @@ class Contender:
         descend(self.optimiser, micro_batches(loss_of(self.network), codes, positions), RECIPE.gradient_clip)
         self.updates += 1
         if self.ema:
-            self.ema.follow(self.updates)
+            self.ema.step(self.updates)
         if codes.is_cuda:
             torch.cuda.synchronize()  # else the next update, whoever's it is, pays for this one
         self.seconds += time.perf_counter() - start
@@ -101,7 +102,7 @@ def codes_and_positions(vqvae: VQVAE, slices: Slices, device: torch.device) -> S
 def main() -> None:
     """Print the JSON lines and the sentence."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--run", type=filled(Path), required=True, help="a run whose VQ-VAE is trained")
+    parser.add_argument("--run", type=nonempty(Path), required=True, help="a run whose VQ-VAE is trained")
     parser.add_argument("--minutes", type=float, default=20, help="of training, for each prior (default: 20)")
     parser.add_argument("--split", choices=("validate", "test"), default="test", help="held-out slices (default: test)")
     parser.add_argument("--seed", type=int, default=0, help="of all (default: 0)")
@@ -111,7 +112,7 @@ def main() -> None:
     given = read_config(options.run)
     vqvae = load_vqvae(options.run, given, device)
     side = vqvae.config.downsampling
-    data = load_dataset(given["options"]["data"], given["slice_size"], (side, side), given["options"]["seed"])
+    data = load_dataset(given.options.data, given.slice_size, (side, side), given.options.seed)
     training, held_out = (codes_and_positions(vqvae, of, device) for of in (data.train, getattr(data, options.split)))
 
     torch.manual_seed(options.seed)

@@ -32,9 +32,10 @@ import phantom
 import predict
 import train
 from checkpoints import read_config
+from console import RunError, nonempty, run_command
 from dataset import load_dataset
 from modules import RowSampler
-from utils import autocast, fail, filled, pick_device
+from utils import autocast, pick_device
 
 ROOT = Path(__file__).parents[1]
 SIZES = {True: (64, 32), False: (128, 64)}  # of slices, tiny or not
@@ -251,7 +252,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1 ..., or cpu (default: cuda)")
     parser.add_argument(
-        "--out", type=filled(Path), default=Path("runs/gpu"), help="folder that is made anew (default: %(default)s)"
+        "--out", type=nonempty(Path), default=Path("runs/gpu"), help="folder that is made anew (default: %(default)s)"
     )
     parser.add_argument("--tiny", action="store_true", help="a few updates on small slices, no benchmarks")
     options = parser.parse_args()
@@ -259,7 +260,7 @@ def main() -> None:
     if (options.out / "report.json").exists():
         shutil.rmtree(options.out)
     elif options.out.exists():
-        fail(f"{options.out} exists and holds no report of this check: choose another --out")
+        raise RunError(f"{options.out} exists and holds no report of this check: choose another --out")
     options.out.mkdir(parents=True)
     (options.out / "report.json").write_text("{}")  # so that a check that was broken off can be made again
     report = check(options.out, device, options.tiny)
@@ -271,4 +272,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

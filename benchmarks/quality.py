@@ -13,17 +13,18 @@ from collections.abc import Callable
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import channels_last, machine, report
+from common import machine, report
 from reference import PaperPixelCNN, TextbookVQVAE, nats_per_code
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from config import TrainConfig
+from console import nonempty
 from dataset import Slices, batch_indices, load_dataset
 from metrics import reconstruction_metrics
 from modules import VQVAE, GatedPixelCNN, PriorConfig, VQVAEConfig
 from trainer import make_optimiser, schedule
-from utils import autocast, filled, pick_device
+from utils import autocast, channels_last, pick_device
 
 BATCH = 32
 PRIOR_RATE = 3e-3  # for batches of 32 and few patients; train.py's batches and its rate are others
@@ -120,7 +121,9 @@ def best_nats(
 def main() -> None:
     """Print the JSON lines and the sentence."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--data", type=filled(str), default="phantom", help="folder of slices, or 'phantom' (default)")
+    parser.add_argument(
+        "--data", type=nonempty(str), default="phantom", help="folder of slices, or 'phantom' (default)"
+    )
     parser.add_argument("--updates", type=int, default=1000, help="of each VQ-VAE (default: 1000)")
     parser.add_argument("--prior-updates", type=int, default=500, help="of each prior (default: 500)")
     parser.add_argument("--seed", type=int, default=0, help="of both (default: 0)")

@@ -9,13 +9,13 @@ pythae and MONAI, where they are installed, in the same way.
 import argparse
 
 import torch
-from common import channels_last, interleave, machine, profile, report
+from common import interleave, machine, profile, report
 from peers import sampling_steps
 from reference import sample_by_full_forwards
 
 import predict
 from modules import VQVAE, GatedPixelCNN, PriorConfig, Refiner, RefinerConfig, VQVAEConfig
-from utils import pick_device
+from utils import channels_last, pick_device
 
 BATCH, GRID = 32, (64, 32)
 PLACES = [(16, 8), (48, 24)]  # where full forwards are timed

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from common import channels_last, interleave, machine, profile, report
+from common import interleave, machine, profile, report
 from peers import descend, vqvae_updates
 from reference import PaperPixelCNN, TextbookVQVAE
 from torch.utils.flop_counter import FlopCounterMode
@@ -23,7 +23,7 @@ import trainer
 from config import TrainConfig
 from dataset import load_dataset
 from modules import VQVAE, GatedPixelCNN, PriorConfig, Refiner, RefinerConfig, VQVAEConfig
-from utils import autocast, pick_device
+from utils import autocast, channels_last, pick_device
 
 BATCH, SIZE, GRID = 32, (256, 128), (64, 32)
 

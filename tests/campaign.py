@@ -9,8 +9,8 @@ Prints one JSON line of totals a campaign, says on stderr what went wrong, and e
 import argparse
 import errno
 import io
-import itertools
 import json
+import logging
 import multiprocessing
 import os
 import re
@@ -34,25 +34,27 @@ from shutil import rmtree
 
 import nibabel
 import numpy as np
+import pytest
 import torch
 from numpy.random import Generator
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the project's files are not installed
 
-from broken_writes import CHECKPOINT_CALLS, half_done
-from conftest import TINY
+from broken_writes import half_done, on_writes
+from conftest import TINY, make_quick
 from tampering import extend, flip_bits, judge_run, move, pick, resume, set_pixels, tamper, truncate
-from trainings import WEIGHTS
+from trainings import WEIGHTS, at_updates
 
 import config
 import phantom
 import predict
 import train
 import trainer
-from checkpoints import read_checkpoint
+from checkpoints import CheckpointHeader, load_tensors
+from console import RunError
 from dataset import DataError, load_dataset, read_slices
-from utils import RunError, writing
+from utils import writing
 
 # ---------------------------------------------------------------- files: whatever a NIfTI file may hold
 
@@ -342,11 +344,11 @@ class Trainings:
         os.environ["PROSTATEVQ_CACHE"] = str(folder / "cache")
         torch.set_num_threads(1)
         config.PRESETS["tiny"] = TINY
-        trainer.LOG_LINES, trainer.EVALUATIONS = 5, 4
+        trainer.LOG_LINES, trainer.VALIDATIONS = 5, 4
         # What takes most of the time of a tiny training.
-        trainer.tensorboard = predict.samples_figure = lambda *_: None
-        for name in ("write_vqvae_figures", "prior_loss_figure", "write_refiner_figures"):
-            setattr(train, name, lambda *_: None)
+        make_quick(pytest.MonkeyPatch())
+        predict.samples_figure = lambda *_: None
+        logging.disable(logging.WARNING)  # so that only errors are on stderr
         phantom.write_phantom(folder / "data", cases=(3, 1, 1), slices=4, size=(32, 16), workers=1)
         self.reference = folder / "reference"
         with redirect_stdout(io.StringIO()):
@@ -370,16 +372,16 @@ class Trainings:
         status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
         return status, (self.folder / "said").read_text()
 
-    def count_calls(self) -> int:
-        """How many calls of CHECKPOINT_CALLS a training makes."""
-        counted = self.folder / "counted"
+    def points(self) -> list[str]:
+        """The points at which a training writes."""
+        passed = self.folder / "points"
 
-        def count() -> None:
-            on_calls(lambda number, real, given: (counted.open("a").write("."), real(*given))[1])
+        def record() -> None:
+            for_good(lambda point, real, given: (passed.open("a").write(f"{point}\n"), real(*given))[1])
 
-        status, said = self.finish(self.start(self.folder / "counting", count))
+        status, said = self.finish(self.start(self.folder / "recorded", record))
         assert status == 0, said
-        return counted.stat().st_size
+        return list(dict.fromkeys(passed.read_text().splitlines()))
 
     def complaint(self, run: Path) -> str:
         """Resumes a training until it is complete; how it then differs from the one that was never stopped."""
@@ -415,48 +417,45 @@ def fork(task: Callable[[], object], said: Path) -> int:
         os._exit(status)
 
 
-def on_calls(act: Callable[[int, Callable, tuple], object]) -> None:
-    """Has each call of CHECKPOINT_CALLS go through act(its number from 1, the real one, arguments), for good."""
-    numbers = itertools.count(1)
-    for place, name in CHECKPOINT_CALLS:
-        real = getattr(place, name)
-        setattr(place, name, lambda *given, real=real: act(next(numbers), real, given))
+def for_good(act: Callable[[str, Callable, tuple], object]) -> None:
+    """`on_writes` until the process ends."""
+    on_writes(pytest.MonkeyPatch(), act)
 
 
-def kill_at(number: int, moment: str) -> Callable[[], None]:
-    """Kills the process before, after, or in the middle of a call."""
+def kill_at(point: str, moment: str) -> Callable[[], None]:
+    """Kills the process before, after, or in the middle of the call at a point."""
 
-    def act(now: int, real: Callable, given: tuple) -> object:
-        if now == number and moment == "middle":
+    def act(now: str, real: Callable, given: tuple) -> object:
+        if now == point and moment == "middle":
             half_done(real, given)
-        if now < number or moment == "after":
-            done = real(*given)
-        if now == number:
+        done = real(*given) if now != point or moment == "after" else None
+        if now == point:
             os.kill(os.getpid(), signal.SIGKILL)
         return done
 
-    return lambda: on_calls(act)
+    return lambda: for_good(act)
 
 
-def spread_over(calls: int, number: int) -> int:
-    """Which call a case is about: however many cases there are, they lie about evenly over all calls."""
-    return 1 + int(number * (5**0.5 - 1) / 2 % 1 * calls)
+def spread_over(points: list[str], number: int) -> str:
+    """Which point a case is about: however many cases there are, they lie about evenly over all of them."""
+    return points[int(number * (5**0.5 - 1) / 2 % 1 * len(points))]
 
 
 def kills(count: int | None, seed: int) -> dict:
     """Trainings (200) killed by SIGKILL at a random moment or a write; resumed, each has to end as one that was not."""
     count = count or 200
-    totals = dict.fromkeys(("kills", "at_a_write", "writes_in_all", *IN_STAGES, "identical", "failed"), 0)
+    totals = dict.fromkeys(("kills", "at_a_write", "points", *IN_STAGES, "identical", "failed"), 0)
     with tempfile.TemporaryDirectory() as temporary, tqdm(total=count, desc="kills", unit="kill") as bar:
         trainings = Trainings(Path(temporary))
-        calls = totals["writes_in_all"] = trainings.count_calls()
+        points = trainings.points()
+        totals["points"] = len(points)
         for number in range(seed, seed + count):
             rng, run, status = np.random.default_rng((seed, number)), Path(temporary, f"run{number}"), 0
             while status != -signal.SIGKILL:  # until it was killed before it was complete
                 rmtree(run, ignore_errors=True)
                 if number % 2:
                     moment = pick(rng, ("before", "middle", "after"))
-                    process = trainings.start(run, kill_at(spread_over(calls, number // 2), moment))
+                    process = trainings.start(run, kill_at(spread_over(points, number // 2), moment))
                 else:
                     process = trainings.start(run, checkpoint_every=int(rng.integers(1, 6)))
                     time.sleep(rng.random() * trainings.seconds)
@@ -516,19 +515,22 @@ def stops(count: int | None, seed: int) -> dict:
     return totals
 
 
-def fill_at(number: int, moment: str) -> Callable[[], None]:
-    """Has the disk full from a call on: nothing more is written, or at first half of it."""
+def fill_at(point: str, moment: str) -> Callable[[], None]:
+    """Has the disk full from a point on: nothing more is written, or at first half of it."""
+    reached = []
 
-    def act(now: int, real: Callable, given: tuple) -> object:
+    def act(now: str, real: Callable, given: tuple) -> object:
+        first = now == point and not reached
+        reached.extend([point] * first)
         # Reading goes on as ever, and so does what makes no file larger, once it has failed.
-        if now < number or real.__name__ == "read_bytes" or (now > number and real.__name__ in ("truncate", "replace")):
+        if not reached or real.__name__ == "read_bytes" or (not first and real.__name__ in ("truncate", "replace")):
             return real(*given)
         if moment == "middle":
             half_done(real, given)
         with writing(given[0].log_path) if real.__name__ == "log" else nullcontext():  # which the real one does
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    return lambda: on_calls(act)
+    return lambda: for_good(act)
 
 
 def limit_to(size: int) -> Callable[[], None]:
@@ -544,7 +546,7 @@ def disk(count: int | None, seed: int) -> dict:
     totals = dict.fromkeys(("tried", "at_a_write", "file_size", "small_disk", "kept", "identical", "failed"), 0)
     with tempfile.TemporaryDirectory() as temporary, tqdm(total=count, desc="disk", unit="run") as bar:
         trainings = Trainings(Path(temporary))
-        calls = trainings.count_calls()
+        points = trainings.points()
         largest_file = max(file.stat().st_size for file in trainings.reference.iterdir())
         with small_disk(Path(temporary, "disk")) as mounted:
             kinds = ("at_a_write", "file_size", "at_a_write", "small_disk" if mounted else "at_a_write")
@@ -552,7 +554,7 @@ def disk(count: int | None, seed: int) -> dict:
                 rng, kind = np.random.default_rng((seed, number)), kinds[number % 4]
                 run, ballast = Path(temporary, f"run{number}"), Path(temporary, "disk", "ballast")
                 if kind == "at_a_write":
-                    prepare = fill_at(spread_over(calls, number // 2), pick(rng, ("before", "middle")))
+                    prepare = fill_at(spread_over(points, number // 2), pick(rng, ("before", "middle")))
                 elif kind == "file_size":
                     prepare = limit_to(int(rng.integers(largest_file)))
                 else:
@@ -561,8 +563,8 @@ def disk(count: int | None, seed: int) -> dict:
                 status, said = trainings.finish(trainings.start(run, prepare))
                 ballast.unlink(missing_ok=True)
                 problem = f"it ended with {status}: {said}" if not is_complaint(status, said) else ""
-                if not problem and (run / "training.pt").exists():
-                    read_checkpoint(run / "training.pt")
+                if not problem and (run / "checkpoint.safetensors").exists():
+                    load_tensors(run / "checkpoint.safetensors", CheckpointHeader)
                     totals["kept"] += 1
                 problem = problem or trainings.complaint(run)
                 if problem:
@@ -630,14 +632,8 @@ def measure(task: Callable[[], tuple[str, str]], seconds: int = GIVE_UP_SECONDS)
 def half_way(trainings: Trainings, stage: str, update: int) -> Path:
     """A run that was killed in that update."""
     run = trainings.folder / stage
-    real = train.seed_update
-
-    def seed_update(seed: int, *place) -> None:
-        real(seed, *place)
-        if place == (stage, update):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    trainings.finish(trainings.start(run, lambda: setattr(train, "seed_update", seed_update), checkpoint_every=1))
+    kill = {(stage, update): lambda: os.kill(os.getpid(), signal.SIGKILL)}
+    trainings.finish(trainings.start(run, lambda: at_updates(pytest.MonkeyPatch(), kill), checkpoint_every=1))
     return run
 
 
@@ -713,10 +709,10 @@ def memory_growth(count: int | None, seed: int) -> dict:
     with tempfile.TemporaryDirectory() as temporary:
         trainings = Trainings(Path(temporary))
         trainer.LOG_LINES = 250
-        real = train.seed_update
+        real = trainer.seed_update
 
         def training(step: Callable[[], None]) -> None:
-            train.seed_update = lambda *place: (real(*place), step() if place[-1] else None)  # 0 is before the first
+            trainer.seed_update = lambda *place: (real(*place), step())
             lengths = {"updates": each, "prior_updates": each, "refiner_updates": each}
             train.main(trainings.arguments(trainings.folder / "long", **lengths, seed=seed))
 

@@ -5,7 +5,6 @@ import os
 import pickle
 import shutil
 import traceback
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,8 +14,9 @@ from numpy.random import Generator
 
 import train
 import trainer
+from checkpoints import Checkpoint, checksum
+from console import RunError
 from dataset import DataError
-from utils import RunError
 
 
 def pick(rng: Generator, choices):
@@ -89,20 +89,20 @@ def tamper_with_text(rng: Generator, path: Path, canary: Path) -> bool:
     return False
 
 
-def tamper_with_weights(rng: Generator, path: Path, canary: Path) -> bool:
-    """A well-formed safetensors file of other tensors, or with another config."""
+def tamper_with_safetensors(rng: Generator, path: Path, canary: Path) -> bool:
+    """A well-formed safetensors file of other tensors, or with another header; half of them with a right checksum."""
     with safetensors.safe_open(path, "pt") as file:
         tensors, header = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
-    if rng.random() < 0.4:
-        config = json.loads(header["config"])
+    fields = json.loads(header["header"])
+    if rng.random() < 0.4 or not tensors:
         for _ in range(rng.integers(1, 3)):
-            set_value(rng, config)
-        header["config"] = json.dumps(config)
+            set_value(rng, fields)
     else:
         tamper_with_tensors(rng, tensors)
     if rng.random() < 0.5:  # as its writer would have made it
-        config = json.loads(header["config"]) | {"checksum": None}
-        header["config"] = json.dumps(config)
+        content = {name: value for name, value in fields.items() if name not in ("format", "checksum")}
+        fields["checksum"] = checksum(content, tensors)
+    header["header"] = json.dumps(fields)
     safetensors.torch.save_file({name: tensor.clone() for name, tensor in tensors.items()}, path, header)
     return False
 
@@ -125,27 +125,6 @@ def tamper_with_tensors(rng: Generator, tensors: dict) -> None:
     tensors.update(changed)
 
 
-def tamper_with_checkpoint(rng: Generator, path: Path, canary: Path) -> bool:
-    """A well-formed checkpoint of other values or tensors, or one that would run code or take all memory."""
-    state = torch.load(path, weights_only=True)
-    way = rng.random()
-    if way < 0.3:
-        torch.save(state | {"update": Evil(canary)}, path, _use_new_zipfile_serialization=rng.random() < 0.7)
-        return True
-    if way < 0.4:
-        pick(rng, (plain_pickle, hungry_pickle, doubling_pickle, swelling_zip))(path, canary)
-        return True
-    if way < 0.6 and state["stage"] != "done":
-        networks = [state[name] for name in ("model", "averaged") if name in state]
-        tamper_with_tensors(rng, pick(rng, [*networks, pick(rng, list(state["optimiser"].values()))]))
-    else:
-        plain = {name: value for name, value in state.items() if name not in ("model", "optimiser")}
-        set_value(rng, plain)
-        state = {name: state[name] for name in state.keys() & {"model", "optimiser"}} | plain
-    torch.save(state, path)
-    return False
-
-
 class Evil:
     """What leaves a folder behind where a pickle of it is loaded."""
 
@@ -158,28 +137,6 @@ class Evil:
 
 def plain_pickle(path: Path, canary: Path) -> None:
     path.write_bytes(pickle.dumps(Evil(canary)))
-
-
-def zip_of(path: Path, pickled: bytes, storage: bytes = b"", compression: int = zipfile.ZIP_STORED) -> None:
-    """A checkpoint file of that pickle and one storage."""
-    with zipfile.ZipFile(path, "w", compression) as file:
-        for name, content in (("data.pkl", pickled), ("version", b"3\n"), ("data/0", storage)):
-            file.writestr(f"archive/{name}", content)
-
-
-def hungry_pickle(path: Path, canary: Path) -> None:
-    """Asks for 100 GB by means that weights_only allows."""
-    zip_of(path, b"\x80\x02c__builtin__\nbytearray\n\x8a\x06\x00\x00\x00\x00\x17\x00\x85R.")
-
-
-def doubling_pickle(path: Path, canary: Path) -> None:
-    """Names a list again and again, each time to be copied."""
-    pairs = b"]q\x00(" + b"K\x01K\x02\x86" * 50_000 + b"e"
-    zip_of(path, b"\x80\x02" + pairs + b"ccollections\nOrderedDict\nq\x01" + b"h\x01h\x00\x85R" * 50_000 + b".")
-
-
-def swelling_zip(path: Path, canary: Path) -> None:
-    zip_of(path, b"\x80\x02N.", bytes(100 << 20), zipfile.ZIP_DEFLATED)
 
 
 def tamper_with_bytes(rng: Generator, path: Path, canary: Path) -> bool:
@@ -217,18 +174,19 @@ def tamper_with_place(rng: Generator, path: Path, canary: Path) -> bool:
 
 def tamper(rng: Generator, run: Path, canary: Path) -> tuple[str, bool]:
     """Tampers with a file of a run; gives its name, and whether it then has to be refused."""
-    names = [file.name for file in sorted(run.iterdir()) if file.suffix in (".json", ".jsonl", ".safetensors", ".pt")]
+    names = [file.name for file in sorted(run.iterdir()) if file.suffix in (".json", ".jsonl", ".safetensors")]
     path = run / pick(rng, names)
-    kinds = {".pt": tamper_with_checkpoint, ".safetensors": tamper_with_weights}
-    way = pick(rng, (kinds.get(path.suffix, tamper_with_text),) * 3 + (tamper_with_bytes,) * 2 + (tamper_with_place,))
+    whole = tamper_with_safetensors if path.suffix == ".safetensors" else tamper_with_text
+    way = pick(rng, (whole,) * 3 + (tamper_with_bytes,) * 2 + (tamper_with_place,))
     evil = way(rng, path, canary)
     if path.name == "data.json":  # which is read only where the data changed
         config = json.loads((run / "config.json").read_text())
         (run / "config.json").write_text(json.dumps(config | {"fingerprint": "0"}))
-    if path.name == "training.pt":  # else the one before it would be used
-        (run / "training.pt.before").unlink()
+    if path.name == "checkpoint.safetensors":  # else the previous one would be used
+        previous = run / "checkpoint.previous.safetensors"
+        previous.unlink()
         if path.is_file() and not path.is_symlink() and path.stat().st_size < 10**9:
-            shutil.copy(path, run / "training.pt.before")
+            shutil.copy(path, previous)
     return path.name, evil
 
 
@@ -255,8 +213,10 @@ def judge_run(load: Callable[[], None], run: Path) -> tuple[str, str]:
 def resume(arguments: list[str]) -> None:
     """Goes on with a training as far as its first update."""
 
-    def updates(stage: trainer.Stage):
+    def fit(self: trainer.Trainer, checkpoint: Checkpoint | None) -> None:
+        if checkpoint and checkpoint.header.stage == self.stage:
+            self.restore(checkpoint)
         raise Resumed
 
-    trainer.Stage.updates = updates
+    trainer.Trainer.fit = fit
     train.main(arguments)

@@ -24,6 +24,7 @@ from broken_writes import half_done, on_writes
 from conftest import VQVAE_TINY, make_quick, options_of
 from matplotlib.image import imread
 from safetensors.torch import load_file
+from tampering import judge_run, resume, tamper
 from trainings import (
     UPDATES,
     WEIGHTS,
