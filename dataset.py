@@ -747,7 +747,7 @@ def decode_volume(
         lows.append(low)
         highs.append(high)
         grey = to_grey(image, scale)
-        bright += np.count_nonzero(grey > BLACK)
+        bright += int(np.count_nonzero(grey > BLACK))
         pixels, corner = crop_or_pad(grey, size)
         store(row, pixels)
         moved = affine.copy()

@@ -175,7 +175,7 @@ def read_content(file: BinaryIO, limit: int) -> bytes | bytearray:
 
 def to_image(content: bytes | bytearray, header: Header) -> np.ndarray:
     """Convert a file's content to an image (H, W) of finite float32 values."""
-    image = np.frombuffer(content, header.dtype, offset=header.offset).reshape(header.shape, order="F")
+    image: np.ndarray = np.frombuffer(content, header.dtype, offset=header.offset).reshape(header.shape, order="F")
     with np.errstate(all="ignore"):  # values beyond float32 become infinite, which is checked below
         if header.slope is not None and header.inter is not None:
             image = image * header.slope

@@ -143,10 +143,10 @@ class Band:
 
     def distance(self, x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
         """Return the signed distance in the slice in mm, negative inside."""
-        tracks = self.points.reshape(len(self.heights), -1).T
-        tracks = [np.interp(z, self.heights, track).astype(np.float32) for track in tracks]
+        columns = self.points.reshape(len(self.heights), -1).T
+        tracks = [np.interp(z, self.heights, column).astype(np.float32) for column in columns]
         nodes = [tracks[n : n + 3] for n in range(0, len(tracks), 3)]
-        out = np.float32(np.inf)
+        out: np.ndarray = np.array(np.inf, np.float32)
         for (ax, ay, ar), (bx, by, br) in zip(nodes, nodes[1:] or nodes):
             ex, ey = bx - ax, by - ay
             px, py = x - ax, y - ay
@@ -320,7 +320,8 @@ class Canvas:
 
     def texture(self, window: Window, name: str) -> np.ndarray | np.float32:
         """Return the signal of a tissue with its texture over a window, one number where it has no texture."""
-        tissue, value = TISSUES[name], np.float32(SIGNAL[name])
+        tissue = TISSUES[name]
+        value: np.ndarray | np.float32 = np.float32(SIGNAL[name])
         if tissue.mottle or tissue.grain:
             mottle, grain = np.float32(value * tissue.mottle), np.float32(value * tissue.grain)
             value = np.maximum(value + mottle * self.mottle[window] + grain * self.grain[window], 0)
