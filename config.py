@@ -330,7 +330,7 @@ def item_types(field: FieldInfo) -> list[tuple[type, tuple[float, float, bool]]]
     kind = field.annotation
     if get_origin(kind) in (Union, UnionType):
         kind = get_args(kind)[0]  # the other is None
-    if get_origin(kind) is Annotated:
+    if get_origin(kind) is Annotated and get_origin(get_args(kind)[0]) is tuple:
         kind = get_args(kind)[0]
     items = get_args(kind) if get_origin(kind) is tuple else (kind,)
     parts = (get_args(item) if get_origin(item) is Annotated else (item, *field.metadata) for item in items)

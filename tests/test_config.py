@@ -1,6 +1,7 @@
 """The options of a training: one declaration, from which the command line, the help and config.json follow."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,9 @@ from pydantic import ValidationError
 import checkpoints
 import config
 import train
-from config import FREE_OPTIONS, PRESETS, TrainConfig, check_options, configure
-from utils import RunError
+from config import FREE_OPTIONS, PRESETS, TrainConfig, configure, parse_json, validate
+from console import RunError
+from modules import PriorConfig, RefinerConfig, VQVAEConfig
 
 FIELDS = list(TrainConfig.model_fields)
 RECORDED = [name for name in FIELDS if name not in FREE_OPTIONS and name != "preset"]
@@ -42,16 +44,16 @@ def test_each_hyper_parameter_is_accepted_recorded_and_refused_on_resuming_with_
     recorded = options.model_dump(mode="json")
     assert recorded[name] == value
     assert {key for key in recorded if recorded[key] != DEFAULTS[key]} == {name}
-    check_options(json.loads(json.dumps(recorded)))
+    assert parse_json(TrainConfig, json.dumps(recorded)) == options
     with pytest.raises(RunError, match=rf"{flag(name)} was .*, is "):
-        checkpoints.refuse_differences(Path("run"), DEFAULTS, recorded)
+        checkpoints.check_same_options(Path("run"), TrainConfig(), options)
 
 
 @pytest.mark.parametrize("name", RECORDED)
 def test_each_hyper_parameter_has_a_range_that_config_json_is_held_to(name):
     for value in (-1, 1e12, "1", True, [1, 2, 3], {}):
-        with pytest.raises(ValueError, match=f"options.{name} cannot be "):
-            check_options(DEFAULTS | {name: value})
+        with pytest.raises(ValueError, match=rf"{name}(\.[012])? (cannot be|is missing|is unknown)"):
+            validate(TrainConfig, DEFAULTS | {name: value})
 
 
 def test_every_option_is_explained_with_its_default(capsys):
@@ -85,21 +87,33 @@ def test_options_cannot_be_changed_by_accident():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ([], "options is no set of named values"),
-        (DEFAULTS | {"colour": "blue"}, "options.colour is unknown to this version"),
-        ({name: DEFAULTS[name] for name in FIELDS if name != "seed"}, "options.seed is missing"),
-        (DEFAULTS | {"prior_learning_rate": float("nan")}, "options.prior_learning_rate cannot be nan"),
-        (DEFAULTS | {"slice_size": [64]}, r"options.slice_size cannot be \[64\]"),
+        ([], r"it cannot be \[\]"),
+        (DEFAULTS | {"colour": "blue"}, "colour is unknown to this version"),
+        (DEFAULTS | {"prior_learning_rate": float("nan")}, "prior_learning_rate cannot be nan"),
+        (DEFAULTS | {"learning_rate": 10**400}, "learning_rate cannot be 1000"),
+        (DEFAULTS | {"slice_size": [64]}, "slice_size.1 is missing"),
     ],
 )
 def test_options_of_a_config_that_cannot_be_used_are_named(values, message):
     with pytest.raises(ValueError, match=message):
-        check_options(values)
+        validate(TrainConfig, values)
 
 
 def test_networks_take_their_shape_from_the_options():
     options = train.parse_options(["--prior-channels", "24", "--codebook-size", "9", "--refiner-channels", "7"])
-    shape = train.network_config(train.PriorConfig, options, "prior_", grid=(2, 3), codebook_size=9)
+    shape = config.network_config(PriorConfig, options, "prior_", grid=(2, 3), codebook_size=9)
     assert (shape.channels, shape.codebook_size, shape.dilation_cycles) == (24, 9, 2)
-    assert train.network_config(train.VQVAEConfig, options).codebook_size == 9
-    assert config.TrainConfig.model_fields["prior_dropout"].default == train.PriorConfig().dropout
+    assert config.network_config(VQVAEConfig, options).codebook_size == 9
+    assert config.TrainConfig.model_fields["prior_dropout"].default == PriorConfig().dropout
+
+
+@pytest.mark.parametrize(("kind", "prefix"), [(VQVAEConfig, ""), (PriorConfig, "prior_"), (RefinerConfig, "refiner_")])
+def test_a_network_config_of_a_file_is_held_to_the_ranges_of_the_options(kind, prefix):
+    model, values = config.network_model(kind, prefix), json.loads(json.dumps(asdict(kind())))
+    assert kind(**validate(model, values).model_dump()) == kind()
+    for name in values:
+        for value in (-1, 1e12, "1", True, None):
+            with pytest.raises(ValueError, match=rf"{name} cannot be "):
+                validate(model, values | {name: value})
+        with pytest.raises(ValueError, match=f"{name} is missing"):
+            validate(model, {key: values[key] for key in values if key != name})
