@@ -150,7 +150,7 @@ def add_sampling_options(parser: ArgumentParser) -> None:
         "--seed",
         type=number(int, 0, MAX_SEED),
         default=0,
-        help="random seed; it determines sample n, whatever the batch size (default: 0)",
+        help="random seed; sample n does not depend on the batch size (default: 0)",
     )
     add("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
 
@@ -411,7 +411,7 @@ def load_vqvae(run: Path, config: Mapping[str, Any], device: torch.device) -> VQ
 
 
 def load_networks(run: Path, config: Mapping[str, Any], vqvae: VQVAE, device: torch.device) -> Networks:
-    """Load the prior and the refiner of a run beside its VQ-VAE.
+    """Load the prior and the refiner of a run, and return them with its VQ-VAE.
 
     Raises:
         RunError: A network cannot be used, or the networks are of different runs.
@@ -430,8 +430,8 @@ def load_networks(run: Path, config: Mapping[str, Any], vqvae: VQVAE, device: to
     ):
         raise RunError(f"{run}: refiner.safetensors and vqvae.safetensors are of different runs: their codes differ")
     # Twice as fast on a CPU. PyTorch's annotations lack the argument.
-    refiner.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return Networks(vqvae, prior.to(device), refiner.to(device))
+    refiner.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return Networks(vqvae, prior.to(device), refiner)
 
 
 def check_position(options: PredictOptions, config: Mapping[str, Any]) -> None:
