@@ -201,8 +201,8 @@ def evaluate(options: EvaluateOptions, config: RunConfig, networks: Networks, de
     baseline       Training slices vs. held-out slices: how much real patients differ. For copying, one half of the
                    held-out cases vs. the other half.
 
-    Most metrics depend on the number of slices, so all use as many samples as training slices. The search for copies
-    uses all samples.
+    Most metrics depend on the number of slices, so all comparisons use the same number of samples and training slices.
+    The search for copies uses all samples.
     """
     started = time.perf_counter()
     data = training_data(options, config, networks.vqvae)
@@ -323,11 +323,11 @@ def network_metrics(
     """Return the metrics of the VQ-VAE, without the refiner, and of the prior.
 
     Args:
-        networks: Of the run.
+        networks: The networks of the run.
         originals: N slices.
-        reconstructions: Theirs.
-        codes: Theirs, (N, h, w).
-        positions: Theirs, (N,) in [0, 1], NaN for unknown.
+        reconstructions: The decoded codes.
+        codes: (N, h, w).
+        positions: Of the slices, (N,) in [0, 1], NaN for unknown.
         batch_size: Slices per forward pass.
     """
     metrics = all_reconstruction_metrics(originals.slices.shape[2:]).to(codes.device)

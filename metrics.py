@@ -170,9 +170,9 @@ def sliced_wasserstein(slices: Tensor, reference: Tensor) -> dict[str, float]:
     """Return the sliced Wasserstein distance between the patches of two sets of slices, for each pyramid level.
 
     Karras et al. 2018, arXiv:1710.10196, section 5: 7x7 patches of a Laplacian pyramid, 512 random projections, the
-    mean distance between the sorted projections. Departs from it in two ways. Each level has 16384 patches, whatever
-    the number of slices. Both sets are standardised by the reference: standardised by their own statistics, slices that
-    are too smooth would look like the reference.
+    mean distance between the sorted projections. Departs from it in two ways. Each level has 16384 patches, for any
+    number of slices. Both sets are standardised by the statistics of the reference: by its own, a set of over-smooth
+    slices would look like the reference.
 
     Args:
         slices: (N, 1, H, W).
@@ -258,6 +258,7 @@ class RandomFeatures:
         return torch.cat([self.extract_batch(batch) for batch in slices.split(BATCH_SIZE)])
 
     def extract_batch(self, x: Tensor) -> Tensor:
+        """Run the network on one batch (n, 1, H, W)."""
         *hidden, last = self.weights
         for weight in hidden:
             x = F.leaky_relu(F.conv2d(x, weight, stride=2, padding=1), 0.2)
@@ -269,7 +270,7 @@ def random_feature_frechet(features: Tensor, reference: Tensor) -> float:
     """Return the Fréchet distance between Gaussians fitted to two sets of random features; 0 for equal moments.
 
     |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), Heusel et al. 2017, arXiv:1706.08500, eq. 6. This is not FID, whose
-    features come from an Inception network: compare it only between sets of as many slices, with the same features.
+    features come from an Inception network. Values are comparable only for the same features and numbers of slices.
 
     Args:
         features: (N, D), of `RandomFeatures`.
@@ -390,12 +391,23 @@ def two_fold_split(groups: Sequence[Hashable]) -> np.ndarray:
 
 
 def train_classifier(first: Tensor, second: Tensor, seed: int, batch_size: int = 32) -> nn.Module:
-    """Train a small CNN whose logits (N, 1) for slices (N, 1, H, W) are positive for the second set."""
+    """Train a small CNN to tell two sets of slices apart.
+
+    Args:
+        first: (N, 1, H, W).
+        second: (M, 1, H, W).
+        seed: Of initialisation and batches.
+        batch_size: Half of a batch comes from each set.
+
+    Returns:
+        The network in evaluation mode. Its logits (n, 1) are positive for slices of the second set.
+    """
     random = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = build_classifier(min(first.shape[2:])).to(first.device)
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in PyTorch's type hints
+        network = build_classifier(min(first.shape[2:]))
+    # PyTorch's annotations lack the argument.
+    network.to(first.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimiser = torch.optim.AdamW(network.parameters())
     labels = torch.arange(2, device=first.device).repeat_interleave(batch_size // 2)[:, None].float()
     for update in range(CLASSIFIER_UPDATES):
@@ -424,8 +436,8 @@ def build_classifier(side: int) -> nn.Sequential:
 def wilson_interval(correct: float, trials: int) -> tuple[float, float]:
     """Return the 95 % confidence interval of the share correct / trials (Wilson 1927, J. Am. Stat. Assoc. 22:209).
 
-    It assumes independent trials. Slices of one patient are not, so for few patients it is too narrow; nor does it
-    include the variation between classifiers.
+    It assumes independent trials. Slices of one patient are not independent, so for few patients it is too narrow. It
+    does not include the variation between classifiers.
     """
     z = 1.959964
     share, denominator = correct / trials, 1 + z**2 / trials

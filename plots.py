@@ -103,7 +103,7 @@ def vqvae_loss_figure(path: Path, curves: Curves) -> None:
 
 
 def prior_loss_figure(path: Path, curves: Curves, codes: int) -> None:
-    """Plot the loss of the prior beside that of the uniform distribution over `codes` codes."""
+    """Plot the loss of the prior, with that of the uniform distribution over `codes` codes."""
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.subplots()
     draw_curves(axes, curves, "bits_per_code", "loss of the prior", "bits per code")

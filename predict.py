@@ -140,7 +140,7 @@ def add_sampling_options(parser: ArgumentParser) -> None:
         "--seed",
         type=number(int, 0, MAX_SEED),
         default=0,
-        help="random seed; it determines sample n, whatever the batch size (default: 0)",
+        help="random seed; sample n does not depend on the batch size (default: 0)",
     )
     add("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
 
@@ -399,7 +399,7 @@ def load_vqvae(run: Path, config: RunConfig, device: torch.device) -> VQVAE:
 
 
 def load_networks(run: Path, config: RunConfig, vqvae: VQVAE, device: torch.device) -> Networks:
-    """Load the prior and the refiner of a run beside its VQ-VAE.
+    """Load the prior and the refiner of a run, and return them with its VQ-VAE.
 
     Raises:
         RunError: A network cannot be used, or the networks are of different runs.

@@ -166,8 +166,9 @@ def expected(trained, tmp_path_factory):
 
 
 def measure(patch, trained, folder, device):
-    for name, fewer in {"PATCHES": 256, "PAIRS": 10, "CLASSIFIER_UPDATES": 2, "STARTS": 1, "SHIFT": 1}.items():
-        patch.setattr(metrics, name, fewer)
+    fewer = {"PATCHES": 256, "PAIRS": 10, "CLASSIFIER_UPDATES": 2, "CLASSIFIERS_PER_FOLD": 1, "MAX_SHIFT": 1}
+    for name, value in fewer.items():
+        patch.setattr(metrics, name, value)
     shutil.copytree(trained.run, folder / "run")
     given = {"run": folder / "run", "images": folder, "out": folder, "device": device}
     call(predict, **given, reconstruct=trained.data / "keras_slices_test")
@@ -193,7 +194,8 @@ def test_sampling_waits_for_the_gpu_once_a_batch(gpu, trained, tmp_path):
     """The noise of a row is begun while the row before is computed; nothing is asked for before the codes are done."""
     call(predict, run=trained.run, num=6, batch_size=3, out=tmp_path, images=tmp_path, device="cuda")
     waits = Counter(line.split()[-1] for line in gpu.waits)
-    assert waits["draw"] == 2 * 2 + 2  # positions there and codes back, twice; codes there and slices back, once
+    assert waits["sample_batch"] == 2 * 2  # positions there and codes back, twice
+    assert waits["refine_batch"] == 2  # codes there and slices back, once
     assert not waits.keys() & {"sample", "generate", "sample_row", "begin", "forward"}
 
 
@@ -255,9 +257,9 @@ def test_a_slice_that_does_not_fit_is_one_line(trained, tmp_path, monkeypatch, n
 def test_the_check_runs_through(gpu, tiny_preset, tmp_path, monkeypatch, capsys):
     """Its parts, with the networks of the tests; it takes processes and minutes with those of the demo."""
     real = gpu_check.train_options
-    few = {"PATCHES": 256, "PAIRS": 10, "STARTS": 1, "SHIFT": 1, "CLASSIFIER_UPDATES": 1}
-    for name, fewer in few.items():
-        monkeypatch.setattr(metrics, name, fewer)
+    fewer = {"PATCHES": 256, "PAIRS": 10, "CLASSIFIERS_PER_FOLD": 1, "MAX_SHIFT": 1, "CLASSIFIER_UPDATES": 1}
+    for name, value in fewer.items():
+        monkeypatch.setattr(metrics, name, value)
     monkeypatch.setattr(gpu_check, "train_options", lambda *given: [*real(*given), "--preset", tiny_preset])
     monkeypatch.setattr(gpu_check, "train_with_a_stop", lambda options, run: train.main(options))
     report = gpu_check.check(tmp_path, torch.device("cuda", 0), tiny=True)
