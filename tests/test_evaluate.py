@@ -13,21 +13,14 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread
+from trainings import arguments
 
 import evaluate
 import metrics
 import predict
 from checkpoints import read_config
+from console import RunError
 from dataset import Slices, load_dataset
-from utils import RunError
-
-
-def arguments(**options):
-    texts = []
-    for name, value in options.items():
-        texts += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
-    return texts
-
 
 SAMPLE_KEYS = {
     "c2st_accuracy",
@@ -254,7 +247,7 @@ def test_data_other_than_the_training_data_are_refused(trained, tmp_path, compla
 def test_missing_training_data_are_an_error_that_names_the_folder(trained, tmp_path, complaint):
     run = tmp_path / "run"
     shutil.copytree(trained.run, run)
-    config = read_config(run)
+    config = json.loads((run / "config.json").read_text())
     config["options"]["data"] = "gone"
     (run / "config.json").write_text(json.dumps(config))
     error = complaint("evaluate.py", arguments(run=run, images=tmp_path / "images"))

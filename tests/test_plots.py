@@ -33,11 +33,11 @@ def test_vqvae_loss_figure(tmp_path):
     read_png(path, 1440, 384)
 
 
-def test_a_figure_that_cannot_be_written_is_a_warning(tmp_path, capsys):
+def test_a_figure_that_cannot_be_written_is_a_warning(tmp_path, caplog):
     """A training of hours does not end because a folder of pictures was removed or is full."""
     (tmp_path / "images").write_text("mine")
     plots.prior_loss_figure(tmp_path / "images" / "loss.png", curves_of("bits_per_code"), 512)
-    assert capsys.readouterr().out.startswith(f"warning: {tmp_path / 'images'} cannot be written: ")
+    assert caplog.messages[0].startswith(f"{tmp_path / 'images'} cannot be written: ")
     assert (tmp_path / "images").read_text() == "mine"
 
 
@@ -127,7 +127,7 @@ def test_draw_curves_leaves_out_a_split_that_was_not_logged():
 def test_upright_puts_anterior_on_top_and_row_0_left():
     slices = np.zeros((2, 6, 4))
     slices[1, 5, 0] = 1  # last row, first column: the front, at the other side
-    pictures = plots.upright(slices)
+    pictures = plots.to_display(slices)
     assert pictures.shape == (2, 4, 6)
     assert np.argwhere(pictures).tolist() == [[1, 0, 5]]
 
@@ -233,22 +233,22 @@ def test_refinement_figure(tmp_path, monkeypatch):
 def evaluated(**samples):
     """What evaluation.json holds, as far as it is drawn."""
     names = (
-        "two_sample_accuracy",
+        "c2st_accuracy",
         "coverage",
         "density",
-        "frechet_distance",
+        "random_feature_frechet",
         "sliced_wasserstein",
         "ms_ssim_diversity",
     )
     part = {
         "samples": dict.fromkeys(names, 0.5) | samples,
-        "copying": {"statistic": -3.2, "share_nearer_than_heldout": 0.1},
+        "copying": {"c_t": -3.2, "memorisation_rate": 0.1},
     }
     return {
         **part,
         "decoder_alone": part,
         "prior_alone": part,
-        "floor": part,
+        "baseline": part,
         "prior": {"bits_per_slice": 900.0, "jpeg2000_bits_per_slice": 1200.0},
         "reconstructions": {"bits_per_pixel": 0.5625, "psnr": 24.0},
     }

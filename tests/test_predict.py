@@ -3,12 +3,11 @@
 import csv
 import errno
 import json
-import os
 import re
 import shutil
 from collections import Counter
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,19 +15,20 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from campaign import READ_BY_PREDICT, judge_run, tamper
 from matplotlib.image import imread
-from safetensors import safe_open
-from safetensors.torch import save_file
+from tampering import judge_run, tamper
+from trainings import WEIGHTS, arguments
 
 import predict
-from checkpoints import lock, read_config, save_weights
+from checkpoints import Run, lock_run, read_config, save_tensors, save_weights
+from config import Positions
+from console import RunError, printable
 from dataset import DataError
 from metrics import reconstruction_metrics
-from modules import GatedPixelCNN, PriorConfig, Refiner, RefinerConfig
-from utils import RunError, printable
+from modules import VQVAE, GatedPixelCNN, PriorConfig, Refiner, RefinerConfig, VQVAEConfig
 
 ROOT = Path(__file__).parents[1]
+READ_BY_PREDICT = ("config.json", *WEIGHTS)
 
 
 @pytest.fixture
@@ -42,13 +42,6 @@ def call(tmp_path, trained):
         return folder
 
     return call
-
-
-def arguments(**options):
-    texts = []
-    for name, value in options.items():
-        texts += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
-    return texts
 
 
 def pixels_of(folder, pattern="sample_*.nii.gz"):
@@ -78,7 +71,7 @@ def test_samples_have_the_affine_and_spacing_of_the_training_slices(call, traine
         assert image.shape == (64, 32)
         assert image.get_data_dtype() == np.float32
         np.testing.assert_allclose(image.affine, original.affine, atol=1e-4)
-        np.testing.assert_allclose(image.affine, read_config(trained.run)["affine"], atol=1e-4)
+        np.testing.assert_allclose(image.affine, read_config(trained.run).affine, atol=1e-4)
         assert image.header.get_zooms() == pytest.approx(original.header.get_zooms())
         assert image.header.get_zooms() == pytest.approx((410 / 64, 205 / 32))
         assert nib.aff2axcodes(image.affine) == nib.aff2axcodes(original.affine)
@@ -86,7 +79,7 @@ def test_samples_have_the_affine_and_spacing_of_the_training_slices(call, traine
 
 
 def test_samples_have_the_intensity_scale_of_the_data(call, trained):
-    scale = read_config(trained.run)["intensity"]["scale"]
+    scale = read_config(trained.run).intensity.scale
     pixels = pixels_of(call(num=4))
     assert pixels.min() >= 0
     assert pixels.max() <= scale * (1 + 1e-6)
@@ -106,7 +99,7 @@ def test_codes_are_integers_below_the_codebook_size(call):
 def load_decoders(run):
     """The VQ-VAE and the refiner of a run."""
     vqvae = predict.load_weights(run / "vqvae.safetensors", predict.VQVAE, predict.VQVAEConfig)
-    return vqvae, predict.load_weights(run / "refiner.safetensors", Refiner, RefinerConfig)
+    return vqvae, predict.load_weights(run / "refiner.safetensors", Refiner, RefinerConfig, "refiner_")
 
 
 @pytest.mark.parametrize("seed", [0, 5])
@@ -115,7 +108,7 @@ def test_written_slices_are_the_refined_codes(call, trained, seed):
     vqvae, refiner = load_decoders(trained.run)
     codes = torch.from_numpy(codes_of(folder)).long()
     slices = refiner.sample(range(3), codes, vqvae, seed)[:, 0].numpy()
-    scale = read_config(trained.run)["intensity"]["scale"]
+    scale = read_config(trained.run).intensity.scale
     np.testing.assert_allclose(pixels_of(folder), (slices + 1) / 2 * scale, atol=1e-4 * scale)
 
 
@@ -129,7 +122,7 @@ def test_samples_with_equal_codes_differ_in_the_detail_of_the_refiner(call):
 
 def test_samples_do_not_depend_on_the_batch_size_or_their_number(call, trained):
     expected = call("all", num=7, batch_size=7)
-    scale = read_config(trained.run)["intensity"]["scale"]
+    scale = read_config(trained.run).intensity.scale
     for batch_size, num in ((1, 7), (3, 7), (32, 7), (2, 4), (5, 9)):
         folder = call(f"{batch_size}_{num}", num=num, batch_size=batch_size)
         shared = min(num, 7)
@@ -160,51 +153,52 @@ def test_refiner_noise_of_0_makes_the_refiner_deterministic(call, trained):
     codes = torch.from_numpy(codes_of(smooth)).long()
     assert (codes_of(rough) == codes_of(smooth)).all()
     config = read_config(trained.run)
-    device, scale = torch.device("cpu"), config["intensity"]["scale"]
+    device, scale = torch.device("cpu"), config.intensity.scale
     networks = predict.load_networks(trained.run, config, predict.load_vqvae(trained.run, config, device), device)
     expected = networks.refiner.sample(range(5, 8), codes, networks.vqvae, seed=9, noise_scale=0)[:, 0].numpy()
     np.testing.assert_allclose(pixels_of(smooth), (expected + 1) / 2 * scale, atol=1e-4 * scale)
     assert np.abs(pixels_of(rough) - pixels_of(smooth)).max() > 0.01 * scale
 
 
+FROM_02_TO_08 = [0.2 + 0.006 * n for n in range(101)]
+
+
 @pytest.mark.parametrize(
     "quantiles, position, error",
     [
-        ([0.2, 0.5, 0.8], 0.2, None),
-        ([0.2, 0.5, 0.8], 0.8, None),
-        ([0.2, 0.5, 0.8], None, None),
+        (FROM_02_TO_08, 0.2, None),
+        (FROM_02_TO_08, 0.8, None),
+        (FROM_02_TO_08, None, None),
         ([], None, None),
-        ([0.2, 0.5, 0.8], 0.1, "from 0.2 to 0.8"),
+        (FROM_02_TO_08, 0.1, "from 0.2 to 0.8"),
         ([0.5] * 101, 0.8, "from 0.5 to 0.5"),
         ([], 0.5, "not known: no names with slice numbers"),
     ],
 )
 def test_positions_outside_those_of_the_training_slices_are_refused(quantiles, position, error):
     given = SimpleNamespace(position=position, run=Path("runs/a"))
-    config = {"positions": {"quantiles": quantiles}}
+    config = SimpleNamespace(positions=Positions(quantiles=quantiles, unknown=0.5 if quantiles else 1))
     with pytest.raises(RunError, match=error) if error else nullcontext():
         predict.check_position(given, config)
 
 
-def test_sampling_an_unfinished_run_prints_a_warning(call, trained, tmp_path, capsys):
-    assert "warning" not in output_of(call, capsys, run=trained.run)
+def test_sampling_an_unfinished_run_prints_a_warning(call, trained, tmp_path, caplog):
+    call(num=1)
     copy = tmp_path / "copy"
     shutil.copytree(trained.run, copy)
-    (copy / "training.pt").write_bytes(b"damaged")
-    assert "warning" not in output_of(call, capsys, run=copy)
-    (copy / "training.pt").unlink()
-    assert "warning" not in output_of(call, capsys, run=copy)
-    torch.save({"stage": "refiner", "log_bytes": 0}, copy / "training.pt")
-    assert f"warning: {copy} is not complete" in output_of(call, capsys, run=copy)
-
-
-def output_of(call, capsys, **options):
-    call(num=1, **options)
-    return capsys.readouterr().out
+    (copy / "checkpoint.safetensors").write_bytes(b"damaged")
+    call(num=1, run=copy)
+    (copy / "checkpoint.safetensors").unlink()
+    call(num=1, run=copy)
+    assert not caplog.messages
+    with Run(copy, read_config(copy), {}) as run:
+        run.save_checkpoint({}, stage="refiner")
+    call(num=1, run=copy)
+    assert caplog.messages == [f"{copy} is not complete: the training is not finished"]
 
 
 def test_positions_have_the_distribution_of_the_training_slices():
-    distribution = {"quantiles": np.linspace(0.25, 0.75, 101).tolist(), "unknown": 0.25}
+    distribution = Positions(quantiles=np.linspace(0.25, 0.75, 101).tolist(), unknown=0.25)
     positions = predict.draw_positions(range(800), 0, distribution).numpy()
     assert np.isnan(positions).mean() == pytest.approx(0.25, abs=0.08)  # 5 standard errors
     known = positions[np.isfinite(positions)]
@@ -213,7 +207,7 @@ def test_positions_have_the_distribution_of_the_training_slices():
     assert known.mean() == pytest.approx(0.5, abs=0.03)
     np.testing.assert_array_equal(predict.draw_positions(range(5, 9), 0, distribution), positions[5:9])
     assert not np.array_equal(predict.draw_positions(range(800), 1, distribution), positions, equal_nan=True)
-    assert predict.draw_positions(range(3), 0, {"quantiles": [], "unknown": 1}).isnan().all()
+    assert predict.draw_positions(range(3), 0, Positions(quantiles=[], unknown=1)).isnan().all()
 
 
 def test_samples_of_an_earlier_call_are_replaced_with_a_notice(call, capsys):
@@ -388,7 +382,7 @@ def test_slices_with_unusual_names_are_reconstructed(call, trained, tmp_path, na
 
 
 @pytest.mark.parametrize(("factor", "warned"), [(1.0, False), (1.015, False), (0.5, True), (2.0, True)])
-def test_another_pixel_spacing_than_in_training_prints_a_warning(call, trained, tmp_path, capsys, factor, warned):
+def test_another_pixel_spacing_than_in_training_prints_a_warning(call, trained, tmp_path, caplog, factor, warned):
     own = tmp_path / "own"
     own.mkdir()
     for number, scale in enumerate((1.0, factor)):
@@ -396,8 +390,7 @@ def test_another_pixel_spacing_than_in_training_prints_a_warning(call, trained, 
         affine = image.affine @ np.diag([scale, scale, 1, 1])
         nib.save(nib.Nifti1Image(image.get_fdata(), affine), own / f"case_004_week_0_slice_{number}.nii.gz")
     call("out", reconstruct=own)
-    output = capsys.readouterr().out
-    assert ("warning: 1 slices have another pixel spacing" in output) == warned
+    assert ("1 slices have another pixel spacing" in caplog.text) == warned
 
 
 def test_interrupted_sampling_keeps_the_files_of_an_earlier_call(call, trained, monkeypatch):
@@ -431,7 +424,7 @@ def test_a_full_disk_is_an_error_that_names_the_file(call, trained, tmp_path, mo
     assert not list((tmp_path / "samples").glob("*.nii.gz"))
 
 
-def test_another_orientation_than_in_training_prints_a_warning(call, trained, tmp_path, capsys):
+def test_another_orientation_than_in_training_prints_a_warning(call, trained, tmp_path, caplog):
     own = tmp_path / "own"
     own.mkdir()
     image = nib.load(next((trained.data / "keras_slices_test").glob("*.nii.gz")))
@@ -439,7 +432,7 @@ def test_another_orientation_than_in_training_prints_a_warning(call, trained, tm
         flipped = nib.Nifti1Image(image.get_fdata(), image.affine @ np.diag([sign, 1, 1, 1]))
         nib.save(flipped, own / f"case_004_week_0_slice_{number}.nii.gz")
     call("out", reconstruct=own)
-    assert "warning: 2 slices have another orientation than training slices" in capsys.readouterr().out
+    assert "2 slices have another orientation than training slices" in caplog.text
 
 
 def test_a_run_with_an_unusual_name_is_sampled(trained, tmp_path, capsys):
@@ -509,32 +502,37 @@ def test_a_missing_or_damaged_file_of_a_run_is_one_line(copied, tmp_path, compla
 
 
 def test_networks_of_different_runs_are_refused(copied, tmp_path, complaint):
-    prior = predict.load_weights(copied / "prior.safetensors", GatedPixelCNN, PriorConfig)
+    prior = predict.load_weights(copied / "prior.safetensors", GatedPixelCNN, PriorConfig, "prior_")
     for change in ({"codebook_size": 8}, {"grid": (8, 8)}):
         save_weights(copied / "prior.safetensors", GatedPixelCNN(replace(prior.config, **change)))
         error = complaint("predict.py", arguments(run=copied, out=tmp_path / "out"))
         assert f"{copied}: prior.safetensors and vqvae.safetensors are of different runs" in error
     save_weights(copied / "prior.safetensors", prior)
-    refiner = predict.load_weights(copied / "refiner.safetensors", Refiner, RefinerConfig)
+    refiner = predict.load_weights(copied / "refiner.safetensors", Refiner, RefinerConfig, "refiner_")
     for change in ({"codebook_size": 8}, {"embedding_dim": 7}, {"downsampling": 8}):
         save_weights(copied / "refiner.safetensors", Refiner(replace(refiner.config, **change)))
         error = complaint("predict.py", arguments(run=copied, out=tmp_path / "out"))
         assert f"{copied}: refiner.safetensors and vqvae.safetensors are of different runs" in error
-    config = read_config(copied)
+    config = json.loads((copied / "config.json").read_text())
     (copied / "config.json").write_text(json.dumps(config | {"slice_size": [62, 32]}))
     error = complaint("predict.py", arguments(run=copied, out=tmp_path / "out"))
     assert "vqvae.safetensors takes no slices of 62x32" in error
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["vqvae.safetensors", "prior.safetensors", "refiner.safetensors"])
+@pytest.mark.parametrize("name", WEIGHTS)
 def test_a_huge_network_config_is_refused_before_allocation(copied, tmp_path, complaint, name):
-    with safe_open(copied / name, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 not a dict
-        config = json.loads(file.metadata()["config"])
+    network = {
+        "vqvae": (VQVAE, VQVAEConfig),
+        "prior": (GatedPixelCNN, PriorConfig),
+        "refiner": (Refiner, RefinerConfig),
+    }
+    stage = name.partition(".")[0]
+    made = predict.load_weights(copied / name, *network[stage], "" if stage == "vqvae" else f"{stage}_")
+    fields, tensors = asdict(made.config), made.state_dict()
     changes = [{"channels": 10**9}, {"channels": 60_000}, {"codes": 2**40}, {"grid": [10**6, 10**6]}, {"x": 1}]
     for change in [*changes, {"downsampling": 2**20}, {"time_frequencies": 2**40}]:
-        save_file(tensors, copied / name, {"config": json.dumps(config | change)})
+        save_tensors(copied / name, fields | change, tensors)
         error = complaint("predict.py", arguments(run=copied, out=tmp_path / "out"))
         assert f"{copied / name} cannot be used" in error
 
@@ -559,9 +557,9 @@ def test_tampered_runs_are_loaded_or_refused_and_execute_nothing(trained, tmp_pa
 
 
 def test_a_run_can_be_sampled_while_it_trains(copied, tmp_path, capsys):
-    handle = lock(copied)
+    lock = lock_run(copied)
     predict.main(arguments(run=copied, num=2, out=tmp_path / "out", images=tmp_path / "images", device="cpu"))
-    os.close(handle)
+    lock.close()
     assert len(list((tmp_path / "out").glob("*.nii.gz"))) == 2
 
 
@@ -570,14 +568,14 @@ def test_a_run_without_all_networks_reconstructs_but_does_not_sample(copied, tra
     """The error names the missing file."""
     for name in missing:
         (copied / name).unlink()
-    handle = lock(copied)
+    lock = lock_run(copied)
     given = {"run": copied, "out": tmp_path / "out", "images": tmp_path / "images", "device": "cpu"}
     for script in ("predict.py", "evaluate.py"):
         error = complaint(script, arguments(**{name: given[name] for name in ("run", "images", "device")}))
         assert f"{copied / missing[-1]} does not exist: train.py has not come that far, or the run is of an" in error
     assert not (tmp_path / "out").exists()
     predict.main(arguments(**given, reconstruct=[trained.data / "keras_slices_test"]))
-    os.close(handle)
+    lock.close()
     assert len(list((tmp_path / "out").glob("*_reconstruction.nii.gz"))) == 4
 
 

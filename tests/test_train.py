@@ -799,7 +799,7 @@ def test_a_complete_run_is_left_unchanged(trained, tiny_preset, tmp_path, capsys
         ({"prior_updates": 3}, "--prior-updates was 9, is 3"),
         ({"refiner_updates": 3}, "--refiner-updates was 6, is 3"),
         ({"preset": "demo", "updates": 12, "prior_updates": 9, "refiner_updates": 6}, "--preset was tiny, is demo"),
-        ({"slice_size": "32 32"}, r"--slice-size was \[64, 32\], is \[32, 32\]"),
+        ({"slice_size": [32, 32]}, r"--slice-size was \[64, 32\], is \[32, 32\]"),
     ],
 )
 def test_other_options_are_refused_by_name(trained, tiny_preset, changed, message):
@@ -904,9 +904,12 @@ def test_a_place_for_figures_that_is_none_is_noticed_before_training(options, mo
         ({"device": "xla"}, "--device xla: choose auto"),
         ({"colour": "blue"}, "unrecognized arguments: --colour blue"),
         ({"slice_size": "64"}, "argument --slice-size: expected 2 arguments"),
-        ({"slice_size": "62 32"}, "slice size 62x32 does not fit the network: the nearest that do are 60x32 and 64x32"),
-        ({"slice_size": "4 32"}, "argument --slice-size: 4 is not at least 8"),
-        ({"slice_size": "64 100000"}, "argument --slice-size: 100000 is not at least 8 and at most 2048"),
+        (
+            {"slice_size": [62, 32]},
+            "slice size 62x32 does not fit the network: the nearest that do are 60x32 and 64x32",
+        ),
+        ({"slice_size": [4, 32]}, "argument --slice-size: 4 is not at least 8"),
+        ({"slice_size": [64, 100000]}, "argument --slice-size: 100000 is not at least 8 and at most 2048"),
         ({"run": "/proc/1/run"}, "--run /proc/1/run cannot be written"),
         ({"images": "/proc/1/images"}, "--images /proc/1/images cannot be written"),
     ],
@@ -1023,7 +1026,7 @@ def test_the_embedded_phantom(options, monkeypatch):
     real = phantom.write_phantom
     monkeypatch.setattr(phantom, "write_phantom", lambda folder, **given: real(folder, (2, 1, 1), slices=2, **given))
     given = options | {"data": "phantom", "updates": 2, "prior_updates": 1, "refiner_updates": 1}
-    train.main(arguments(**given, slice_size="32 16"))
+    train.main(arguments(**given, slice_size=[32, 16]))
     assert checkpoints.read_config(options["run"]).slice_size == (32, 16)
     monkeypatch.setitem(config.PRESETS, "tiny", config.PRESETS["tiny"] | {"phantom_size": (48, 24)})
     other = options["run"].parent / "other"

@@ -16,7 +16,7 @@ UPDATES = {"vqvae": 12, "prior": 9, "refiner": 6}  # of the tiny preset
 def arguments(**options):
     texts = []
     for name, value in options.items():
-        texts += [f"--{name.replace('_', '-')}", *(str(value).split() if isinstance(value, str) else [str(value)])]
+        texts += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
     return texts
 
 
