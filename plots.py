@@ -85,39 +85,52 @@ def mark_best(axes: Axes, curves: Curves, name: str, template: str) -> None:
     axes.legend(frameon=False)
 
 
+def draw_optimisation(gradient_axes: Axes, rate_axes: Axes, curves: Curves) -> None:
+    """Draw the gradient norm and the learning rate."""
+    draw_curves(gradient_axes, curves, "gradient_norm", "gradient norm", "before clipping")
+    gradient_axes.set_yscale("log")
+    draw_curves(rate_axes, curves, "learning_rate", "learning rate", "")
+
+
 def vqvae_loss_figure(path: Path, curves: Curves) -> None:
-    """Plot the three losses of the VQ-VAE, and the SSIM of reconstructions."""
-    figure = Figure(figsize=(12, 3.2), layout="constrained")
+    """Plot the three losses of the VQ-VAE, the SSIM of reconstructions, the gradient norm and the learning rate."""
+    figure = Figure(figsize=(12, 5.6), layout="constrained")
     panels = (
         ("reconstruction_loss", "reconstruction loss", "MSE, slices in [-1, 1]"),
         ("embedding_loss", "embedding loss", "commitment"),
         ("total_loss", "total loss", "sum"),
     )
-    all_axes = figure.subplots(1, 4)
-    for axes, (name, title, unit) in zip(all_axes, panels):
+    losses, others = figure.subplots(2, 3)
+    for axes, (name, title, unit) in zip(losses, panels):
         draw_curves(axes, curves, name, title, unit)
         axes.set_yscale("log")
-    draw_curves(all_axes[3], curves, "ssim", "reconstructions", "SSIM")
-    all_axes[0].legend(frameon=False)
+    draw_curves(others[0], curves, "ssim", "reconstructions", "SSIM")
+    draw_optimisation(others[1], others[2], curves)
+    losses[0].legend(frameon=False)
     save_figure(figure, path)
 
 
 def prior_loss_figure(path: Path, curves: Curves, codes: int) -> None:
-    """Plot the loss of the prior, with that of the uniform distribution over `codes` codes."""
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axes = figure.subplots()
-    draw_curves(axes, curves, "bits_per_code", "loss of the prior", "bits per code")
-    axes.axhline(math.log2(codes), color="black", linewidth=0.8, linestyle=":", label=f"uniform over {codes} codes")
-    mark_best(axes, curves, "bits_per_code", "{:.2f} bits")
+    """Plot the loss of the prior with that of the uniform distribution over `codes` codes, and the optimisation."""
+    figure = Figure(figsize=(12, 3.4), layout="constrained")
+    loss, gradient, rate = figure.subplots(1, 3, width_ratios=(3, 2, 2))
+    draw_curves(loss, curves, "bits_per_code", "loss of the prior", "bits per code")
+    loss.axhline(math.log2(codes), color="black", linewidth=0.8, linestyle=":", label=f"uniform over {codes} codes")
+    mark_best(loss, curves, "bits_per_code", "{:.2f} bits")
+    draw_optimisation(gradient, rate, curves)
     save_figure(figure, path)
 
 
 def refiner_loss_figure(path: Path, curves: Curves) -> None:
-    """Plot the flow-matching loss of the refiner: 1.74 for Gaussian residuals of the right standard deviation."""
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axes = figure.subplots()
-    draw_curves(axes, curves, "flow_loss", "loss of the refiner", "MSE of the velocity")
-    mark_best(axes, curves, "flow_loss", "{:.3f}")
+    """Plot the flow-matching loss of the refiner and the optimisation.
+
+    The loss is 1.74 for Gaussian residuals of the right standard deviation.
+    """
+    figure = Figure(figsize=(12, 3.4), layout="constrained")
+    loss, gradient, rate = figure.subplots(1, 3, width_ratios=(3, 2, 2))
+    draw_curves(loss, curves, "flow_loss", "loss of the refiner", "MSE of the velocity")
+    mark_best(loss, curves, "flow_loss", "{:.3f}")
+    draw_optimisation(gradient, rate, curves)
     save_figure(figure, path)
 
 

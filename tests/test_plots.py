@@ -28,9 +28,9 @@ def read_png(path, width, height):
 
 def test_vqvae_loss_figure(tmp_path):
     path = tmp_path / "new" / "folder" / "loss.png"
-    curves = curves_of("reconstruction_loss", "embedding_loss", "total_loss", "ssim")
+    curves = curves_of("reconstruction_loss", "embedding_loss", "total_loss", "ssim", "gradient_norm", "learning_rate")
     plots.vqvae_loss_figure(path, curves)
-    read_png(path, 1440, 384)
+    read_png(path, 1440, 672)
 
 
 def test_a_figure_that_cannot_be_written_is_a_warning(tmp_path, caplog):
@@ -67,14 +67,14 @@ def test_names_are_not_parsed_as_markup_in_a_figure(tmp_path, name):
 
 def test_prior_loss_figure(tmp_path):
     path = tmp_path / "new" / "loss.png"
-    plots.prior_loss_figure(path, curves_of("bits_per_code"), 512)
-    read_png(path, 720, 432)
+    plots.prior_loss_figure(path, curves_of("bits_per_code", "gradient_norm", "learning_rate"), 512)
+    read_png(path, 1440, 408)
 
 
 def test_refiner_loss_figure(tmp_path):
     path = tmp_path / "new" / "loss.png"
-    plots.refiner_loss_figure(path, curves_of("flow_loss"))
-    read_png(path, 720, 432)
+    plots.refiner_loss_figure(path, curves_of("flow_loss", "gradient_norm", "learning_rate"))
+    read_png(path, 1440, 408)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_loss_figures_mark_the_lowest_validation_loss(monkeypatch, draw, name, k
     drawn = []
     monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.append(figure))
     draw(curves_of(name))
-    (axes,) = drawn[0].axes
+    axes = drawn[0].axes[0]
     (marked,) = (line for line in axes.lines if line.get_label() == kept)
     assert (marked.get_xdata().tolist(), marked.get_ydata().tolist()) == ([20], [1.0])
     assert kept in [text.get_text() for text in axes.get_legend().get_texts()]
