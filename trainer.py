@@ -34,6 +34,7 @@ T = TypeVar("T")
 VALIDATIONS = 20  # per stage
 LOG_LINES = 250  # of the training losses, per stage
 INTERVAL_SECONDS = 60  # between checkpoints, and between figures
+SPLIT_NAMES = {"train": "training", "validate": "validation"}
 COPIED_SLICES = 4096  # at a time to a GPU's memory: 128 MB of 256x128
 COLLAPSE_SHARE, COLLAPSE_UPDATES = 0.1, 500  # the codebook has collapsed if it uses fewer codes for so many updates
 
@@ -323,7 +324,7 @@ class Trainer(Generic[Network]):
         """
         for name, value in values.items():
             if not math.isfinite(value):
-                raise self.divergence_error(f"the {name} of {split}", self.update)
+                raise self.divergence_error(f"the {name} in {SPLIT_NAMES[split]}", self.update)
         self.run.log(self.stage, split, self.update, values)
         if self.writer:
             for name, value in values.items():

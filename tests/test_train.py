@@ -645,7 +645,7 @@ def test_a_non_finite_loss_ends_the_run_and_keeps_the_checkpoint(options, monkey
 )
 def test_a_non_finite_validation_loss_ends_the_run(options, monkeypatch, stage, evaluate, loss):
     monkeypatch.setattr(train, evaluate, lambda *_: math.inf)
-    with pytest.raises(RunError, match=f"{stage} update 1: the {loss} of validate is not finite"):
+    with pytest.raises(RunError, match=f"{stage} update 1: the {loss} in validation is not finite"):
         train.main(arguments(**options))
     assert all(math.isfinite(value) for line in lines_of(options["run"]) for value in list(line.values())[2:])
 
