@@ -31,7 +31,7 @@ Width = Annotated[int, Ge(1), Le(65_536)]
 Layers = Annotated[int, Ge(1), Le(100)]
 Rate = Annotated[float, Gt(0), Le(10)]
 Decay = Annotated[float, Ge(0), Le(1)]
-SMALLEST_SIDE = 8  # pixels; SSIM's window needs 6
+SMALLEST_SIDE = 8  # pixels; SSIM's window of 11 is padded by reflection, which needs 6
 Side = Annotated[int, Ge(SMALLEST_SIDE), Le(2048)]  # nifti.py reads no longer sides
 # JSON has neither tuples nor paths: these two types are made of lists and strings.
 Pair = Annotated[tuple[Side, Side], Strict(False)]
@@ -131,8 +131,13 @@ class TrainConfig(StrictModel):
     hidden_channels: Width = option(VQVAE, 64, "width inside a residual block")
     codebook_size: Width = option(VQVAE, 2048, "K, the number of embeddings")
     embedding_dim: Width = option(VQVAE, 64, "D, the length of an embedding")
-    commitment_cost: Annotated[float, Ge(0), Le(100)] = option(VQVAE, 0.25, "weight of the embedding loss")
+    commitment_cost: Annotated[float, Ge(0), Le(100)] = option(
+        VQVAE, 0.25, "weight of the commitment term, which the embedding loss is"
+    )
     codebook_decay: Decay = option(VQVAE, 0.99, "decay of the codebook's EMA per update")
+    dead_code_threshold: Annotated[float, Ge(0), Le(1)] = option(
+        VQVAE, 0.3, "codes used less than this share of the mean are replaced; 0 replaces none"
+    )
 
     prior_updates: Updates = option(PRIOR, 20_000, "updates of the prior")
     prior_learning_rate: Rate = option(PRIOR, 8e-3, "peak learning rate")
@@ -152,12 +157,13 @@ class TrainConfig(StrictModel):
     refiner_pixel_features: Width = option(REFINER, 14, "channels per pixel from the code grid")
     refiner_pixel_channels: Width = option(REFINER, 32, "width of the layers on pixels")
     refiner_time_frequencies: Layers = option(REFINER, 8, "Fourier features of the flow's time")
+    refiner_ode_steps: Layers = option(REFINER, 8, "steps of Heun's method per sample, the last an Euler step")
     std_slices: Annotated[int, Ge(1), Le(100_000)] = option(
         REFINER, 256, "slices from which the standard deviation of residuals is estimated"
     )
 
-    adam_beta1: Annotated[float, Ge(0), Le(0.9999)] = option(OPTIMISER, 0.9, "AdamW's decay of the first moment")
-    adam_beta2: Annotated[float, Ge(0), Le(0.9999)] = option(OPTIMISER, 0.99, "AdamW's decay of the second moment")
+    adam_beta1: Annotated[float, Ge(0), Le(0.9999)] = option(OPTIMISER, 0.9, "Adam's decay of the first moment")
+    adam_beta2: Annotated[float, Ge(0), Le(0.9999)] = option(OPTIMISER, 0.99, "Adam's decay of the second moment")
     warmup_updates: Annotated[int, Ge(1), Le(MOST_UPDATES)] = option(
         OPTIMISER, 50, "updates of linear warm-up; the rate then falls to 0 along a cosine"
     )

@@ -52,7 +52,7 @@ def reconstruction_metrics() -> MetricCollection:
     """
     return MetricCollection(
         {
-            "ssim": StructuralSimilarityIndexMeasure(data_range=DATA_RANGE),
+            "ssim": StructuralSimilarityIndexMeasure(sigma=1.5, data_range=DATA_RANGE, k1=0.01, k2=0.03),
             "psnr": PeakSignalNoiseRatio(data_range=DATA_RANGE),
         }
     )

@@ -44,16 +44,18 @@ class VQVAEConfig:
         embedding_dim: D, the length of a latent and of an embedding.
         commitment_cost: beta of arXiv:1711.00937, eq. 3.
         codebook_decay: Decay of the codebook's EMA per update (there, appendix A.1).
+        dead_code_threshold: Codes used less than this share of the mean are dead, and replaced.
     """
 
     downsampling: int = 4
     channels: int = 128
     residual_blocks: int = 2
     hidden_channels: int = 64
-    codebook_size: int = 512
+    codebook_size: int = 2048
     embedding_dim: int = 64
     commitment_cost: float = 0.25
     codebook_decay: float = 0.99
+    dead_code_threshold: float = 0.3
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class PriorConfig:
     """
 
     grid: tuple[int, int] = (64, 32)
-    codebook_size: int = 512
+    codebook_size: int = 2048
     channels: int = 64
     dilation_cycles: int = 2
     head_channels: int = 256
@@ -93,10 +95,11 @@ class RefinerConfig:
         pixel_features: Channels per pixel that the code grid hands to the layers on pixels.
         pixel_channels: Width of the layers on pixels.
         time_frequencies: Fourier features of the flow's time.
+        ode_steps: Steps of the ODE solver, the last of them an Euler step.
     """
 
     downsampling: int = 4
-    codebook_size: int = 512
+    codebook_size: int = 2048
     embedding_dim: int = 64
     channels: int = 128
     residual_blocks: int = 4
@@ -104,6 +107,7 @@ class RefinerConfig:
     pixel_features: int = 14
     pixel_channels: int = 32
     time_frequencies: int = 8
+    ode_steps: int = 8
 
 
 # ---------------------------------------------------------------- encoder
@@ -151,17 +155,16 @@ class Codebook(nn.Module):
     The quantised axis is the last: latents (..., D) = (65536, 64) and K = 512 give codes (65536,). In training mode the
     embeddings are an EMA of the latents assigned to them (there, appendix A.1). Cluster sizes start at one, together
     with the sums, so an unused embedding keeps its place instead of being divided by zero. Dead codes, used less than
-    DEAD_CODE_THRESHOLD times the mean, are replaced by latents of the batch: without this the codebook collapses.
+    `dead_threshold` times the mean, are replaced by latents of the batch: without this the codebook collapses.
     """
 
-    DEAD_CODE_THRESHOLD = 0.3
     embeddings: Tensor  # (K, D)
     cluster_sizes: Tensor  # (K,)
     sums: Tensor  # (K, D)
 
-    def __init__(self, size: int, dim: int, decay: float):
+    def __init__(self, size: int, dim: int, decay: float, dead_threshold: float):
         super().__init__()
-        self.decay = decay
+        self.decay, self.dead_threshold = decay, dead_threshold
         self.register_buffer("embeddings", torch.randn(size, dim))
         self.register_buffer("cluster_sizes", torch.ones(size))
         self.register_buffer("sums", self.embeddings.clone())
@@ -189,7 +192,7 @@ class Codebook(nn.Module):
         self.cluster_sizes.lerp_(sizes, 1 - self.decay)
         self.sums.lerp_(sums, 1 - self.decay)
         mean = self.cluster_sizes.mean()
-        dead = self.cluster_sizes < self.DEAD_CODE_THRESHOLD * mean
+        dead = self.cluster_sizes < self.dead_threshold * mean
         # A replaced code starts at the mean size: it has over 100 updates to find its use.
         drawn = latents[torch.randint(len(latents), self.cluster_sizes.shape, device=latents.device)]
         self.cluster_sizes.copy_(torch.where(dead, mean, self.cluster_sizes))
@@ -231,7 +234,9 @@ class VQVAE(nn.Module):
         super().__init__()
         self.config = config
         self.encoder = encoder(config)
-        self.codebook = Codebook(config.codebook_size, config.embedding_dim, config.codebook_decay)
+        self.codebook = Codebook(
+            config.codebook_size, config.embedding_dim, config.codebook_decay, config.dead_code_threshold
+        )
         self.decoder = decoder(config)
 
     def forward(self, slices: Tensor, quantise: bool = True) -> tuple[Tensor, Tensor, Tensor]:
@@ -650,7 +655,6 @@ class Refiner(nn.Module):
     encoder. The last three run on pixels, because grain does not depend on where in a square it lies.
     """
 
-    ODE_STEPS = 8
     PRIOR_COUNT = 10  # pseudo-observations: rare codes take the standard deviation of all codes
     residual_std: Tensor  # (K, downsampling^2)
 
@@ -733,7 +737,7 @@ class Refiner(nn.Module):
     ) -> Tensor:
         """Draw slices for code grids.
 
-        Integrates the ODE with ODE_STEPS steps of Heun's method, the last of them an Euler step (Karras et al. 2022,
+        Integrates the ODE with `ode_steps` steps of Heun's method, the last of them an Euler step (Karras et al. 2022,
         arXiv:2206.00364, algorithm 1).
 
         Args:
@@ -754,10 +758,11 @@ class Refiner(nn.Module):
             stream = torch.Generator(x.device).manual_seed(stream_seed(seed + REFINER_SEED_OFFSET, sample_id))
             own.normal_(generator=stream)
         x *= noise_scale
-        times = torch.linspace(0, 1, self.ODE_STEPS + 1, device=x.device)
+        steps = self.config.ode_steps
+        times = torch.linspace(0, 1, steps + 1, device=x.device)
         for step, (time, after) in enumerate(zip(times, times[1:]), 1):
             velocity = self(x, time.expand(len(x)), conditioning)
-            if step < self.ODE_STEPS:
+            if step < steps:
                 ahead = self(x + (after - time) * velocity, after.expand(len(x)), conditioning)
                 velocity = (velocity + ahead) / 2
             x = x + (after - time) * velocity

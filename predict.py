@@ -307,7 +307,7 @@ def sample(options: PredictOptions, config: RunConfig, networks: Networks, devic
     slices = samples.slices[:, 0].numpy()
     prepare_folder(options.out, (f"sample_{SIX_DIGITS}.nii.gz", "codes.npy"))
     with remove_on_error(options.out / "codes.npy") as path:
-        np.save(path, samples.codes.numpy().astype(np.int16))
+        np.save(path, samples.codes.numpy().astype(np.uint16))
     affine = np.array(config.affine)
     for i, pixels in enumerate(denormalize(slices, config.intensity.scale)):
         with remove_on_error(options.out / f"sample_{i:06d}.nii.gz") as path:

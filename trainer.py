@@ -43,9 +43,8 @@ COLLAPSE_SHARE, COLLAPSE_UPDATES = 0.1, 500  # the codebook has collapsed if it 
 
 
 def make_optimiser(network: nn.Module, options: TrainConfig) -> torch.optim.Optimizer:
-    """Return the optimiser of all three networks: AdamW (Loshchilov and Hutter 2019) without weight decay."""
-    betas = options.adam_beta1, options.adam_beta2
-    return torch.optim.AdamW(network.parameters(), betas=betas, weight_decay=0.0, fused=True)
+    """Return the optimiser of all three networks: Adam (Kingma and Ba 2015, arXiv:1412.6980)."""
+    return torch.optim.Adam(network.parameters(), betas=(options.adam_beta1, options.adam_beta2), fused=True)
 
 
 def schedule(update: int, total: int, warmup: int) -> float:

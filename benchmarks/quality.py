@@ -136,7 +136,7 @@ def main() -> None:
     settings["machine"] = machine(device)
 
     torch.manual_seed(options.seed)
-    ours = channels_last(VQVAE(VQVAEConfig()), device)
+    ours = channels_last(VQVAE(VQVAEConfig(codebook_size=512)), device)
     train_ours(ours, slices, options)
     textbook = TextbookVQVAE().to(device)
     train_textbook(textbook, slices, options)
@@ -147,7 +147,7 @@ def main() -> None:
     codes, heldout_codes = (torch.cat([ours.encode(b) for b in x.split(BATCH)]) for x in (slices, heldout))
     places, heldout_places = (torch.from_numpy(x.positions).to(device) for x in (data.train, data.validate))
     rows, columns = codes.shape[1:]
-    prior = channels_last(GatedPixelCNN(PriorConfig(grid=(rows, columns))), device)
+    prior = channels_last(GatedPixelCNN(PriorConfig(grid=(rows, columns), codebook_size=512)), device)
     prior.init_embedding(ours.codebook.embeddings)
     paper = PaperPixelCNN().to(device)
     nats = (

@@ -104,7 +104,15 @@ def test_networks_take_their_shape_from_the_options():
     shape = config.network_config(PriorConfig, options, "prior_", grid=(2, 3), codebook_size=9)
     assert (shape.channels, shape.codebook_size, shape.dilation_cycles) == (24, 9, 2)
     assert config.network_config(VQVAEConfig, options).codebook_size == 9
-    assert config.TrainConfig.model_fields["prior_dropout"].default == PriorConfig().dropout
+
+
+def test_the_defaults_of_the_networks_are_those_of_the_options():
+    options = TrainConfig()
+    shared = {name: getattr(options, name) for name in ("downsampling", "codebook_size", "embedding_dim")}
+    assert config.network_config(VQVAEConfig, options) == VQVAEConfig()
+    given = {"grid": (64, 32), "codebook_size": options.codebook_size}
+    assert config.network_config(PriorConfig, options, "prior_", **given) == PriorConfig()
+    assert config.network_config(RefinerConfig, options, "refiner_", **shared) == RefinerConfig()
 
 
 @pytest.mark.parametrize(("kind", "prefix"), [(VQVAEConfig, ""), (PriorConfig, "prior_"), (RefinerConfig, "refiner_")])

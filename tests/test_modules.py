@@ -86,14 +86,14 @@ def numpy_nearest(vectors, embeddings):
 
 
 def test_nearest_is_the_brute_force_search():
-    codebook = Codebook(17, 5, decay=0.9)
+    codebook = Codebook(17, 5, decay=0.9, dead_threshold=0.3)
     vectors = torch.randn(200, 5)
     expected = numpy_nearest(vectors.numpy(), codebook.embeddings.numpy())
     assert (codebook.nearest(vectors).numpy() == expected).all()
 
 
 def test_nearest_does_not_depend_on_how_rows_are_split(monkeypatch):
-    codebook, vectors = Codebook(17, 5, decay=0.9), torch.randn(100, 5)
+    codebook, vectors = Codebook(17, 5, decay=0.9, dead_threshold=0.3), torch.randn(100, 5)
     whole = codebook.nearest(vectors)
     monkeypatch.setattr("modules.CHUNK_LOGITS", 7 * 17)
     assert torch.equal(codebook.nearest(vectors), whole)
@@ -101,7 +101,7 @@ def test_nearest_does_not_depend_on_how_rows_are_split(monkeypatch):
 
 def test_codes_follow_the_moving_average_of_their_vectors():
     """Against NumPy: counts and sums of the batch, averaged with decay 0.9. No code is dead: each has vectors."""
-    codebook = Codebook(6, 3, decay=0.9)
+    codebook = Codebook(6, 3, decay=0.9, dead_threshold=0.3)
     vectors = codebook.embeddings.repeat(20, 1) + 0.01 * torch.randn(120, 3)
     before = codebook.embeddings.numpy().copy()
     codebook.train()(vectors)
@@ -114,7 +114,7 @@ def test_codes_follow_the_moving_average_of_their_vectors():
 
 
 def test_an_unused_code_is_revived_on_a_vector_of_the_batch():
-    codebook = Codebook(8, 4, decay=0.5)
+    codebook = Codebook(8, 4, decay=0.5, dead_threshold=0.3)
     codebook.embeddings[3] = 1000.0  # so far off that nothing is nearest to it
     codebook.sums.copy_(codebook.embeddings)
     vectors = torch.randn(64, 4)
@@ -125,8 +125,7 @@ def test_an_unused_code_is_revived_on_a_vector_of_the_batch():
 
 
 def test_an_unused_code_keeps_its_place_until_then():
-    codebook = Codebook(2, 4, decay=0.99)
-    codebook.DEAD_CODE_THRESHOLD = 0.0
+    codebook = Codebook(2, 4, decay=0.99, dead_threshold=0.0)
     codebook.embeddings[1] = 1000.0
     codebook.sums.copy_(codebook.embeddings)
     for _ in range(50):
@@ -149,7 +148,7 @@ def test_evaluation_leaves_the_codebook_unchanged():
 def test_fit_finds_separate_clusters():
     centres = 10 * torch.eye(5)
     vectors = (centres[:, None] + 0.1 * torch.randn(5, 40, 5)).flatten(0, 1)
-    codebook = Codebook(5, 5, decay=0.99)
+    codebook = Codebook(5, 5, decay=0.99, dead_threshold=0.3)
     codebook.kmeans_init(vectors, iterations=20)
     assert codebook.decay == 0.99
     assert torch.cdist(centres, codebook.embeddings).min(1).values.max() < 0.5
@@ -621,12 +620,12 @@ def test_a_constant_velocity_is_followed_exactly():
 
 def test_a_velocity_that_grows_with_the_way_is_followed_by_heuns_method():
     """dx/dt = x: e times as far, but for the method's error of each step, which is known; Euler's is far larger."""
-    given, h = grey(3), 1 / Refiner.ODE_STEPS
+    given, h = grey(3), 1 / RefinerConfig().ode_steps
     start = small_refiner(still, spread=0.1).sample(range(3), *given)
     end = small_refiner(lambda x, time: x, spread=0.1).sample(range(3), *given)
-    factor = (1 + h + h**2 / 2) ** (Refiner.ODE_STEPS - 1) * (1 + h)
+    factor = (1 + h + h**2 / 2) ** (RefinerConfig().ode_steps - 1) * (1 + h)
     torch.testing.assert_close(end, factor * start, rtol=0, atol=1e-6)
-    euler = (1 + h) ** Refiner.ODE_STEPS
+    euler = (1 + h) ** RefinerConfig().ode_steps
     assert abs(factor - np.e) < 0.01 * np.e
     assert abs(factor - np.e) < abs(euler - np.e) / 5
 
@@ -634,7 +633,7 @@ def test_a_velocity_that_grows_with_the_way_is_followed_by_heuns_method():
 def test_the_way_is_gone_in_even_steps_and_never_asked_about_at_its_end():
     times = []
     small_refiner(lambda x, time: (times.append(time.unique().item()), still(x, time))[1]).sample(range(2), *grey(2))
-    expected = np.repeat(np.arange(Refiner.ODE_STEPS) / Refiner.ODE_STEPS, 2)[1:]
+    expected = np.repeat(np.arange(RefinerConfig().ode_steps) / RefinerConfig().ode_steps, 2)[1:]
     np.testing.assert_allclose(times, expected, atol=1e-6)
 
 
