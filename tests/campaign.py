@@ -559,7 +559,7 @@ def disk(count: int | None, seed: int) -> dict:
                     prepare = limit_to(int(rng.integers(largest_file)))
                 else:
                     run, prepare = ballast.with_name("run"), lambda: None
-                    fill(ballast, int(rng.integers(3 * largest_file)))  # a checkpoint, the one before, a new one
+                    fill(ballast, int(rng.integers(2 * largest_file)))  # there are up to three checkpoints at a time
                 status, said = trainings.finish(trainings.start(run, prepare))
                 ballast.unlink(missing_ok=True)
                 problem = f"it ended with {status}: {said}" if not is_complaint(status, said) else ""
