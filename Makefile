@@ -27,7 +27,7 @@ $(INSTALLED): requirements.txt
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-# Speeds, in at most 15 minutes on two cores; then quality at equal updates, in about an hour.
+# Speeds, in 4 minutes on two cores; quality at equal updates, in half an hour.
 DATA ?= phantom
 
 bench: $(INSTALLED)

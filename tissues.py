@@ -44,7 +44,7 @@ class Tissue:
 
 # T1 and T2 at 3 T, ms.
 # [B] de Bazelaire et al. 2004, Radiology 230:652: subcutaneous fat 382/68, marrow 586/49, muscle 898/29,
-#     prostate 1597/74.
+#     prostate 1597/74. It is drawn by zones here: peripheral, transition, stroma and nodules.
 # [S] Stanisz et al. 2005, Magn Reson Med 54:507: muscle 1412/50, blood 1932/275, cartilage 1168/27.
 # [K] Simpkin et al. 2013, Br J Radiol 86:20120469, T2 at 1.5 T: peripheral zone 149, transition zone 125.
 # Where sources differ, a value lies between them. Fat and marrow are brighter in a fast spin echo than [B] predicts,

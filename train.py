@@ -161,10 +161,10 @@ class PriorTrainer(Trainer[GatedPixelCNN]):
 
     def compute_losses(self) -> Iterator[dict[str, Tensor]]:
         options = self.options
-        slices, positions, augmentation = self.loader(self.update, options.batch_divisor, options.augmentation)
+        slices, positions, augmented = self.loader(self.update, options.batch_divisor, options.augmentation)
         with autocast(self.device):
             codes = self.vqvae.encode(slices)  # anew for each update: a flipped slice has other codes
-        for nats in micro_batches(self.model.nll, codes, positions, augmentation):
+        for nats in micro_batches(self.model.nll, codes, positions, augmented):
             yield {"nats_per_code": nats, "bits_per_code": nats / math.log(2)}
 
     def validate(self) -> dict[str, float]:
@@ -231,7 +231,7 @@ class RefinerTrainer(Trainer[Refiner]):
         slices, _, _ = self.loader(self.update, self.options.batch_divisor)  # not augmented: interpolation smooths
         with autocast(self.device):
             codes = self.vqvae.encode(slices)
-        for loss in micro_batches(lambda part, of: self.model.loss(of, part, self.vqvae), codes, slices):
+        for loss in micro_batches(lambda own, batch: self.model.loss(batch, own, self.vqvae), codes, slices):
             yield {"flow_loss": loss}
 
     def validate(self) -> dict[str, float]:
@@ -365,7 +365,7 @@ def train_stages(
     device: torch.device,
 ) -> None:
     """Train the three networks, from a checkpoint if there is one."""
-    stage = checkpoint.header.stage if checkpoint else "vqvae"
+    stage = checkpoint.header.stage if checkpoint else "vqvae"  # where to begin; a later one ignores the checkpoint
     if stage == "done":
         say(f"{options.run} is complete: nothing to do")
         return

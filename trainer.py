@@ -35,6 +35,9 @@ VALIDATIONS = 20  # per stage
 LOG_LINES = 250  # of the training losses, per stage
 INTERVAL_SECONDS = 60  # between checkpoints, and between figures
 SPLIT_NAMES = {"train": "training", "validate": "validation"}
+# Standard deviations of the augmentation at strength 1: radians; logarithm; in the coordinates of grid_sample, in which
+# a side is 2 long; logarithm.
+ROTATION, LOG_SCALE, SHIFT, LOG_GAMMA = 0.06, 0.05, 0.03, 0.15
 COPIED_SLICES = 4096  # at a time to a GPU's memory: 128 MB of 256x128
 COLLAPSE_SHARE, COLLAPSE_UPDATES = 0.1, 500  # the codebook has collapsed if it uses fewer codes for so many updates
 
@@ -177,7 +180,7 @@ class Trainer(Generic[Network]):
         self.run, self.stop, self.options, self.loader = run, stop, options, loader
         self.device, self.model, self.total, self.learning_rate = loader.device, model, updates, learning_rate
         self.optimiser = make_optimiser(model, options)
-        for weight in model.parameters():  # as the first step would: what a checkpoint is restored to
+        for weight in model.parameters():  # Adam makes these at its first step, but a checkpoint is restored before
             self.optimiser.state[weight] = {
                 "step": torch.zeros((), device=weight.device),
                 "exp_avg": torch.zeros_like(weight),
@@ -343,6 +346,7 @@ class Trainer(Generic[Network]):
     def warn_of_collapse(self) -> None:
         """Warn once if the codebook has collapsed: hardly any codes have been used for long."""
         updates, used = self.run.curves(self.stage).get(("validate", "codes_used"), ([], []))
+        # The latest validations in a row with few codes. Warn at the first that makes the row long enough.
         few = [update for update, _ in takewhile(lambda line: line[1] < COLLAPSE_SHARE, zip(updates[::-1], used[::-1]))]
         if len(few) > 1 and few[0] - few[-1] >= COLLAPSE_UPDATES > few[1] - few[-1]:
             logger.warning(
@@ -507,7 +511,7 @@ def micro_batches(loss_of: Callable[..., Tensor], codes: Tensor, *others: Tensor
 
 
 def random_flip(slices: Tensor, axis: int | None) -> Tensor:
-    """Flip slices (N, 1, H, W) along an axis with probability 1/2 each; None flips none. A mirrored pelvis is one."""
+    """Flip slices (N, 1, H, W) along an axis with probability 1/2 each; None flips none."""
     if axis is None:
         return slices
     flipped = torch.rand(len(slices), 1, 1, 1, device=slices.device) < 0.5
@@ -526,13 +530,13 @@ def augment(slices: Tensor, parameters: Tensor) -> Tensor:
             side, and 15 % of gamma, the exponent of brightness in [0, 1].
     """
     height, width = slices.shape[2:]
-    angle = 0.06 * parameters[:, 0]
-    scale = (0.05 * parameters[:, 1:3]).exp()
-    shift = 0.03 * parameters[:, 3:5]  # grid_sample's coordinates: a side is 2 long
+    angle = ROTATION * parameters[:, 0]
+    scale = (LOG_SCALE * parameters[:, 1:3]).exp()
+    shift = SHIFT * parameters[:, 3:5]
     cos, sin = angle.cos(), angle.sin()
     row_x = torch.stack([cos * scale[:, 0], -sin * scale[:, 0] * height / width, shift[:, 0]], 1)
     row_y = torch.stack([sin * scale[:, 1] * width / height, cos * scale[:, 1], shift[:, 1]], 1)
     grid = F.affine_grid(torch.stack([row_x, row_y], 1), list(slices.shape), align_corners=False)
     brightness = F.grid_sample((slices + 1) / 2, grid, padding_mode="reflection", align_corners=False).clamp(0, 1)
-    gamma = (0.15 * parameters[:, 5]).exp()[:, None, None, None]
+    gamma = (LOG_GAMMA * parameters[:, 5]).exp()[:, None, None, None]
     return 2 * brightness**gamma - 1
