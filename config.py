@@ -102,7 +102,9 @@ class TrainConfig(StrictModel):
 
     run: FilePath = option(RUN, Path("runs/default"), "run directory", free=True)
     images: FilePath = option(RUN, Path("images"), "folder of figures", free=True)
-    preset: str = option(RUN, "full", "full: the published recipe; demo: smaller networks and phantom, in minutes")
+    preset: str = option(
+        RUN, "full", "full: the recipe of docs/method.md; demo: smaller networks and phantom, in minutes"
+    )
     device: str = option(RUN, "auto", "cpu, cuda, cuda:1 ...; auto takes a GPU if there is one", free=True)
     seed: Annotated[int, Ge(0), Le(MAX_SEED)] = option(RUN, 0, "random seed")
     checkpoint_every: Updates | None = option(
