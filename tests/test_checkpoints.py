@@ -241,8 +241,8 @@ def in_child(task):
         finally:
             os._exit(0)
     os.close(writer)
-    with open(reader) as said:
-        answer = said.read()
+    with open(reader) as pipe:
+        answer = pipe.read()
     os.wait()
     return answer
 

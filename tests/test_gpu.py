@@ -321,9 +321,9 @@ def test_device_auto_is_the_cpu_without_a_gpu(monkeypatch, caplog):
 
 @pytest.mark.parametrize("script", ["train.py", "predict.py"])
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory.\nTried ..."), MemoryError()])
-def test_out_of_memory_is_one_line(complaint, monkeypatch, script, error):
+def test_out_of_memory_is_one_line(error_line, monkeypatch, script, error):
     def fail(*_):
         raise error
 
     monkeypatch.setattr(utils, "pick_device", fail)
-    assert "out of memory, try a smaller" in complaint(script, [])
+    assert "out of memory, try a smaller" in error_line(script, [])

@@ -664,21 +664,25 @@ def killed_run(options, stage, update):
 
 
 @pytest.fixture(scope="session")
-def half_way(tmp_path_factory, slices_folder, tiny_preset):
+def killed_in_prior(tmp_path_factory, slices_folder, tiny_preset):
     """A run that was killed in update 4 of the prior."""
-    return killed_run(options_of(slices_folder, tmp_path_factory.mktemp("half_way") / "run", tiny_preset), "prior", 4)
+    return killed_run(
+        options_of(slices_folder, tmp_path_factory.mktemp("killed_in_prior") / "run", tiny_preset), "prior", 4
+    )
 
 
 @pytest.fixture(scope="session")
-def nearly_done(tmp_path_factory, slices_folder, tiny_preset):
+def killed_in_refiner(tmp_path_factory, slices_folder, tiny_preset):
     """A run that was killed in update 4 of the refiner."""
-    return killed_run(options_of(slices_folder, tmp_path_factory.mktemp("nearly") / "run", tiny_preset), "refiner", 4)
+    return killed_run(
+        options_of(slices_folder, tmp_path_factory.mktemp("killed_in_refiner") / "run", tiny_preset), "refiner", 4
+    )
 
 
 @pytest.fixture
-def stopped(half_way, options):
-    """Copy `half_way` to --run; return a function that changes its checkpoint."""
-    shutil.copytree(half_way, options["run"])
+def stopped(killed_in_prior, options):
+    """Copy `killed_in_prior` to --run; return a function that changes its checkpoint."""
+    shutil.copytree(killed_in_prior, options["run"])
     return lambda act: change_checkpoint(options["run"], act)
 
 
@@ -736,14 +740,14 @@ def test_a_checkpoint_that_does_not_fit_is_refused(options, stopped, act, messag
         (lambda header, tensors: tensors["ema.residual_std"].fill_(math.inf), "its ema.residual_std is not finite"),
     ],
 )
-def test_a_refiner_checkpoint_that_does_not_fit_is_refused(options, nearly_done, act, message):
-    shutil.copytree(nearly_done, options["run"])
+def test_a_refiner_checkpoint_that_does_not_fit_is_refused(options, killed_in_refiner, act, message):
+    shutil.copytree(killed_in_refiner, options["run"])
     change_checkpoint(options["run"], act)
     with pytest.raises(RunError, match=rf"checkpoint\.safetensors cannot be used.*{message}"):
         train.main(arguments(**options))
 
 
-@pytest.mark.parametrize("run", ["half_way", "nearly_done"])
+@pytest.mark.parametrize("run", ["killed_in_prior", "killed_in_refiner"])
 def test_a_vqvae_of_another_run_is_refused(options, request, run):
     shutil.copytree(request.getfixturevalue(run), options["run"])
     other = VQVAE(replace(VQVAE_TINY, codebook_size=8))
@@ -755,7 +759,9 @@ def test_a_vqvae_of_another_run_is_refused(options, request, run):
         train.main(arguments(**options))
 
 
-def test_tampered_runs_are_loaded_or_refused_and_execute_nothing(half_way, nearly_done, options, monkeypatch, tmp_path):
+def test_tampered_runs_are_loaded_or_refused_and_execute_nothing(
+    killed_in_prior, killed_in_refiner, options, monkeypatch, tmp_path
+):
     """A short form of `python tests/campaign.py runs`."""
     monkeypatch.setattr(trainer.Trainer, "fit", trainer.Trainer.fit)  # which `resume` replaces
     canary, outcomes = tmp_path / "canary", Counter()
@@ -763,7 +769,7 @@ def test_tampered_runs_are_loaded_or_refused_and_execute_nothing(half_way, nearl
     for seed in range(40):
         rng = np.random.default_rng(seed)
         run = tmp_path / "tampered"
-        shutil.copytree((half_way, nearly_done)[seed % 2], run)
+        shutil.copytree((killed_in_prior, killed_in_refiner)[seed % 2], run)
         name, evil = tamper(rng, run, canary)
         outcome, details = judge_run(lambda run=run: resume(arguments(**options | {"run": run})), run)
         assert outcome != "crashed", f"{seed}, {name}: {details}"
@@ -914,23 +920,23 @@ def test_an_unusable_figure_folder_is_refused_before_training(options, monkeypat
         ({"images": "/proc/1/images"}, "--images /proc/1/images cannot be written"),
     ],
 )
-def test_invalid_options_are_one_line_and_write_nothing(tmp_path, monkeypatch, complaint, tiny_preset, given, part):
+def test_invalid_options_are_one_line_and_write_nothing(tmp_path, monkeypatch, error_line, tiny_preset, given, part):
     monkeypatch.chdir(tmp_path)
-    assert part in complaint("train.py", arguments(**given))
+    assert part in error_line("train.py", arguments(**given))
     assert not list(tmp_path.iterdir())
 
 
-def test_a_damaged_config_is_one_line(tmp_path, complaint, slices_folder, tiny_preset):
+def test_a_damaged_config_is_one_line(tmp_path, error_line, slices_folder, tiny_preset):
     (tmp_path / "config.json").write_text("{")
-    error = complaint("train.py", arguments(data=slices_folder, run=tmp_path))
+    error = error_line("train.py", arguments(data=slices_folder, run=tmp_path))
     assert "config.json cannot be used" in error
 
 
 @pytest.mark.parametrize("option", ["data", "run", "images"])
 @pytest.mark.parametrize("value", ["", "  "])
-def test_an_empty_path_is_refused(complaint, option, value):
+def test_an_empty_path_is_refused(error_line, option, value):
     """A job script passes one if its variable is not set; as a path it would be the current folder."""
-    assert f"argument --{option}: it is empty; is a variable not set?" in complaint("train.py", [f"--{option}", value])
+    assert f"argument --{option}: it is empty; is a variable not set?" in error_line("train.py", [f"--{option}", value])
 
 
 def test_paths_with_unusual_characters_are_trained_and_resumed(options, slices_folder, tmp_path, monkeypatch, trained):
