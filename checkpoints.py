@@ -1,7 +1,7 @@
 """The run directory: config.json, weights, the checkpoint that resuming needs, and the metrics log.
 
-A run directory may be a stranger's: every file is bounded in size, JSON is read into strict models, and tensors are
-compared with the network's in number, name, shape and type before they are used.
+A run directory may come from an untrusted source: every file is bounded in size, JSON is read into strict models, and
+tensors are compared with the network's in number, name, shape and type before they are used.
 """
 
 import errno

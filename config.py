@@ -22,7 +22,7 @@ from pydantic.fields import FieldInfo
 
 from console import nonempty, number
 
-MOST_UPDATES = 10_000_000  # the losses since the last log line, of which there are 250, are kept in memory
+MOST_UPDATES = 10_000_000  # the losses since the last of 250 log lines are kept in memory
 MAX_SEED = 2**32 - 1
 MAX_BATCH_SIZE = 65_536  # 8 GB of slices of 256x128
 
@@ -48,7 +48,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def validate(model: type[Model], values: Any) -> Model:
-    """Make a model of plain values, which may be a stranger's.
+    """Make a model of plain values, which need not be trusted.
 
     Raises:
         ValueError: Naming the first field that is unknown, missing, of another type or out of range.
@@ -174,7 +174,7 @@ class TrainConfig(StrictModel):
         OPTIMISER, 50, "updates of linear warm-up; the rate then falls to 0 along a cosine"
     )
     gradient_clip: Annotated[float, Gt(0), Le(1e9)] = option(
-        OPTIMISER, 1.0, "norm to which longer gradients are clipped"
+        OPTIMISER, 1.0, "gradient clipping: the largest norm of a gradient"
     )
     ema_decay: Decay = option(OPTIMISER, 0.99, "decay per update of the EMA of the prior's and the refiner's weights")
 

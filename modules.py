@@ -255,7 +255,7 @@ class VQVAE(nn.Module):
             embeddings, codes = self.codebook(z.detach().flatten(0, 2))
         e = embeddings.view_as(z)
         embedding_loss = self.config.commitment_cost * F.mse_loss(z, e)
-        straight_through = z + (e - z).detach()  # value of e, gradient of z
+        straight_through = z + (e - z).detach()  # straight-through estimator: value of e, gradient of z
         return self.decoder(straight_through.permute(0, 3, 1, 2)).float(), embedding_loss, codes.view(z.shape[:3])
 
     def latents(self, slices: Tensor) -> Tensor:
@@ -473,7 +473,7 @@ class GatedPixelCNN(nn.Module):
         in a cumulative sum cannot change the draw.
 
         Args:
-            sample_ids: N whole numbers.
+            sample_ids: N integers.
             position: (N,) in [0, 1], NaN for unknown; its device computes.
             seed: Of all samples, in [0, 2^32).
             temperature: Divides the logits; at least MIN_TEMPERATURE.
@@ -741,7 +741,7 @@ class Refiner(nn.Module):
         arXiv:2206.00364, algorithm 1).
 
         Args:
-            sample_ids: N whole numbers; each sample has its own random stream, as in `GatedPixelCNN.sample`.
+            sample_ids: N integers; each sample has its own random stream, as in `GatedPixelCNN.sample`.
             codes: (N, h, w); their device computes.
             vqvae: The VQ-VAE that the codes belong to.
             seed: Of all samples, in [0, 2^32).

@@ -216,7 +216,7 @@ def draw_positions(sample_ids: Sequence[int], seed: int, distribution: Positions
     """Draw slice positions with the distribution of the training slices.
 
     Args:
-        sample_ids: N whole numbers; each sample has its own random stream.
+        sample_ids: N integers; each sample has its own random stream.
         seed: Of all samples.
         distribution: Of the training slices' positions.
 

@@ -87,20 +87,20 @@ class VQVAETrainer(Trainer[VQVAE]):
 def random_batches(train: Slices, count: int, options: TrainConfig, device: torch.device) -> Iterator[Tensor]:
     """Yield `count` training slices drawn at random, in batches (n, 1, H, W) of at most the batch size."""
     chosen = batch_indices(len(train), count, options.seed, 0)
-    parts = np.array_split(chosen, -(-count // options.batch_size))
-    return device_batches(map(train.batch, parts), device)
+    batches = np.array_split(chosen, -(-count // options.batch_size))
+    return device_batches(map(train.batch, batches), device)
 
 
 @torch.no_grad()
 def encode_latents(model: VQVAE, train: Slices, options: TrainConfig, device: torch.device) -> Tensor:
     """Return latents (n, D), at most 65,536, of training slices drawn at random, for k-means."""
-    parts = []
+    latents = []
     for batch in random_batches(train, options.kmeans_slices, options, device):
         with autocast(device):
             z = model.latents(batch)
-        parts.append(z.flatten(0, 2))
-    latents = torch.cat(parts)
-    return latents[torch.randperm(len(latents), device=device)[:65536]]
+        latents.append(z.flatten(0, 2))
+    pooled = torch.cat(latents)
+    return pooled[torch.randperm(len(pooled), device=device)[:65536]]
 
 
 @torch.no_grad()
@@ -234,7 +234,7 @@ class RefinerTrainer(Trainer[Refiner]):
         slices, _, _ = self.loader(self.update, self.options.batch_divisor)  # not augmented: interpolation blurs
         with autocast(self.device):
             codes = self.vqvae.encode(slices)
-        for loss in micro_batches(lambda part, of: self.model.loss(of, part, self.vqvae), codes, slices):
+        for loss in micro_batches(lambda codes, slices: self.model.loss(slices, codes, self.vqvae), codes, slices):
             yield {"flow_loss": loss}
 
     def validate(self) -> dict[str, float]:

@@ -500,9 +500,9 @@ def micro_batches(loss_of: Callable[..., Tensor], codes: Tensor, *others: Tensor
         others: Tensors (N, ...), which are split likewise.
     """
     size = len(codes) if codes.is_cuda else max(1, MICRO_BATCH_CODES // codes[0].numel())
-    for part in zip(*(of.split(size) for of in (codes, *others))):
+    for micro_batch in zip(*(of.split(size) for of in (codes, *others))):
         with autocast(codes.device):
-            loss = loss_of(*part) * (len(part[0]) / len(codes))
+            loss = loss_of(*micro_batch) * (len(micro_batch[0]) / len(codes))
         yield loss
 
 

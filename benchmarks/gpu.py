@@ -95,6 +95,7 @@ def train_with_a_stop(options: list[str], run: Path) -> None:
 
 
 def text_of(path: Path) -> str:
+    """Return a file's text, "" if it does not exist."""
     return path.read_text() if path.exists() else ""
 
 
@@ -164,6 +165,7 @@ def compare_sampling(networks: predict.Networks, device: torch.device, count: in
 
 
 def share_equal(one: Tensor, other: Tensor) -> float:
+    """Return the share of elements that are equal."""
     return (one == other).double().mean().item()
 
 
@@ -187,6 +189,7 @@ def compare_evaluations(cpu: dict[str, Any], gpu: dict[str, Any]) -> Iterator[Ro
 
 
 def value_at(path: Sequence[str], results: Any) -> float:
+    """Return the value at a path of keys in nested objects."""
     for name in path:
         results = results[name]
     return results

@@ -83,7 +83,7 @@ def main() -> None:
         os.environ["PROSTATEVQ_CACHE"] = str(cache)
         start = time.perf_counter()
         load_dataset(str(many), workers=options.workers)
-        whole = time.perf_counter() - start
+        total = time.perf_counter() - start
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         opened = sorted(reopen(many, cache) for _ in range(3))[1]
     settings = {"slice_size": [256, 128], "workers": options.workers, "machine": machine(torch.device("cpu"))}
@@ -91,7 +91,7 @@ def main() -> None:
     for name in readers:
         report(f"{name}_slices_per_second", 500 / seconds[name], "slices/s", slices=500, **settings | {"workers": 1})
     report("first_pass_speedup", ours / nibabel, "times", **settings)
-    report("first_pass_whole_seconds", whole, "s", slices=options.slices, **settings)
+    report("first_pass_whole_seconds", total, "s", slices=options.slices, **settings)
     report("first_pass_peak_megabytes", peak, "MB", slices=options.slices, **settings)
     report("cache_open_seconds", opened[0], "s", slices=options.slices, **settings)
     report("cache_open_megabytes", opened[1], "MB", slices=options.slices, **settings)
@@ -101,7 +101,7 @@ def main() -> None:
             profile(lambda: first_pass(Path(temporary), options.workers), torch.device("cpu"))
     print(
         f"On {settings['machine']}: the first pass reads {ours:.0f} slices/s ({ours / nibabel:.1f} times as fast as "
-        f"nibabel); {options.slices} slices take {whole:.1f} s once, and {opened[0]:.2f} s and {opened[1]:.0f} MB "
+        f"nibabel); {options.slices} slices take {total:.1f} s once, and {opened[0]:.2f} s and {opened[1]:.0f} MB "
         "afterwards."
     )
 

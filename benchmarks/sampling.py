@@ -81,15 +81,15 @@ def main() -> None:
     report("refiner_seconds", seconds["refiner"], "s", **settings)
     report("refiner_at_once_seconds", seconds["refiner_at_once"], "s", **settings)
     for name in steps:
-        whole = seconds[name] * GRID[0] * GRID[1]
-        report(f"sampling_one_grid_seconds_{name}", whole, "s", **one, extrapolated_from=1)
+        total = seconds[name] * GRID[0] * GRID[1]
+        report(f"sampling_one_grid_seconds_{name}", total, "s", **one, extrapolated_from=1)
     if options.profile:
         profile(lambda: prior.sample(range(BATCH), positions, top_p=predict.TOP_P), device)
     print(
         f"On {settings['machine']}: {BATCH} grids of {GRID[0]}x{GRID[1]} codes take {seconds['batch']:.1f} s, "
         f"{seconds['batch'] / forward:.1f} times one forward over them and {speedup:.0f} times as fast as a forward "
         f"pass per code; one grid takes {seconds['one']:.2f} s; decoding {BATCH} takes {seconds['decoding']:.2f} s, "
-        f"refined {seconds['refiner']:.1f} s; {count} whole slices {seconds['slices']:.1f} s."
+        f"refined {seconds['refiner']:.1f} s; {count} refined slices {seconds['slices']:.1f} s."
     )
 
 

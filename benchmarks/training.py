@@ -101,8 +101,8 @@ def our_refiner_update(slices: torch.Tensor, codes: int) -> Callable[[], None]:
     def update() -> None:
         with autocast(slices.device):
             grids = vqvae.encode(slices)
-        parts = trainer.micro_batches(lambda part, of: model.loss(of, part, vqvae), grids, slices)
-        optimiser_step(optimiser, parts, TrainConfig().gradient_clip)
+        losses = trainer.micro_batches(lambda codes, slices: model.loss(slices, codes, vqvae), grids, slices)
+        optimiser_step(optimiser, losses, TrainConfig().gradient_clip)
 
     return update
 
@@ -165,10 +165,12 @@ def main() -> None:
             profile(ours, device)
     report("convolution_rate", flops(limit) / seconds["convolution"] / 1e9, "GFLOP/s", **settings)
     if device.type == "cuda":
-        whole, memory = recipe(device)
-        report("recipe_seconds", whole, "s", updates=5000, **settings)
+        seconds_taken, memory = recipe(device)
+        report("recipe_seconds", seconds_taken, "s", updates=5000, **settings)
         report("recipe_memory", memory, "GiB", updates=5000, **settings)
-        found.append(f"the full preset's 5000 updates of the VQ-VAE take {whole:.0f} s with validation and figures")
+        found.append(
+            f"the full preset's 5000 updates of the VQ-VAE take {seconds_taken:.0f} s with validation and figures"
+        )
     print(f"On {settings['machine']}: {'; '.join(found)}.")
 
 

@@ -102,7 +102,7 @@ def test_sampling_is_timed_against_a_full_forward_per_code(lines, monkeypatch):
     assert values["sampling_speedup"] == pytest.approx(forwards / values["sampling_seconds"], rel=1e-2)
     assert values["sampling_over_one_forward"] == pytest.approx(values["sampling_seconds"] / (forwards / 32), rel=1e-2)
     assert values["decoding_seconds"] < values["refiner_seconds"]
-    assert "2 whole slices" in sentence
+    assert "2 refined slices" in sentence
 
 
 def test_noise_free_slices_have_a_higher_ssim_than_second_exposures(lines):
