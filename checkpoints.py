@@ -399,7 +399,7 @@ class Run:
 
 
 def is_complete(run: Path) -> bool:
-    """Return whether train.py came to its end in a run directory; also if there is no readable checkpoint."""
+    """Return whether the training of a run finished; True also if no readable checkpoint is left."""
     try:
         return load_tensors(run / "checkpoint.safetensors", CheckpointHeader)[0].stage == "done"
     except Exception:  # see load_tensors; sampling needs the weights alone

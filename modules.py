@@ -624,7 +624,7 @@ def top_p_filter(logits: Tensor, top_p: float) -> Tensor:
         return logits
     ordered = logits.sort(1, descending=True).values
     probabilities = ordered.softmax(1)
-    # A code is kept where the more likely ones do not suffice.
+    # A code is kept if the more likely ones together have a probability below top_p.
     kept = (probabilities.cumsum(1) - probabilities < top_p).sum(1, keepdim=True)
     return logits.masked_fill(logits < ordered.gather(1, kept - 1), -torch.inf)
 
@@ -745,8 +745,8 @@ class Refiner(nn.Module):
             codes: (N, h, w); their device computes.
             vqvae: The VQ-VAE that the codes belong to.
             seed: Of all samples, in [0, 2^32).
-            noise_scale: Scale of the initial noise, in [0, 1]. Below 1 the detail is likelier and has less grain; at 0
-                it is deterministic.
+            noise_scale: Scale of the initial noise, in [0, 1]. Below 1 the detail is smoother; at 0 it is
+                deterministic.
 
         Returns:
             Slices (N, 1, H, W) in [-1, 1].

@@ -467,9 +467,9 @@ def test_top_p_filter_keeps_the_nucleus():
 
 def test_fit_residual_std_equals_brute_force():
     """Per code and pixel of its square, with 10 pseudo-observations of the mean; the first pixel has no residual."""
-    strength = 0.05 * torch.arange(16.0).view(1, 1, 4, 4).repeat(1, 1, 2, 3)
+    std = 0.05 * torch.arange(16.0).view(1, 1, 4, 4).repeat(1, 1, 2, 3)
     decoded, codes = torch.rand(30, 1, 8, 12) - 0.5, torch.randint(12, (30, 2, 3)) ** 2 // 12  # uneven frequencies
-    slices = decoded + strength * torch.randn(30, 1, 8, 12)
+    slices = decoded + std * torch.randn(30, 1, 8, 12)
     refiner = small_refiner()
     refiner.fit_residual_std(slices, decoded, codes)
     squares = [[[] for _ in range(16)] for _ in range(20)]

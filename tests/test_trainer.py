@@ -57,14 +57,14 @@ def test_ema_equals_a_recursion_and_forgets_the_first_weights():
     """From weights of 0 to weights of 1: the EMA agrees with a recursion by hand and is near 1 after 30 updates."""
     layer = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.zeros_(layer.weight)
-    average = trainer.EMA(layer, 0.99)
+    ema = trainer.EMA(layer, 0.99)
     torch.nn.init.ones_(layer.weight)
     expected = 0.0
     for update in range(1, 2000):
-        average.step(update)
+        ema.step(update)
         expected += (1 - expected) * max(0.01, 9 / (9 + update))
         if update in (1, 5, 30, 1999):
-            assert average.network.weight.item() == pytest.approx(expected, abs=1e-5)
+            assert ema.network.weight.item() == pytest.approx(expected, abs=1e-5)
         if update == 30:
             assert expected > 0.9999
     assert layer.weight.item() == 1
