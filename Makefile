@@ -17,7 +17,7 @@ test: $(INSTALLED)
 	$(VENV)/bin/mypy
 	$(VENV)/bin/python -m pytest
 
-# Kills, full disks, files and run directories of strangers by the thousand: some 20 minutes. Prints totals.
+# Thousands of kills, full disks, and hostile files and run directories: some 20 minutes. Prints totals.
 campaign: $(INSTALLED)
 	$(VENV)/bin/python tests/campaign.py
 

@@ -1,7 +1,7 @@
 """The run directory: config.json, weights, the checkpoint that resuming needs, and the metrics log.
 
-A run directory may be a stranger's: every file is bounded in size, JSON is read into strict models, and tensors are
-compared with the network's in number, name, shape and type before they are used.
+A run directory may come from an untrusted source: every file is bounded in size, JSON is read into strict models, and
+tensors are compared with the network's in number, name, shape and type before they are used.
 """
 
 import errno
@@ -99,11 +99,11 @@ def strict_json(value: dict[str, Any]) -> str:
 def save_tensors(path: Path, header: dict[str, Any], tensors: dict[str, Tensor], previous: Path | None = None) -> None:
     """Write tensors as safetensors, with a header, the run format and a checksum as JSON in the file's metadata.
 
-    The file is read back before it takes the old one's place, which is kept as `previous`. Raises RunError.
+    The file is read back before it replaces the old one, which is kept as `previous`. Raises RunError.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     fields = {"format": FORMAT, "checksum": checksum(header, tensors)} | header
-    # One entry: several would be written in any order, and the same weights would be different files.
+    # One entry: several would be written in random order, and the same weights would give different files.
     content = safetensors.torch.save(tensors, {"header": json.dumps(fields, allow_nan=False)})
     if len(content) > MAX_TENSORS:
         raise RunError(f"{path} would have {len(content)} bytes, and {MAX_TENSORS} at most are read again")
@@ -122,7 +122,7 @@ def load_tensors(path: Path, model: type[Model]) -> tuple[Model, dict[str, Tenso
 
     Raises:
         FileNotFoundError: There is no such file.
-        Exception: Whatever the first wrong byte of a damaged or hostile file leads to.
+        Exception: Of any type, for a damaged or hostile file.
     """
     check_file(path, MAX_TENSORS)
     with open(path, "rb") as start:
@@ -178,9 +178,9 @@ def load_weights(path: Path, network: Callable[[Any], Network], config: type, pr
 
     Args:
         path: The weights.
-        network: Makes a network of a config.
+        network: Makes a network from a config.
         config: The class of the config.
-        prefix: Of the options that give the config's fields, whose ranges hold here too.
+        prefix: Of the options that the config's fields come from; their ranges apply here too.
 
     Raises:
         RunError: The file is missing, damaged, of another version, or does not fit its own config.
@@ -207,13 +207,13 @@ LIBRARIES = ("torch", "numpy", "nibabel", "torchmetrics", "safetensors", "pydant
 
 
 def describe_code() -> dict[str, Any]:
-    """Return the fields of a RunConfig that say which code began it: libraries, command line, git revision."""
+    """Return the fields of a RunConfig that describe the code: library versions, command line, git revision."""
     libraries = {name: metadata.version(name) for name in LIBRARIES}
     return {"libraries": libraries, "command": sys.argv, "git_revision": git_revision()}
 
 
 def git_revision() -> str | None:
-    """Return the commit that these files are of, with `-dirty` if they were changed; None where git knows of none."""
+    """Return the commit of these files, with `-dirty` if they were changed; None outside a git repository."""
     folder = Path(__file__).resolve().parent
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     with suppress(OSError, subprocess.SubprocessError):
@@ -243,7 +243,7 @@ def read_data_files(run: Path) -> dict[str, str]:
 
 # ---------------------------------------------------------------- run directory
 
-# The first three are written in this order: a run that has a config has all of its beginning.
+# The first three are written in this order, so that a run with a config was created completely.
 FILES = ["lock", "data.json", "config.json", "metrics.jsonl", "checkpoint.safetensors"]
 FILES += ["checkpoint.previous.safetensors", "vqvae.safetensors", "prior.safetensors", "refiner.safetensors"]
 
@@ -282,7 +282,7 @@ class Run:
 
     Args:
         path: The directory, which is made unless it exists.
-        config: Of the training. A run that is there has to have the same options, except for those that are free.
+        config: Of the training. An existing run must have the same options, except for those that are free.
         files: Of the data, name to content hash, for data.json.
 
     Raises:
@@ -297,7 +297,7 @@ class Run:
         make_folder(path)
         self.lock = lock_run(path)
         try:
-            for part in path.glob("*.part"):  # of a process that was killed as it wrote
+            for part in path.glob("*.part"):  # left by a process that was killed while it wrote
                 part.unlink(missing_ok=True)
             self.config = self.open_or_create(config, files)
             with writing(self.log_path):
@@ -315,7 +315,7 @@ class Run:
             say(f"stopped{self.last_saved}; the same command resumes")
 
     def open_or_create(self, config: RunConfig, files: dict[str, str]) -> RunConfig:
-        """Return the config of the run that is there, or write the given one."""
+        """Return the config of the existing run, or write the given one."""
         if (self.path / "config.json").exists():
             old = read_config(self.path)
             check_same_options(self.path, old.options, config.options)
@@ -399,7 +399,7 @@ class Run:
 
 
 def is_complete(run: Path) -> bool:
-    """Return whether train.py came to its end in a run directory; also if there is no readable checkpoint."""
+    """Return whether the training of a run finished; True also if no readable checkpoint is left."""
     try:
         return load_tensors(run / "checkpoint.safetensors", CheckpointHeader)[0].stage == "done"
     except Exception:  # see load_tensors; sampling needs the weights alone

@@ -22,7 +22,7 @@ from pydantic.fields import FieldInfo
 
 from console import nonempty, number
 
-MOST_UPDATES = 10_000_000  # the losses since the last log line, of which there are 250, are kept in memory
+MOST_UPDATES = 10_000_000  # the losses since the last of 250 log lines are kept in memory
 MAX_SEED = 2**32 - 1
 MAX_BATCH_SIZE = 65_536  # 8 GB of slices of 256x128
 
@@ -32,7 +32,7 @@ Layers = Annotated[int, Ge(1), Le(100)]
 Rate = Annotated[float, Gt(0), Le(10)]
 Decay = Annotated[float, Ge(0), Le(1)]
 SMALLEST_SIDE = 8  # pixels; SSIM's window of 11 is padded by reflection, which needs 6
-Side = Annotated[int, Ge(SMALLEST_SIDE), Le(2048)]  # nifti.py reads no longer sides
+Side = Annotated[int, Ge(SMALLEST_SIDE), Le(2048)]  # the longest side that nifti.py reads
 # JSON has neither tuples nor paths: these two types are made of lists and strings.
 Pair = Annotated[tuple[Side, Side], Strict(False)]
 FilePath = Annotated[Path, Strict(False)]
@@ -48,7 +48,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def validate(model: type[Model], values: Any) -> Model:
-    """Make a model of plain values, which may be a stranger's.
+    """Make a model of plain values, which need not be trusted.
 
     Raises:
         ValueError: Naming the first field that is unknown, missing, of another type or out of range.
@@ -68,7 +68,7 @@ def validate(model: type[Model], values: Any) -> Model:
 
 
 def parse_json(model: type[Model], content: str | bytes) -> Model:
-    """Make a model of JSON. Raises ValueError, as `validate` does and where it is no JSON."""
+    """Make a model of JSON. Raises ValueError as `validate` does, and if the content is not JSON."""
     try:
         return validate(model, json.loads(content))
     except RecursionError:
@@ -76,8 +76,14 @@ def parse_json(model: type[Model], content: str | bytes) -> Model:
 
 
 def option(group: str, default: Any, meaning: str, free: bool = False) -> Any:
-    """Declare a field: the heading it has in the help, its default, what it means, and whether a resumed run may have
-    another value."""
+    """Declare a field.
+
+    Args:
+        group: Its heading in the help.
+        default: Its value if it is not given.
+        meaning: Its help text, without range and default.
+        free: Whether a resumed run may have another value.
+    """
     return Field(default, description=meaning, json_schema_extra={"group": group, "free": free})
 
 
@@ -96,9 +102,11 @@ class TrainConfig(StrictModel):
 
     run: FilePath = option(RUN, Path("runs/default"), "run directory", free=True)
     images: FilePath = option(RUN, Path("images"), "folder of figures", free=True)
-    preset: str = option(RUN, "full", "full: the published recipe; demo: smaller networks and phantom, in minutes")
-    device: str = option(RUN, "auto", "cpu, cuda, cuda:1 ...; auto takes a GPU where there is one", free=True)
-    seed: Annotated[int, Ge(0), Le(MAX_SEED)] = option(RUN, 0, "of all randomness")
+    preset: str = option(
+        RUN, "full", "full: the recipe of docs/method.md; demo: smaller networks and phantom, in minutes"
+    )
+    device: str = option(RUN, "auto", "cpu, cuda, cuda:1 ...; auto takes a GPU if there is one", free=True)
+    seed: Annotated[int, Ge(0), Le(MAX_SEED)] = option(RUN, 0, "random seed")
     checkpoint_every: Updates | None = option(
         RUN, None, "updates between checkpoints; without it one per minute. A stop signal writes one too", free=True
     )
@@ -125,7 +133,9 @@ class TrainConfig(StrictModel):
         VQVAE, 100, "updates without quantisation before k-means starts the codebook; at most a sixth of --updates"
     )
     kmeans_slices: Annotated[int, Ge(1), Le(100_000)] = option(VQVAE, 128, "slices whose latents start the codebook")
-    downsampling: Annotated[int, Ge(1), Le(64)] = option(VQVAE, 4, "side of a code's square of pixels")
+    downsampling: Annotated[int, Ge(1), Le(64)] = option(
+        VQVAE, 4, "side in pixels of the square that one code stands for"
+    )
     channels: Width = option(VQVAE, 128, "width of encoder and decoder")
     residual_blocks: Layers = option(VQVAE, 2, "residual blocks of each")
     hidden_channels: Width = option(VQVAE, 64, "width inside a residual block")
@@ -142,7 +152,9 @@ class TrainConfig(StrictModel):
     prior_updates: Updates = option(PRIOR, 20_000, "updates of the prior")
     prior_learning_rate: Rate = option(PRIOR, 8e-3, "peak learning rate")
     prior_channels: Width = option(PRIOR, 64, "width of both stacks")
-    prior_dilation_cycles: Layers = option(PRIOR, 2, "cycles through the dilations, each with the whole grid in reach")
+    prior_dilation_cycles: Layers = option(
+        PRIOR, 2, "cycles through the dilations; the receptive field of each covers the grid"
+    )
     prior_head_channels: Width = option(PRIOR, 256, "width of the layer before the logits")
     prior_dropout: Annotated[float, Ge(0), Le(0.99)] = option(PRIOR, 0.1, "share of channels dropped")
     prior_position_frequencies: Layers = option(PRIOR, 4, "Fourier features of the slice position")
@@ -168,7 +180,7 @@ class TrainConfig(StrictModel):
         OPTIMISER, 50, "updates of linear warm-up; the rate then falls to 0 along a cosine"
     )
     gradient_clip: Annotated[float, Gt(0), Le(1e9)] = option(
-        OPTIMISER, 1.0, "norm to which longer gradients are clipped"
+        OPTIMISER, 1.0, "gradient clipping: the largest norm of a gradient"
     )
     ema_decay: Decay = option(OPTIMISER, 0.99, "decay per update of the EMA of the prior's and the refiner's weights")
 
@@ -224,17 +236,17 @@ def network_model(kind: type, prefix: str = "") -> type[StrictModel]:
 
 # ---------------------------------------------------------------- config.json
 
-FORMAT = 2  # of a run directory; raise it when this version and an older one would misread each other's
+FORMAT = 2  # of a run directory; increment it when this version and an older one would misread each other's files
 FLOAT32 = np.finfo(np.float32)
 Text = Annotated[str, MaxLen(4096)]
 Row = Annotated[tuple[float, float, float, float], Strict(False)]
 
 
 def check_format(values: Any) -> Any:
-    """Return the content of a run's file unless it says that it is of another version's format; the first said none.
+    """Return the content of a run's file if it has this version's format. Files of format 1 do not state it.
 
     Raises:
-        ValueError: Naming both formats; without this, the first unknown field would be named.
+        ValueError: Naming both formats; without this check, the error would name the first unknown field.
     """
     given = values.get("format", 1) if isinstance(values, dict) else FORMAT
     if type(given) is int and given != FORMAT:
@@ -253,7 +265,7 @@ class Intensity(StrictModel):
 
 
 class Positions(StrictModel):
-    """The positions of the training slices in their volumes, of which sampling draws."""
+    """The positions of the training slices in their volumes, from which sampling draws."""
 
     quantiles: Annotated[list[Annotated[float, Ge(0), Le(1)]], MaxLen(101)] = Field(
         description="101 quantiles of the known positions; empty if none is known"
@@ -299,7 +311,7 @@ class RunConfig(StrictModel):
 
 
 def add_options(parser: ArgumentParser) -> None:
-    """Give a parser one option per field, in groups. What is not given is not set: see `configure`."""
+    """Give a parser one option per field, in groups. Options that are not given are not set (see `configure`)."""
     groups: dict[str, Any] = {}
     for name, field in TrainConfig.model_fields.items():
         heading, _ = group_and_free(field)
@@ -309,7 +321,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def add_option(group: Any, name: str, field: FieldInfo) -> Action:
-    """Add one field: its type and range as argparse checks them, its meaning and the presets' values as help."""
+    """Add the option of one field: argparse checks type and range, the help gives the meaning and the defaults."""
     flag, items = f"--{name.replace('_', '-')}", item_types(field)
     kind, limits = items[0]
     meaning = f"{field.description} ({describe_range(limits)}{describe_default(name, field)})"
@@ -352,13 +364,13 @@ def split_limits(kind: type, *metadata: Any) -> tuple[type, tuple[float, float, 
 
 
 def describe_range(limits: tuple[float, float, bool]) -> str:
-    """Return a field's range in words, "" where it has none."""
+    """Return a field's range in words, or "" if it has none."""
     low, high, above = limits
     return "" if high == math.inf else f"{'above ' if above else ''}{low:.10g} to {high:.10g}; "
 
 
 def describe_default(name: str, field: FieldInfo) -> str:
-    """Return a field's value where it is not given, in each preset if they differ."""
+    """Return a field's default in words, for each preset if they differ."""
     if field.default is None or isinstance(field.default, bool):
         return "default: no"
     values = {preset: chosen.get(name, field.default) for preset, chosen in PRESETS.items()}

@@ -102,7 +102,7 @@ class Slices:
 
 
 @dataclass(frozen=True)
-class Dataset:
+class DataSplits:
     """The three splits of a data folder, and what is needed to write slices like its own."""
 
     train: Slices
@@ -122,7 +122,7 @@ def load_dataset(
     multiple: tuple[int, int] = (1, 1),
     seed: int = 0,
     workers: int | None = None,
-) -> Dataset:
+) -> DataSplits:
     """Load a folder of 2D NIfTI slices, from the cache where an earlier run has decoded it.
 
     Label maps are recognised by the names of files and folders, and left out.
@@ -247,13 +247,13 @@ def denormalize(slices: np.ndarray | torch.Tensor, scale: float | np.ndarray) ->
 
 
 def describe_changes(before: dict[str, str], now: dict[str, str]) -> str:
-    """Describe how the `files` of one Dataset differ from those of an earlier one, which are empty if unknown.
+    """Describe how the `files` of one DataSplits differ from those of an earlier one, which are empty if unknown.
 
     Returns:
         One item per kind of change: "2 added (a.nii, b.nii), 5 altered (d.nii, e.nii, f.nii and 2 more)".
     """
     if not before or before == now:
-        return "files or splits are others"
+        return "files or splits differ"
     changes = {
         "added": now.keys() - before.keys(),
         "removed": before.keys() - now.keys(),
@@ -268,7 +268,7 @@ def describe_changes(before: dict[str, str], now: dict[str, str]) -> str:
 
 def load_folder(
     folder: Path, slice_size: tuple[int, int] | None, multiple: tuple[int, int], seed: int, workers: int | None
-) -> Dataset:
+) -> DataSplits:
     """Load a folder as `load_dataset` does."""
     if not os.path.exists(folder):
         raise DataError(f"no such folder: {folder}")
@@ -295,7 +295,7 @@ def load_folder(
     train, validate, test = (
         Slices(pixels[part], names[part], cases[part], positions[part], scales[part]) for part in parts
     )
-    return Dataset(
+    return DataSplits(
         train,
         validate,
         test,

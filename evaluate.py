@@ -18,7 +18,7 @@ from torch import Tensor
 from checkpoints import read_config, read_data_files, strict_json
 from config import RunConfig
 from console import Parser, RunError, log_notices, nonempty, number, run_command, say
-from dataset import Dataset, Slices, describe_changes, load_dataset
+from dataset import DataSplits, Slices, describe_changes, load_dataset
 from metrics import (
     MIN_SIDE,
     NearestNeighbours,
@@ -156,7 +156,7 @@ def select(slices: Slices, indices: np.ndarray, device: torch.device) -> SliceSe
     return SliceSet(slices.batch(indices).to(device), [slices.cases[i] for i in indices])
 
 
-def training_data(options: EvaluateOptions, config: RunConfig, vqvae: VQVAE) -> Dataset:
+def training_data(options: EvaluateOptions, config: RunConfig, vqvae: VQVAE) -> DataSplits:
     """Load the data that a run was trained on.
 
     Raises:

@@ -64,9 +64,9 @@ class PriorConfig:
 
     Attributes:
         grid: Rows and columns of a code grid.
-        codebook_size: K, the number of codes to choose from.
+        codebook_size: K, the number of codes.
         channels: Width of both stacks.
-        dilation_cycles: How often the layers run through the dilations, each time with the whole grid in reach.
+        dilation_cycles: Cycles of layers through the dilations; the receptive field of each covers the whole grid.
         head_channels: Width of the layer before the logits.
         dropout: Share of channels dropped in each layer.
         position_frequencies: Fourier features of the slice position.
@@ -260,7 +260,7 @@ class VQVAE(nn.Module):
             embeddings, codes = self.codebook(z.detach().flatten(0, 2))
         e = embeddings.view_as(z)
         embedding_loss = self.config.commitment_cost * F.mse_loss(z, e)
-        straight_through = z + (e - z).detach()  # value of e, gradient of z
+        straight_through = z + (e - z).detach()  # straight-through estimator: value of e, gradient of z
         return self.decoder(straight_through.permute(0, 3, 1, 2)).float(), embedding_loss, codes.view(z.shape[:3])
 
     def latents(self, slices: Tensor) -> Tensor:
@@ -288,7 +288,9 @@ class VQVAE(nn.Module):
 
 
 def dilations(distance: int) -> list[int]:
-    """Return powers of two, the last one shortened, that add up to a distance: every smaller one is a sum of some.
+    """Return dilations that add up to a distance: powers of two, the last one shortened.
+
+    Every smaller distance is the sum of some of them.
 
     >>> dilations(30)
     [1, 2, 4, 8, 15]
@@ -393,7 +395,7 @@ class GatedPixelCNN(nn.Module):
         self.column_embedding = nn.Parameter(0.1 * torch.randn(c, 1, columns))
         self.position = nn.Linear(1 + 2 * config.position_frequencies, c, bias=False)
         self.augmentation = nn.Linear(AUGMENTATIONS, c, bias=False)
-        # The shift of the inputs is the first step up and the first step left.
+        # The inputs are already shifted by one row and one column (see `features`).
         up, left, sideways = dilations(rows - 2), dilations(columns - 2), dilations(columns - 1)
         depth = max(len(up), len(left), len(sideways), 1)
         up, left, sideways = (steps + [1] * (depth - len(steps)) for steps in (up, left, sideways))
@@ -449,11 +451,12 @@ class GatedPixelCNN(nn.Module):
         conditioning = self.position_features(position)  # (N, C)
         if augmentation is not None:
             conditioning = conditioning + self.augmentation(augmentation)
-        place = self.row_embedding + self.column_embedding + conditioning[:, :, None, None]  # (N, C, h, w)
+        place_embedding = self.row_embedding + self.column_embedding + conditioning[:, :, None, None]  # (N, C, h, w)
         if torch.is_autocast_enabled(x.device.type):  # else the stacks stay float32, and each layer casts them anew
-            x, place = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, place))
-        v = F.pad(x, (0, 0, 1, 0))[:, :, :-1] + place  # row r holds row r-1
-        h = F.pad(x, (1, 0, 0, 0))[..., :-1] + place  # column c holds column c-1
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, place_embedding = x.to(dtype), place_embedding.to(dtype)
+        v = F.pad(x, (0, 0, 1, 0))[:, :, :-1] + place_embedding  # row r holds row r-1
+        h = F.pad(x, (1, 0, 0, 0))[..., :-1] + place_embedding  # column c holds column c-1
         for layer in self.layers:
             v, h = layer(v, h)
         return self.head[:-1](h)
@@ -475,7 +478,7 @@ class GatedPixelCNN(nn.Module):
         in a cumulative sum cannot change the draw.
 
         Args:
-            sample_ids: N whole numbers.
+            sample_ids: N integers.
             position: (N,) in [0, 1], NaN for unknown; its device computes.
             seed: Of all samples, in [0, 2^32).
             temperature: Divides the logits; at least MIN_TEMPERATURE.
@@ -521,7 +524,7 @@ class GatedPixelCNN(nn.Module):
 
         Args:
             position: (N,), as in `sample`.
-            start_row: Called with the number of each row before it.
+            start_row: Called with the number of each row before it is drawn.
             draw: Maps logits (N, K) and a column to codes (N,).
         """
         sampler = RowSampler(self, position, draw)
@@ -543,7 +546,7 @@ class RowSampler:
 
     Caches what later steps need: `dilation` rows of each vertical layer, one row of each horizontal layer (Ramachandran
     et al. 2017, arXiv:1704.06001). Memory grows with N, not with the grid squared. All state that passes from row to
-    row, the row's number among it, stays at fixed addresses, so that a captured row can be replayed.
+    row, including the row's number, stays at fixed addresses, so that a captured row can be replayed.
     """
 
     def __init__(self, prior: GatedPixelCNN, position: Tensor, draw: Callable[[Tensor, int], Tensor]):
@@ -562,18 +565,18 @@ class RowSampler:
         """Draw the next row of codes into `codes` (N, w)."""
         prior = self.prior
         first, last = self.head
-        here = prior.row_embedding.index_select(1, self.row) + prior.column_embedding  # (C, 1, w)
-        place = here.permute(2, 1, 0) + self.conditioning  # (w, N, C)
-        links = self.vertical_row(self.previous_row + place.permute(1, 2, 0))
-        past_columns: list[list[Tensor]] = [[] for _ in self.layers]
+        place_embedding = prior.row_embedding.index_select(1, self.row) + prior.column_embedding  # (C, 1, w)
+        place_embedding = place_embedding.permute(2, 1, 0) + self.conditioning  # (w, N, C)
+        links = self.vertical_row(self.previous_row + place_embedding.permute(1, 2, 0))
+        past_inputs: list[list[Tensor]] = [[] for _ in self.layers]
         x = self.conditioning.new_zeros(self.conditioning.shape)
         for column in range(prior.config.grid[1]):
-            h = x + place[column]
-            for layer, link, past, (now, before, output) in zip(self.layers, links, past_columns, self.matrices):
-                gates = torch.addmm(link[column], h, now)  # (N, 2C)
+            h = x + place_embedding[column]
+            for layer, link, inputs, (present, past, output) in zip(self.layers, links, past_inputs, self.matrices):
+                gates = torch.addmm(link[column], h, present)  # (N, 2C)
                 if column >= layer.left:
-                    gates.addmm_(past[column - layer.left], before)
-                past.append(h)
+                    gates.addmm_(inputs[column - layer.left], past)
+                inputs.append(h)
                 h = torch.addmm(h, F.glu(gates, 1), output)
             hidden = F.linear(h.relu(), first.weight[:, :, 0, 0], first.bias).relu()
             codes = self.draw(F.linear(hidden, last.weight[:, :, 0, 0], last.bias), column)
@@ -621,12 +624,12 @@ def horizontal_matrices(layer: GatedLayer) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def top_p_filter(logits: Tensor, top_p: float) -> Tensor:
-    """Set logits (N, K) to minus infinity outside the nucleus: the fewest codes of probability top_p, ties kept."""
+    """Set logits (N, K) to minus infinity outside the nucleus: the fewest codes of probability top_p. Ties are kept."""
     if top_p == 1:
         return logits
     ordered = logits.sort(1, descending=True).values
     probabilities = ordered.softmax(1)
-    # A code is kept where the more likely ones do not suffice.
+    # A code is kept if the more likely ones together have a probability below top_p.
     kept = (probabilities.cumsum(1) - probabilities < top_p).sum(1, keepdim=True)
     return logits.masked_fill(logits < ordered.gather(1, kept - 1), -torch.inf)
 
@@ -670,7 +673,7 @@ class Refiner(nn.Module):
         self.to_pixels = nn.Conv2d(c, square * config.pixel_features, 1)
         self.pixels = nn.Sequential(
             nn.Conv2d(config.pixel_features + 2, config.pixel_channels, 3, padding=1),
-            nn.ReLU(inplace=True),  # on pixels memory counts
+            nn.ReLU(inplace=True),  # saves memory, of which pixels take most
             nn.Conv2d(config.pixel_channels, config.pixel_channels, 3, padding=1),
             nn.ReLU(inplace=True),
             nn.Conv2d(config.pixel_channels, 1, 3, padding=1),
@@ -702,6 +705,7 @@ class Refiner(nn.Module):
         """Return the velocity (N, 1, H, W) at x (N, 1, H, W), times (N,) in [0, 1] and `condition`'s conditioning."""
         side, (features, decoded) = self.config.downsampling, conditioning
         phases = time[:, None] * torch.arange(1, self.config.time_frequencies + 1, device=time.device) * torch.pi
+        # FiLM (Perez et al. 2018, arXiv:1709.07871): time scales and shifts the features of each block.
         modulation = self.time(torch.cat([time[:, None], phases.sin(), phases.cos()], 1))[:, :, None, None]
         h = self.stem(F.pixel_unshuffle(x, side)) + features
         for block, film in zip(self.blocks, modulation.to(h.dtype).chunk(self.config.residual_blocks, 1)):
@@ -709,7 +713,7 @@ class Refiner(nn.Module):
             h = block(h + h * scale + shift)
         pixels = F.pixel_shuffle(F.relu(self.to_pixels(F.relu(h))), side)
         pixels = torch.cat([pixels, x.to(pixels.dtype), decoded.to(pixels.dtype)], 1)
-        pixels = pixels.contiguous(memory_format=torch.channels_last)  # shuffling loses it, and then all is slow
+        pixels = pixels.contiguous(memory_format=torch.channels_last)  # PixelShuffle loses it; convolutions need it
         t = time[:, None, None, None]
         return self.pixels(pixels).float() + x * (2 * t - 1) / (t**2 + (1 - t) ** 2)
 
@@ -741,12 +745,12 @@ class Refiner(nn.Module):
         arXiv:2206.00364, algorithm 1).
 
         Args:
-            sample_ids: N whole numbers; each sample has its own random stream, as in `GatedPixelCNN.sample`.
+            sample_ids: N integers; each sample has its own random stream, as in `GatedPixelCNN.sample`.
             codes: (N, h, w); their device computes.
             vqvae: The VQ-VAE that the codes belong to.
             seed: Of all samples, in [0, 2^32).
-            noise_scale: Scale of the initial noise, in [0, 1]. Below 1 the detail is likelier and has less grain; at 0
-                it is deterministic.
+            noise_scale: Scale of the initial noise, in [0, 1]. Below 1 the detail is smoother; at 0 it is
+                deterministic.
 
         Returns:
             Slices (N, 1, H, W) in [-1, 1].

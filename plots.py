@@ -175,11 +175,11 @@ def draw_rows(figure: Figure | SubFigure, rows: Mapping[str, np.ndarray]) -> Non
             axes.spines[:].set_visible(False)
 
 
-def refinement_figure(path: Path, strips: Mapping[str, np.ndarray], titles: Sequence[str]) -> None:
+def refinement_figure(path: Path, rows: Mapping[str, np.ndarray], titles: Sequence[str]) -> None:
     """Plot rows of slices (n, H, W), each with its label, and a title over each column."""
-    count, height, width = to_display(next(iter(strips.values()))).shape
-    figure = Figure(figsize=(2.4 * count, 2.4 * len(strips) * height / width + 0.4), layout="constrained")
-    draw_rows(figure, strips)
+    count, height, width = to_display(next(iter(rows.values()))).shape
+    figure = Figure(figsize=(2.4 * count, 2.4 * len(rows) * height / width + 0.4), layout="constrained")
+    draw_rows(figure, rows)
     for axes, title in zip(figure.axes, titles):
         axes.set_title(title, fontsize=8, parse_math=False)
     save_figure(figure, path)

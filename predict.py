@@ -216,7 +216,7 @@ def draw_positions(sample_ids: Sequence[int], seed: int, distribution: Positions
     """Draw slice positions with the distribution of the training slices.
 
     Args:
-        sample_ids: N whole numbers; each sample has its own random stream.
+        sample_ids: N integers; each sample has its own random stream.
         seed: Of all samples.
         distribution: Of the training slices' positions.
 
@@ -250,8 +250,8 @@ def sample_codes(options: SamplingOptions, prior: GatedPixelCNN, positions: Tens
             def progress(row: int) -> None:
                 bar.update(len(batch))
 
-            places = positions[batch.start : batch.stop].to(device)
-            return prior.sample(batch, places, *settings, progress=progress).cpu()
+            own_positions = positions[batch.start : batch.stop].to(device)
+            return prior.sample(batch, own_positions, *settings, progress=progress).cpu()
 
         return torch.cat(list(split_to_fit(sample_batch, len(positions), options.batch_size)))
 

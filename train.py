@@ -19,7 +19,7 @@ from torch import Tensor
 from checkpoints import Checkpoint, Run, describe_code, load_weights, read_data_files
 from config import FORMAT, SMALLEST_SIDE, RunConfig, TrainConfig, add_options, configure, network_config, validate
 from console import Parser, RunError, log_notices, logger, run_command, say
-from dataset import PERCENTILE, DataError, Dataset, Slices, batch_indices, describe_changes, load_dataset
+from dataset import PERCENTILE, DataError, DataSplits, Slices, batch_indices, describe_changes, load_dataset
 from metrics import code_counts, codebook_use, reconstruction_metrics
 from modules import VQVAE, GatedPixelCNN, PriorConfig, Refiner, RefinerConfig, VQVAEConfig
 from nifti import left_right_axis
@@ -36,19 +36,22 @@ from plots import (
 from trainer import BatchLoader, StopSignals, Trainer, device_batches, micro_batches
 from utils import autocast, channels_last, check_folder, make_folder, pick_device, seed_update
 
-UNIGRAM_SHARE = 0.95  # of the entropy of the codes' frequencies: a prior has to need less
+UNIGRAM_SHARE = 0.95  # of the entropy of the code frequencies, the loss of a unigram model: a prior must reach less
 
 
 # ---------------------------------------------------------------- stage 1: the VQ-VAE
 
 
 class VQVAETrainer(Trainer[VQVAE]):
-    """Train the VQ-VAE on slices. The encoder first learns without codes; k-means then starts the codebook where its
-    latents are, so that nearly all codes stay in use."""
+    """Train the VQ-VAE on slices.
+
+    The encoder warms up without quantisation. K-means on its latents then initialises the codebook, so that nearly all
+    codes stay in use.
+    """
 
     stage, objective, criterion = "vqvae", "total_loss", "reconstruction_loss"
 
-    def __init__(self, run: Run, stop: StopSignals, options: TrainConfig, loader: BatchLoader, data: Dataset):
+    def __init__(self, run: Run, stop: StopSignals, options: TrainConfig, loader: BatchLoader, data: DataSplits):
         seed_update(options.seed, self.stage, 0)
         model = channels_last(VQVAE(network_config(VQVAEConfig, options)), loader.device)
         super().__init__(run, stop, options, loader, model, options.updates, options.learning_rate, with_ema=False)
@@ -59,7 +62,7 @@ class VQVAETrainer(Trainer[VQVAE]):
     def compute_losses(self) -> Iterator[dict[str, Tensor]]:
         if self.update == self.encoder_warmup + 1:
             self.model.codebook.kmeans_init(encode_latents(self.model, self.data.train, self.options, self.device))
-        slices, _, _ = self.loader(self.update)  # not augmented: interpolation smooths, which lowered SSIM
+        slices, _, _ = self.loader(self.update)  # not augmented: interpolation blurs, which lowered SSIM
         with autocast(self.device):
             reconstructions, embedding_loss, _ = self.model(slices, quantise=self.update > self.encoder_warmup)
         reconstruction_loss = F.mse_loss(reconstructions, slices)
@@ -84,20 +87,20 @@ class VQVAETrainer(Trainer[VQVAE]):
 def random_batches(train: Slices, count: int, options: TrainConfig, device: torch.device) -> Iterator[Tensor]:
     """Yield `count` training slices drawn at random, in batches (n, 1, H, W) of at most the batch size."""
     chosen = batch_indices(len(train), count, options.seed, 0)
-    parts = np.array_split(chosen, -(-count // options.batch_size))
-    return device_batches(map(train.batch, parts), device)
+    batches = np.array_split(chosen, -(-count // options.batch_size))
+    return device_batches(map(train.batch, batches), device)
 
 
 @torch.no_grad()
 def encode_latents(model: VQVAE, train: Slices, options: TrainConfig, device: torch.device) -> Tensor:
     """Return latents (n, D), at most 65,536, of training slices drawn at random, for k-means."""
-    parts = []
+    latents = []
     for batch in random_batches(train, options.kmeans_slices, options, device):
         with autocast(device):
             z = model.latents(batch)
-        parts.append(z.flatten(0, 2))
-    latents = torch.cat(parts)
-    return latents[torch.randperm(len(latents), device=device)[:65536]]
+        latents.append(z.flatten(0, 2))
+    pooled = torch.cat(latents)
+    return pooled[torch.randperm(len(pooled), device=device)[:65536]]
 
 
 @torch.no_grad()
@@ -148,7 +151,7 @@ class PriorTrainer(Trainer[GatedPixelCNN]):
     stage, objective, criterion = "prior", "nats_per_code", "nats_per_code"
 
     def __init__(
-        self, run: Run, stop: StopSignals, options: TrainConfig, loader: BatchLoader, data: Dataset, vqvae: VQVAE
+        self, run: Run, stop: StopSignals, options: TrainConfig, loader: BatchLoader, data: DataSplits, vqvae: VQVAE
     ):
         self.vqvae = vqvae
         self.validation_codes = extract_codes(vqvae, data.validate, options.batch_size, loader.device)
@@ -218,7 +221,7 @@ class RefinerTrainer(Trainer[Refiner]):
     stage, objective, criterion = "refiner", "flow_loss", "flow_loss"
 
     def __init__(
-        self, run: Run, stop: StopSignals, options: TrainConfig, loader: BatchLoader, data: Dataset, vqvae: VQVAE
+        self, run: Run, stop: StopSignals, options: TrainConfig, loader: BatchLoader, data: DataSplits, vqvae: VQVAE
     ):
         self.data, self.vqvae = data, vqvae
         seed_update(options.seed, self.stage, 0)
@@ -228,10 +231,10 @@ class RefinerTrainer(Trainer[Refiner]):
         super().__init__(run, stop, options, loader, model, options.refiner_updates, options.refiner_learning_rate)
 
     def compute_losses(self) -> Iterator[dict[str, Tensor]]:
-        slices, _, _ = self.loader(self.update, self.options.batch_divisor)  # not augmented: interpolation smooths
+        slices, _, _ = self.loader(self.update, self.options.batch_divisor)  # not augmented: interpolation blurs
         with autocast(self.device):
             codes = self.vqvae.encode(slices)
-        for loss in micro_batches(lambda own, batch: self.model.loss(batch, own, self.vqvae), codes, slices):
+        for loss in micro_batches(lambda codes, slices: self.model.loss(slices, codes, self.vqvae), codes, slices):
             yield {"flow_loss": loss}
 
     def validate(self) -> dict[str, float]:
@@ -278,9 +281,9 @@ def draw_refinement(path: Path, model: Refiner, vqvae: VQVAE, slices: Slices, de
     batch = slices.batch(chosen).to(device)
     codes = vqvae.encode(batch)
     refined = [model.sample(range(len(batch)), codes, vqvae, seed) for seed in (0, 1)]
-    strips = dict(zip(("slice", "decoded", "refined", "refined again"), (batch, vqvae.decode(codes), *refined)))
+    rows = dict(zip(("slice", "decoded", "refined", "refined again"), (batch, vqvae.decode(codes), *refined)))
     titles = [caption(slices.names[i]) for i in chosen]
-    refinement_figure(path, {name: of[:, 0].cpu().numpy() for name, of in strips.items()}, titles)
+    refinement_figure(path, {name: of[:, 0].cpu().numpy() for name, of in rows.items()}, titles)
 
 
 # ---------------------------------------------------------------- the command
@@ -300,7 +303,7 @@ def describe_positions(positions: np.ndarray) -> dict[str, object]:
     return {"quantiles": quantiles, "unknown": 1 - len(known) / len(positions)}
 
 
-def describe_run(options: TrainConfig, data: Dataset) -> RunConfig:
+def describe_run(options: TrainConfig, data: DataSplits) -> RunConfig:
     """Return the content of config.json."""
     fields = {
         "options": options.model_dump(mode="json"),
@@ -320,7 +323,7 @@ def describe_flip(left_right: int | None) -> str:
     return f"half of the training slices are flipped along their {('first', 'second')[left_right - 2]} axis, left-right"
 
 
-def check_same_data(run: Run, data: Dataset, allow_changes: bool) -> None:
+def check_same_data(run: Run, data: DataSplits, allow_changes: bool) -> None:
     """Raise RunError saying how the data differ from the run's; if that is allowed, record them as the run's own."""
     if run.config.fingerprint == data.fingerprint:
         return
@@ -346,7 +349,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         data = load_dataset(options.data, size, (side, side), options.seed)
         log_notices(data.notices)
         if min(data.slice_size) < SMALLEST_SIDE:
-            raise DataError(f"slices of {data.slice_size} pixels are too small: a side has {SMALLEST_SIDE} at least")
+            raise DataError(f"slices of {data.slice_size} pixels are too small: a side needs at least {SMALLEST_SIDE}")
         options = options.model_copy(update={"slice_size": tuple(data.slice_size)})
         with Run(options.run, describe_run(options, data), data.files) as run:
             check_same_data(run, data, options.allow_changed_data)
@@ -360,7 +363,7 @@ def train_stages(
     run: Run,
     stop: StopSignals,
     checkpoint: Checkpoint | None,
-    data: Dataset,
+    data: DataSplits,
     options: TrainConfig,
     device: torch.device,
 ) -> None:

@@ -39,7 +39,7 @@ SPLIT_NAMES = {"train": "training", "validate": "validation"}
 # a side is 2 long; logarithm.
 ROTATION, LOG_SCALE, SHIFT, LOG_GAMMA = 0.06, 0.05, 0.03, 0.15
 COPIED_SLICES = 4096  # at a time to a GPU's memory: 128 MB of 256x128
-COLLAPSE_SHARE, COLLAPSE_UPDATES = 0.1, 500  # the codebook has collapsed if it uses fewer codes for so many updates
+COLLAPSE_SHARE, COLLAPSE_UPDATES = 0.1, 500  # codebook collapse: a smaller share of codes used for so many updates
 
 
 # ---------------------------------------------------------------- optimiser
@@ -69,7 +69,7 @@ class EMA(Generic[Network]):
 
     def __init__(self, network: Network, decay: float):
         self.network, self.decay = deepcopy(network), decay
-        # Listed once and moved by one kernel: otherwise the host of a GPU would be busy with each weight in turn.
+        # Listed once and updated by one kernel: otherwise the host of a GPU would be busy with each weight in turn.
         self.averages: list[Tensor] = list(self.network.parameters())
         self.weights: list[Tensor] = list(network.parameters())
 
@@ -131,7 +131,7 @@ class StopSignals:
 
 
 class Interval:
-    """Whether some seconds have passed since it was last due."""
+    """A timer that is due every so many seconds."""
 
     def __init__(self, seconds: float):
         self.seconds, self.last = seconds, time.monotonic()
@@ -147,7 +147,7 @@ class Interval:
 class Trainer(Generic[Network]):
     """The training of one network. A recipe derives from it and says what its losses, validation and figures are.
 
-    A stop signal is heeded after an update or a batch of validation; a checkpoint is then written first. A resumed
+    A stop signal takes effect after the current update or batch of validation, once a checkpoint is written. A resumed
     training continues bit for bit, since all randomness of an update follows from its number.
 
     Args:
@@ -156,15 +156,15 @@ class Trainer(Generic[Network]):
         options: Of the training.
         loader: The batches.
         model: The network.
-        updates: How many in all.
+        updates: Their total number.
         learning_rate: At its peak.
         with_ema: Whether the network that is validated and saved is an EMA of the weights.
     """
 
     stage: str  # "vqvae", "prior" or "refiner": names weights, log lines and options
     objective: str  # the loss that is minimised, one of `compute_losses`
-    criterion: str  # the value of `validate` whose lowest decides which weights are kept
-    first_validation = 1  # earlier updates are not followed by one
+    criterion: str  # the value of `validate` at whose minimum the weights are kept
+    first_validation = 1  # the first update that a validation may follow
 
     def __init__(
         self,
@@ -196,7 +196,7 @@ class Trainer(Generic[Network]):
     # What a recipe defines.
 
     def compute_losses(self) -> Iterator[dict[str, Tensor]]:
-        """Yield the losses of this update's micro-batches, so weighted that their sum is the loss of the batch."""
+        """Yield the losses of this update's micro-batches, weighted so that their sum is the loss of the batch."""
         raise NotImplementedError
 
     def validate(self) -> dict[str, float]:
@@ -239,7 +239,7 @@ class Trainer(Generic[Network]):
             self.save_checkpoint()
 
     def train_update(self) -> None:
-        """One update: losses in micro-batches, gradient clipping, an optimiser step, the EMA."""
+        """Make one update: losses in micro-batches, gradient clipping, an optimiser step, the EMA."""
         seed_update(self.options.seed, self.stage, self.update)
         self.model.train()
         for group in self.optimiser.param_groups:
@@ -255,7 +255,7 @@ class Trainer(Generic[Network]):
         if self.ema:
             self.ema.step(self.update)
         for name, value in (sums | {"gradient_norm": norm}).items():
-            self.losses.setdefault(name, []).append(value)  # tensors: a GPU's host does not wait for the number
+            self.losses.setdefault(name, []).append(value)  # tensors, so that the host does not wait for the GPU
 
     def run_validation(self) -> None:
         """Validate, log, keep the best weights, and from time to time draw the figures."""
@@ -468,23 +468,23 @@ class BatchLoader:
         return slices.contiguous(memory_format=torch.channels_last), self.positions[indices], parameters
 
     def send(self, values: Tensor) -> Tensor:
-        """Copy to the device, from pinned memory: for any other the host would wait."""
+        """Copy to the device, from pinned memory, so that the host does not wait."""
         return values.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else values
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the bytes of a GPU's memory that this process may still fill: PyTorch keeps what was freed for itself."""
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + kept
+    """Return the bytes of a GPU's memory that this process may still fill, including those that PyTorch has cached."""
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached
 
 
 def to_device(pixels: np.ndarray, device: torch.device) -> Tensor:
     """Copy pixels (N, H, W), which may be mapped from a file, to a device in parts: the host holds one at a time."""
-    there = torch.empty(pixels.shape, dtype=torch.uint8, device=device)
+    copied = torch.empty(pixels.shape, dtype=torch.uint8, device=device)
     for start in range(0, len(pixels), COPIED_SLICES):
         part = pixels[start : start + COPIED_SLICES]
-        there[start : start + len(part)] = torch.from_numpy(np.array(part))  # copied: mapped memory is read-only
-    return there
+        copied[start : start + len(part)] = torch.from_numpy(np.array(part))  # mapped memory is read-only
+    return copied
 
 
 def device_batches(batches: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
@@ -494,24 +494,24 @@ def device_batches(batches: Iterable[Tensor], device: torch.device) -> Iterator[
 
 
 def micro_batches(loss_of: Callable[..., Tensor], codes: Tensor, *others: Tensor) -> Iterator[Tensor]:
-    """Yield the losses of micro-batches, so weighted that their sum is the loss of the batch.
+    """Yield the losses of micro-batches, weighted so that their sum is the loss of the batch.
 
     On a CPU a micro-batch has about MICRO_BATCH_CODES codes, so that its activations stay in the caches.
 
     Args:
         loss_of: Maps codes and others to a mean over slices.
         codes: (N, h, w).
-        others: Tensors (N, ...), which are split alike.
+        others: Tensors (N, ...), which are split likewise.
     """
     size = len(codes) if codes.is_cuda else max(1, MICRO_BATCH_CODES // codes[0].numel())
-    for part in zip(*(of.split(size) for of in (codes, *others))):
+    for micro_batch in zip(*(of.split(size) for of in (codes, *others))):
         with autocast(codes.device):
-            loss = loss_of(*part) * (len(part[0]) / len(codes))
+            loss = loss_of(*micro_batch) * (len(micro_batch[0]) / len(codes))
         yield loss
 
 
 def random_flip(slices: Tensor, axis: int | None) -> Tensor:
-    """Flip slices (N, 1, H, W) along an axis with probability 1/2 each; None flips none."""
+    """Flip slices (N, 1, H, W) along an axis with probability 1/2 each, as a pelvis is symmetric; None flips none."""
     if axis is None:
         return slices
     flipped = torch.rand(len(slices), 1, 1, 1, device=slices.device) < 0.5
@@ -521,8 +521,8 @@ def random_flip(slices: Tensor, axis: int | None) -> Tensor:
 def augment(slices: Tensor, parameters: Tensor) -> Tensor:
     """Rotate, scale and shift slices and change their contrast a little, as patients differ.
 
-    Pixels from outside the slice are reflected at its edge: the slice ends within the body, and samples shall not
-    reproduce black borders.
+    Pixels from outside the slice are reflected at its edge: the body reaches the edge, and samples should not reproduce
+    black borders.
 
     Args:
         slices: (N, 1, H, W) in [-1, 1].

@@ -1,4 +1,4 @@
-"""Devices, seeds, and files that are written whole."""
+"""Devices, seeds and atomic file writes."""
 
 import errno
 import os
@@ -46,7 +46,7 @@ def pick_device(name: str) -> torch.device:
 def start_gpu(device: torch.device) -> torch.device:
     """Return a GPU by its number, tested with a convolution and made the current one. Raises RuntimeError.
 
-    A visible card need not compute: each build of PyTorch has kernels for some generations only. TF32 is switched off:
+    PyTorch may list a card that it cannot use: each build has kernels for some generations only. TF32 is switched off:
     SSIM subtracts squares and would lose its third digit. Training loses no speed, since it runs in bfloat16 on every
     card that has TF32.
     """
@@ -98,7 +98,7 @@ def make_folder(path: Path) -> None:
 
 
 def check_folder(option: str, path: Path) -> None:
-    """Raise RunError unless files can be written to a folder or, if there is none yet, to the one it would be in."""
+    """Raise RunError unless files can be written to a folder or, if it is missing, to its nearest existing parent."""
     place = next(folder for folder in (path, *path.parents) if os.path.exists(folder))
     with writing(f"{option} {path}"), tempfile.TemporaryFile(dir=place):
         pass
@@ -124,12 +124,12 @@ def write_file(path: Path, write: Callable[[Path], object], previous: Path | Non
     Args:
         path: The file.
         write: Writes the content to the temporary path that it is given.
-        previous: Where the old file is kept.
+        previous: Where the old file is kept; None to replace it.
 
     Raises:
         RunError: The file cannot be written.
     """
-    # A name of its own, since another process may be writing a file of this name too: figures of several runs.
+    # A unique name, since another process may be writing the same file, such as a figure in a shared folder.
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     try:
         with writing(path):

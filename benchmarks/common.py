@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved timing, JSON lines, the machine in words."""
+"""Shared by the benchmarks: interleaved timing, JSON lines, a description of the machine."""
 
 import json
 import math
@@ -17,19 +17,19 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # the project's files are
 
 Network = TypeVar("Network", bound=torch.nn.Module)
 
-SHORTEST = 0.05  # seconds of a timing: a GPU does in less what the host needs as long to launch
+MIN_SECONDS = 0.05  # of a timing: in less, launching a GPU's kernels would dominate
 
 
 def interleave(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each function. They take turns, so that a machine's slow minutes fall on all of them.
+    """Return the median seconds of each function. They take turns, so that slow minutes of the machine affect all.
 
-    Each is called twice before: to set itself up, and to see how many calls a timing needs to last SHORTEST.
+    Each is called twice before: to initialise, and to find how many calls a timing of MIN_SECONDS needs.
     """
     calls: dict[str, int] = {}
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for name, function in functions.items():
         time_calls(function, 1)
-        calls[name] = math.ceil(SHORTEST / time_calls(function, 1))
+        calls[name] = math.ceil(MIN_SECONDS / time_calls(function, 1))
     for _ in range(rounds):
         for name, function in functions.items():
             seconds[name].append(time_calls(function, calls[name]))
@@ -37,7 +37,7 @@ def interleave(functions: dict[str, Callable[[], object]], rounds: int) -> dict[
 
 
 def time_calls(function: Callable[[], object], count: int) -> float:
-    """Seconds per call of a function that is called `count` times. The current GPU is waited for."""
+    """Return the seconds per call of a function that is called `count` times, until the current GPU has finished."""
     start = time.perf_counter()
     for _ in range(count):
         function()
@@ -47,19 +47,19 @@ def time_calls(function: Callable[[], object], count: int) -> float:
 
 
 def report(name: str, value: float, unit: str, **settings: object) -> None:
-    """One JSON line."""
+    """Print one JSON line."""
     print(json.dumps({"name": name, "value": float(f"{value:.4g}"), "unit": unit, **settings}), flush=True)
 
 
 def machine(device: torch.device) -> str:
-    """The machine in words."""
+    """Describe the machine."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{os.cpu_count()} CPU cores ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})"
 
 
 def profile(function: Callable[[], object], device: torch.device) -> None:
-    """The ten operations that one call spends most time in, on stderr."""
+    """Print the ten operations in which one call spends most time on stderr."""
     with torch.profiler.profile() as profiler:
         function()
     time_of = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"

@@ -1,12 +1,12 @@
-"""Whether the project computes on a GPU what it computes on a CPU, and how fast: the check for a day with a card.
+"""Check that a GPU computes the same as the CPU, and how fast.
 
     python benchmarks/gpu.py [--device cuda] [--out runs/gpu]
-    python benchmarks/gpu.py --device cpu --tiny        # that it runs through, where there is no card
+    python benchmarks/gpu.py --device cpu --tiny        # without a GPU: check that the script runs
 
-Trains all three networks on a small phantom, with a stop and a resume on the way. Compares the training, the networks,
-samples, a reconstruction and an evaluation with those of the CPU. Then runs benchmarks/training.py, with the published
-recipe, and benchmarks/sampling.py. Writes OUT/report.json and OUT/report.md. The exit status is 1 where a figure is out
-of its tolerance.
+Trains all three networks on a small phantom, with a stop and a resume. Compares training, networks, samples,
+reconstructions and evaluation with those of the CPU. Then runs benchmarks/training.py and benchmarks/sampling.py with
+the sizes of the full preset. Writes OUT/report.json and OUT/report.md. The exit status is 1 if a value is out of its
+tolerance.
 """
 
 import argparse
@@ -38,9 +38,9 @@ from modules import RowSampler
 from utils import autocast, pick_device
 
 ROOT = Path(__file__).parents[1]
-SIZES = {True: (64, 32), False: (128, 64)}  # of slices, tiny or not
+SIZES = {True: (64, 32), False: (128, 64)}  # of slices, by --tiny
 UPDATES = {True: (12, 6, 6), False: (300, 300, 300)}  # of the three networks
-FIGURES = {  # in evaluation.json: how far apart they may be, as a share of the CPU's
+TOLERANCES = {  # of values in evaluation.json, relative to the CPU's
     ("reconstructions", "ssim"): 1e-3,
     ("reconstructions", "psnr"): 1e-3,
     ("codes", "perplexity"): 1e-3,
@@ -56,7 +56,7 @@ SAMPLED = {("samples", "c2st_accuracy"), ("samples", "coverage"), ("copying", "m
 
 @dataclass(frozen=True)
 class Row:
-    """A figure of both devices. Its tolerance is how far apart they may be; where there is none it is only shown."""
+    """A value on both devices and the tolerance of their difference; without a tolerance it is only reported."""
 
     name: str
     cpu: float
@@ -69,19 +69,19 @@ class Row:
 
 
 def arguments(run: Path, device: torch.device) -> list[str]:
-    """What the commands are told about a run."""
+    """Return the command-line options of a run."""
     return ["--run", str(run), "--images", str(run.parent / "images"), "--device", str(device)]
 
 
 def train_options(out: Path, device: torch.device, tiny: bool) -> list[str]:
-    """A training of the demo's networks."""
+    """Return the options of a training of the demo's networks."""
     names = ("--updates", "--prior-updates", "--refiner-updates")
     updates = [text for name, count in zip(names, UPDATES[tiny]) for text in (name, str(count))]
     return [*arguments(out / "run", device), "--data", str(out.parent / "slices"), "--preset", "demo", *updates]
 
 
 def train_with_a_stop(options: list[str], run: Path) -> None:
-    """train.py, stopped by two SIGTERMs as soon as the prior is in training, and resumed."""
+    """Run train.py, stop it by two SIGTERMs once the prior is in training, and resume it."""
     command = [sys.executable, str(ROOT / "train.py"), *options]
     with subprocess.Popen(command) as process:
         while process.poll() is None and '"stage": "prior"' not in text_of(run / "metrics.jsonl"):
@@ -89,17 +89,18 @@ def train_with_a_stop(options: list[str], run: Path) -> None:
         for _ in range(2):
             process.send_signal(signal.SIGTERM)
             time.sleep(0.02)
-    if process.returncode not in (143, 0):  # 0: it was complete before it was stopped
+    if process.returncode not in (143, 0):  # 0: it was complete before the signal
         raise SystemExit(f"train.py ended with {process.returncode}")
     subprocess.run(command, check=True)
 
 
 def text_of(path: Path) -> str:
+    """Return a file's text, "" if it does not exist."""
     return path.read_text() if path.exists() else ""
 
 
 def compare_trainings(out: Path) -> Iterator[Row]:
-    """The last validations of both. Their random numbers differ: dropout, noise, augmentation are the devices' own."""
+    """Compare the last validations. Dropout, noise and augmentation have each device's own random numbers."""
     last = []
     for device in ("cpu", "gpu"):
         lines = [json.loads(line) for line in (out / device / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -118,16 +119,16 @@ def compare_trainings(out: Path) -> Iterator[Row]:
 def compare_networks(
     networks: Callable[[torch.device], predict.Networks], slices: Tensor, device: torch.device
 ) -> Iterator[Row]:
-    """The same networks on the same slices (N, 1, H, W), in single precision and as they train."""
+    """Compare the same networks on the same slices (N, 1, H, W), in float32 and in the data type of training."""
     on_cpu, on_gpu = networks(torch.device("cpu")), networks(device)
-    codes, there = on_cpu.vqvae.encode(slices), slices.to(device)
-    equal = (on_gpu.vqvae.encode(there).cpu() == codes).double().mean().item()
+    codes, on_device = on_cpu.vqvae.encode(slices), slices.to(device)
+    equal = (on_gpu.vqvae.encode(on_device).cpu() == codes).double().mean().item()
     yield Row("share of codes that are equal", 1.0, equal, 1e-3)
-    decoded, decoded_there = on_cpu.vqvae.decode(codes), on_gpu.vqvae.decode(codes.to(device))
-    yield Row("largest difference of a decoded pixel", 0.0, largest(decoded, decoded_there), 1e-4)
+    decoded, decoded_on_gpu = on_cpu.vqvae.decode(codes), on_gpu.vqvae.decode(codes.to(device))
+    yield Row("largest difference of a decoded pixel", 0.0, largest_difference(decoded, decoded_on_gpu), 1e-4)
     ssim = metrics.reconstruction_metrics()(decoded, slices)["ssim"].item()
-    ssim_there = metrics.reconstruction_metrics().to(device)(decoded.to(device), there)["ssim"].item()
-    yield Row("SSIM of the same pictures", ssim, ssim_there, 1e-4)
+    ssim_on_gpu = metrics.reconstruction_metrics().to(device)(decoded.to(device), on_device)["ssim"].item()
+    yield Row("SSIM of the same reconstructions", ssim, ssim_on_gpu, 1e-4)
     positions = torch.linspace(0, 1, len(slices))
     given = codes.to(device), positions.to(device)
     nats = on_cpu.prior.nll(codes, positions).item()
@@ -144,31 +145,32 @@ def compare_networks(
         )
         for of, where in ((on_cpu, "cpu"), (on_gpu, device))
     ]
-    yield Row("largest difference of a velocity", 0.0, largest(*velocities), 1e-3)
+    yield Row("largest difference of a velocity", 0.0, largest_difference(*velocities), 1e-3)
 
 
-def largest(one: Tensor, other: Tensor) -> float:
-    """The largest difference of two tensors, on whatever devices."""
+def largest_difference(one: Tensor, other: Tensor) -> float:
+    """Return the largest absolute difference of two tensors, on any devices."""
     return (one.cpu() - other.cpu()).abs().max().item()
 
 
 def compare_sampling(networks: predict.Networks, device: torch.device, count: int) -> Iterator[Row]:
-    """Rows that were recorded and replayed with rows computed one by one; all at once with one at a time."""
+    """Compare sampling by a CUDA graph with sampling without it, and a batch with single samples."""
     prior, positions = networks.prior, torch.linspace(0, 1, count, device=device)
-    recorded = prior.sample(range(count), positions, top_p=predict.TOP_P)
+    replayed = prior.sample(range(count), positions, top_p=predict.TOP_P)
     with mock.patch.object(RowSampler, "capture_graph", lambda sampler: sampler.sample_row):
         computed = prior.sample(range(count), positions, top_p=predict.TOP_P)
-    yield Row("share of codes that a recorded row draws alike", 1.0, share_equal(recorded, computed), 0.0)
+    yield Row("share of equal codes, CUDA graph vs. no graph", 1.0, share_equal(replayed, computed), 0.0)
     single = [prior.sample([n], positions[n : n + 1], top_p=predict.TOP_P) for n in range(4)]
-    yield Row("share of codes drawn alike alone", 1.0, share_equal(recorded[:4], torch.cat(single)), 1e-2)
+    yield Row("share of equal codes, batch vs. single samples", 1.0, share_equal(replayed[:4], torch.cat(single)), 1e-2)
 
 
 def share_equal(one: Tensor, other: Tensor) -> float:
+    """Return the share of elements that are equal."""
     return (one == other).double().mean().item()
 
 
 def run_commands(out: Path, run: Path, device: torch.device, count: int) -> dict[str, Any]:
-    """predict.py with both of its tasks, and evaluate.py, on a copy of the run; gives the evaluation."""
+    """Sample, reconstruct and evaluate on a copy of the run; return the content of evaluation.json."""
     copied = out / "of_gpu"
     shutil.copytree(run, copied)
     common, folder = arguments(copied, device), ["--out", str(out / "slices")]
@@ -179,21 +181,22 @@ def run_commands(out: Path, run: Path, device: torch.device, count: int) -> dict
 
 
 def compare_evaluations(cpu: dict[str, Any], gpu: dict[str, Any]) -> Iterator[Row]:
-    """Figures of the same networks; samples have each device's random numbers, and are only shown."""
-    for path in (*FIGURES, *sorted(SAMPLED)):
-        one, other = (figure_at(path, results) for results in (cpu, gpu))
-        tolerance = FIGURES[path] * abs(one) if path in FIGURES else None
+    """Compare evaluations of the same networks; samples have each device's random numbers and are only reported."""
+    for path in (*TOLERANCES, *sorted(SAMPLED)):
+        one, other = (value_at(path, results) for results in (cpu, gpu))
+        tolerance = TOLERANCES[path] * abs(one) if path in TOLERANCES else None
         yield Row("evaluation: " + ", ".join(path), one, other, tolerance)
 
 
-def figure_at(path: Sequence[str], results: Any) -> float:
+def value_at(path: Sequence[str], results: Any) -> float:
+    """Return the value at a path of keys in nested objects."""
     for name in path:
         results = results[name]
     return results
 
 
 def benchmark(script: str, device: torch.device) -> Iterator[dict[str, Any]]:
-    """The JSON lines of a benchmark; on stderr what it says besides."""
+    """Yield the JSON lines of a benchmark; print its other lines on stderr."""
     command = [sys.executable, str(ROOT / "benchmarks" / script), "--device", str(device), "--codes", "2048"]
     for line in subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines():
         if line.startswith("{"):
@@ -203,9 +206,9 @@ def benchmark(script: str, device: torch.device) -> Iterator[dict[str, Any]]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report in Markdown."""
+    """Return the report in Markdown."""
     lines = [f"{report['machine']}, PyTorch {report['torch']}, {report['date']}", ""]
-    lines += ["| figure | CPU | GPU | may differ by | |", "|---|---|---|---|---|"]
+    lines += ["| value | CPU | GPU | tolerance | |", "|---|---|---|---|---|"]
     for row in report["rows"]:
         tolerance = "" if row["tolerance"] is None else f"{row['tolerance']:.2g}"
         verdict = "" if row["tolerance"] is None else "yes" if row["fits"] else "NO"
@@ -217,7 +220,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def check(out: Path, device: torch.device, tiny: bool) -> dict[str, Any]:
-    """All of it; gives the report."""
+    """Run all comparisons and benchmarks; return the report."""
     start, count = time.monotonic(), 4 if tiny else 64
     print(f"On {machine(device)}")
     phantom.write_phantom(out / "slices", cases=(6, 2, 2), slices=4 if tiny else 10, size=SIZES[tiny], workers=1)
@@ -231,7 +234,7 @@ def check(out: Path, device: torch.device, tiny: bool) -> dict[str, Any]:
 
     rows = [*compare_trainings(out), *compare_networks(networks, data.test.batch(range(len(data.test))), device)]
     rows += compare_sampling(networks(device), device, count)
-    metrics.CLASSIFIER_UPDATES = 10  # the CPU would take minutes, and devices are compared, not samples
+    metrics.CLASSIFIER_UPDATES = 10  # enough to compare devices; more would take minutes on the CPU
     evaluations = [
         run_commands(out / name, run, where, count) for name, where in (("cpu", torch.device("cpu")), ("gpu", device))
     ]
@@ -248,11 +251,14 @@ def check(out: Path, device: torch.device, tiny: bool) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Check, print the table, write the report."""
+    """Run the check, print the table and write the report."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1 ..., or cpu (default: cuda)")
     parser.add_argument(
-        "--out", type=nonempty(Path), default=Path("runs/gpu"), help="folder that is made anew (default: %(default)s)"
+        "--out",
+        type=nonempty(Path),
+        default=Path("runs/gpu"),
+        help="folder of the report, replaced if it holds one (default: %(default)s)",
     )
     parser.add_argument("--tiny", action="store_true", help="a few updates on small slices, no benchmarks")
     options = parser.parse_args()
@@ -262,7 +268,7 @@ def main() -> None:
     elif options.out.exists():
         raise RunError(f"{options.out} exists and holds no report of this check: choose another --out")
     options.out.mkdir(parents=True)
-    (options.out / "report.json").write_text("{}")  # so that a check that was broken off can be made again
+    (options.out / "report.json").write_text("{}")  # so that an interrupted check can be repeated
     report = check(options.out, device, options.tiny)
     (options.out / "report.json").write_text(json.dumps(report, indent=1))
     (options.out / "report.md").write_text(table(report) + "\n")

@@ -1,4 +1,4 @@
-"""Slices a second of the first pass over a folder, and what reopening its cache costs, on phantom slices. Linux only.
+"""Slices per second of the first pass over a folder, and the cost of reopening its cache, on the phantom. Linux only.
 
 python benchmarks/loading.py [--slices 12660] [--workers 2] [--profile]
 """
@@ -21,7 +21,7 @@ from reference import NibabelSlices
 import phantom
 from dataset import load_dataset
 
-FIRST_PASS = 2000  # slices; 20 a volume
+FIRST_PASS = 2000  # slices; 20 per volume
 OPEN = """
 import re, sys, time
 import numpy, torch, nibabel, tqdm, phantom
@@ -38,7 +38,7 @@ print(seconds, (peak() - before) / 1024)
 
 
 def write(folder: Path, slices: int) -> None:
-    """Phantom slices at HipMRI's size, 20 a patient; about one in twenty for validation and for test."""
+    """Write phantom slices of HipMRI's size, 20 per patient, with about 5 % each for validation and test."""
     patients = slices // 20
     few = max(1, patients // 20)
     phantom.write_phantom(folder, cases=(patients - 2 * few, few, few))
@@ -52,7 +52,7 @@ def first_pass(folder: Path, workers: int) -> None:
 
 
 def reopen(folder: Path, cache: Path) -> tuple[float, float]:
-    """Seconds to the first batch, and megabytes beyond what the imports take, in a process of its own."""
+    """Return the seconds to the first batch and the megabytes beyond the imports, in a process of its own."""
     environment = os.environ | {"PROSTATEVQ_CACHE": str(cache), "PYTHONPATH": str(Path(__file__).parent.parent)}
     command = [sys.executable, "-c", OPEN, str(folder)]
     printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
@@ -61,9 +61,11 @@ def reopen(folder: Path, cache: Path) -> tuple[float, float]:
 
 
 def main() -> None:
-    """Print the JSON lines and the sentence."""
+    """Run the benchmark: print JSON lines and a summary."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--slices", type=int, default=12_660, help="of the cache reopened (default: HipMRI's 12660)")
+    parser.add_argument(
+        "--slices", type=int, default=12_660, help="slices in the reopened cache (default: 12660, as in HipMRI)"
+    )
     parser.add_argument("--workers", type=int, default=2, help="threads of the first pass (default: 2)")
     parser.add_argument("--profile", action="store_true", help="also print where the first pass spends its time")
     options = parser.parse_args()
@@ -81,7 +83,7 @@ def main() -> None:
         os.environ["PROSTATEVQ_CACHE"] = str(cache)
         start = time.perf_counter()
         load_dataset(str(many), workers=options.workers)
-        whole = time.perf_counter() - start
+        total = time.perf_counter() - start
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         opened = sorted(reopen(many, cache) for _ in range(3))[1]
     settings = {"slice_size": [256, 128], "workers": options.workers, "machine": machine(torch.device("cpu"))}
@@ -89,7 +91,7 @@ def main() -> None:
     for name in readers:
         report(f"{name}_slices_per_second", 500 / seconds[name], "slices/s", slices=500, **settings | {"workers": 1})
     report("first_pass_speedup", ours / nibabel, "times", **settings)
-    report("first_pass_whole_seconds", whole, "s", slices=options.slices, **settings)
+    report("first_pass_whole_seconds", total, "s", slices=options.slices, **settings)
     report("first_pass_peak_megabytes", peak, "MB", slices=options.slices, **settings)
     report("cache_open_seconds", opened[0], "s", slices=options.slices, **settings)
     report("cache_open_megabytes", opened[1], "MB", slices=options.slices, **settings)
@@ -98,9 +100,9 @@ def main() -> None:
             write(Path(temporary), 200)
             profile(lambda: first_pass(Path(temporary), options.workers), torch.device("cpu"))
     print(
-        f"On {settings['machine']}: the first pass reads {ours:.0f} slices/s ({ours / nibabel:.1f} times nibabel a "
-        f"slice); {options.slices} slices take {whole:.1f} s once, and {opened[0]:.2f} s and {opened[1]:.0f} MB from "
-        "then on."
+        f"On {settings['machine']}: the first pass reads {ours:.0f} slices/s ({ours / nibabel:.1f} times as fast as "
+        f"nibabel); {options.slices} slices take {total:.1f} s once, and {opened[0]:.2f} s and {opened[1]:.0f} MB "
+        "afterwards."
     )
 
 

@@ -1,7 +1,7 @@
-"""How like two exposures of the same phantom slice are: what a perfect reconstruction of one from the other reaches.
+"""Noise ceiling of reconstructions: SSIM between two exposures of the same phantom slice.
 
-SSIM between two slices that differ in Rician noise alone, and between one and the slice without noise, which is the
-most that a network can reach that gives back all but the noise.
+Two exposures differ in their Rician noise alone. SSIM between an exposure and the noise-free slice is also given: a
+network that reconstructs everything but the noise reaches no more.
 
     python benchmarks/noise_floor.py [--cases 10] [--size 256 128] [--seed 0]
 """
@@ -19,7 +19,7 @@ from metrics import reconstruction_metrics
 
 
 def exposures(seed: int, case: int, size: tuple[int, int]) -> Tensor:
-    """A volume without noise, and with noise drawn twice: (3, slices, 1, H, W) in [-1, 1]."""
+    """Return a noise-free volume and two exposures of it: (3, slices, 1, H, W) in [-1, 1]."""
     drawn = [phantom.draw_volume(seed, case, size=size, exposure=exposure)[0] for exposure in (None, 0, 1)]
     volumes = np.stack(drawn)[:, :, None]
     scale = np.percentile(volumes[1], PERCENTILE)
@@ -27,22 +27,22 @@ def exposures(seed: int, case: int, size: tuple[int, int]) -> Tensor:
 
 
 def main() -> None:
-    """Print the JSON lines and the sentence."""
+    """Run the benchmark: print JSON lines and a summary."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--cases", type=int, default=10, help="patients (default: 10)")
-    parser.add_argument("--size", type=int, nargs=2, default=(256, 128), help="of a slice (default: 256 128)")
-    parser.add_argument("--seed", type=int, default=0, help="of the phantom (default: 0)")
+    parser.add_argument("--size", type=int, nargs=2, default=(256, 128), help="slice size in pixels (default: 256 128)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the phantom (default: 0)")
     options = parser.parse_args()
     noisy, clean = reconstruction_metrics(), reconstruction_metrics()
     for case in range(options.cases):
-        without, one, other = exposures(options.seed, case, tuple(options.size))
+        noise_free, one, other = exposures(options.seed, case, tuple(options.size))
         noisy.update(one, other)
-        clean.update(without, one)
+        clean.update(noise_free, one)
     settings = {"cases": options.cases, "size": list(options.size), "seed": options.seed}
     two, one = noisy.compute()["ssim"].item(), clean.compute()["ssim"].item()
     report("ssim_of_two_exposures", two, "SSIM", **settings)
     report("ssim_without_noise", one, "SSIM", **settings)
-    print(f"SSIM of two exposures of a phantom slice {two:.3f}, of one with the slice without noise {one:.3f}.")
+    print(f"SSIM between two exposures of a phantom slice {two:.3f}, between one and the noise-free slice {one:.3f}.")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The alternatives in requirements-bench.txt, where they are installed: pythae and MONAI, as their users run them.
+"""The alternatives in requirements-bench.txt, if they are installed: pythae and MONAI, as their users run them.
 
-Each is wrapped in a function to be timed. What they sample is timed by single steps, which the callers multiply up:
-neither keeps anything from one code to the next.
+Each is wrapped in a function to be timed. Sampling is timed by single steps, from which the callers extrapolate:
+neither caches anything from one code to the next.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,7 +14,7 @@ DIM = 64
 
 
 def vqvae_updates(slices: torch.Tensor, codes: int) -> dict[str, Callable[[], object]]:
-    """One update of each on slices (N, 1, H, W), pythae's with K codes, with Adam, in float32."""
+    """Return one update of each VQ-VAE on slices (N, 1, H, W), pythae's with K codes, with Adam, in float32."""
     updates = {}
     if find_spec("pythae"):
         updates["pythae"] = pythae_update(slices, codes)
@@ -24,20 +24,20 @@ def vqvae_updates(slices: torch.Tensor, codes: int) -> dict[str, Callable[[], ob
 
 
 def pythae_update(slices: torch.Tensor, codes: int) -> Callable[[], object]:
-    """pythae's VQ-VAE with the residual networks of its CIFAR example: a 64x32 grid for 256x128 slices."""
+    """Return an update of pythae's VQ-VAE with the networks of its CIFAR example: 64x32 codes for 256x128 slices."""
     from pythae.models import VQVAE, VQVAEConfig
     from pythae.models.nn.benchmarks.cifar import Decoder_ResNet_VQVAE_CIFAR, Encoder_ResNet_VQVAE_CIFAR
 
-    # The example's networks have three channels built in: grey slices are given three times.
+    # The example's networks require three channels: grey slices are repeated.
     config = VQVAEConfig(input_dim=(3, *slices.shape[2:]), latent_dim=DIM, num_embeddings=codes)
     model = VQVAE(config, Encoder_ResNet_VQVAE_CIFAR(config), Decoder_ResNet_VQVAE_CIFAR(config)).to(slices.device)
     optimiser = torch.optim.Adam(model.parameters())
     inputs = {"data": slices.expand(-1, 3, -1, -1)}
-    return lambda: descend(optimiser, [model(inputs).loss])
+    return lambda: optimiser_step(optimiser, [model(inputs).loss])
 
 
 def monai_update(slices: torch.Tensor) -> Callable[[], object]:
-    """MONAI's VQ-VAE as it comes: 7 million parameters, a 32x16 grid for 256x128 slices."""
+    """Return an update of MONAI's VQ-VAE with its defaults: 7 million parameters, 32x16 codes for 256x128 slices."""
     from monai.networks.nets import VQVAE
 
     model = VQVAE(spatial_dims=2, in_channels=1, out_channels=1).to(slices.device)
@@ -45,13 +45,15 @@ def monai_update(slices: torch.Tensor) -> Callable[[], object]:
 
     def update() -> None:
         reconstructions, quantisation_loss = model(slices)
-        descend(optimiser, [torch.nn.functional.mse_loss(reconstructions, slices) + quantisation_loss])
+        optimiser_step(optimiser, [torch.nn.functional.mse_loss(reconstructions, slices) + quantisation_loss])
 
     return update
 
 
-def descend(optimiser: torch.optim.Optimizer, losses: Iterable[torch.Tensor], max_norm: float | None = None) -> None:
-    """Backward and step; with max_norm a longer gradient is cut to it, as train.py does."""
+def optimiser_step(
+    optimiser: torch.optim.Optimizer, losses: Iterable[torch.Tensor], max_norm: float | None = None
+) -> None:
+    """Run backward, gradient clipping to `max_norm` if it is given, as train.py does, and a step of the optimiser."""
     optimiser.zero_grad()
     for loss in losses:
         loss.backward()
@@ -62,7 +64,7 @@ def descend(optimiser: torch.optim.Optimizer, losses: Iterable[torch.Tensor], ma
 
 
 def sampling_steps(grid: tuple[int, int], size: int, device: torch.device) -> dict[str, Callable[[], object]]:
-    """What each computes for one code of one grid, K = `size`; MONAI's transformer for a code in the middle."""
+    """Return what each computes to draw one code of one grid, K = `size`; in MONAI's transformer, a code halfway."""
     steps = {}
     if find_spec("pythae"):
         from pythae.models.normalizing_flows.pixelcnn import PixelCNN, PixelCNNConfig
@@ -84,7 +86,7 @@ def sampling_steps(grid: tuple[int, int], size: int, device: torch.device) -> di
 
 
 def monai_slices(paths: list[Path]) -> Callable[[int], object] | None:
-    """MONAI's Dataset of slices: what its item `i` takes. None where MONAI is not installed."""
+    """Return a function that loads slice `i` through MONAI's Dataset; None if MONAI is not installed."""
     if not find_spec("monai"):
         return None
     from monai.data import Dataset

@@ -1,7 +1,7 @@
-"""What the textbook's networks and ours reach after equal updates, on slices brought to 128x64.
+"""Quality of the textbook networks and ours after equal updates, on slices averaged down to half their size.
 
-Held-out SSIM of the VQ-VAEs, then held-out nats per code of the priors on the same codes (ours), both without
-augmentation: the networks are compared, not the training around them.
+Held-out SSIM of the VQ-VAEs, then held-out nats per code of the priors on the codes of our VQ-VAE. Neither uses
+augmentation: this compares networks, not training recipes.
 
     python benchmarks/quality.py [--data DIR] [--updates 1000] [--prior-updates 500] [--seed 0]
 """
@@ -27,19 +27,19 @@ from trainer import make_optimiser, schedule
 from utils import autocast, channels_last, pick_device
 
 BATCH = 32
-PRIOR_RATE = 3e-3  # for batches of 32 and few patients; train.py's batches and its rate are others
+PRIOR_RATE = 3e-3  # for batches of 32 and few patients; train.py uses other batches and another rate
 LogitsOf = Callable[[Tensor, Tensor], Tensor]  # of code grids and their indices in the split
 
 
 def halved(slices: Slices, device: torch.device) -> Tensor:
-    """All slices (N, 1, H/2, W/2), each pixel the mean of four."""
+    """Return all slices (N, 1, H/2, W/2), each pixel the mean of four."""
     return F.avg_pool2d(slices.batch(np.arange(len(slices))), 2).to(device)
 
 
 def train(
     model: nn.Module, loss_of: Callable[[int, Tensor], Tensor], data: Tensor, updates: int, rate: float, seed: int
 ) -> None:
-    """Adam with the rate that train.py uses, the same for both; long gradients are not cut."""
+    """Train with the optimiser and schedule of train.py, the same for both networks, without gradient clipping."""
     optimiser = make_optimiser(model, TrainConfig())
     for update in tqdm(range(updates), desc=type(model).__name__, disable=None, file=sys.stderr):
         for group in optimiser.param_groups:
@@ -50,7 +50,7 @@ def train(
 
 
 def train_ours(model: VQVAE, slices: Tensor, options: argparse.Namespace) -> None:
-    """As train.py does, without mirroring: warmed up without codes, codes then put where the vectors are."""
+    """Train as train.py does, without flips: encoder warm-up without quantisation, then k-means initialisation."""
     warm_up = min(100, options.updates // 6)
 
     def loss_of(update: int, chosen: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ def train_ours(model: VQVAE, slices: Tensor, options: argparse.Namespace) -> Non
 
 
 def train_textbook(model: TextbookVQVAE, slices: Tensor, options: argparse.Namespace) -> None:
-    """Plainly, in float32, with the same learning rates."""
+    """Train without warm-up of the encoder, in float32, with the same learning rates."""
 
     def loss_of(update: int, chosen: Tensor) -> Tensor:
         reconstructions, embedding_loss, _ = model(slices[chosen])
@@ -79,16 +79,16 @@ def train_textbook(model: TextbookVQVAE, slices: Tensor, options: argparse.Names
 
 @torch.no_grad()
 def heldout_ssim(model: nn.Module, slices: Tensor) -> float:
-    """Mean SSIM of reconstructions, float32."""
-    figures = reconstruction_metrics().to(slices.device)
+    """Return the mean SSIM of reconstructions, in float32."""
+    metrics = reconstruction_metrics().to(slices.device)
     for batch in slices.split(BATCH):
-        figures.update(model(batch)[0], batch)
-    return figures.compute()["ssim"].item()
+        metrics.update(model(batch)[0], batch)
+    return metrics.compute()["ssim"].item()
 
 
 @torch.no_grad()
 def heldout_nats(model: nn.Module, logits_of: LogitsOf, codes: Tensor) -> float:
-    """Nats per code, float32, dropout off."""
+    """Return the nats per code, in float32 and without dropout."""
     model.eval()
     chosen = torch.arange(len(codes), device=codes.device).split(BATCH)
     total = sum(nats_per_code(logits_of(codes[part], part), codes[part]).item() * len(part) for part in chosen)
@@ -105,29 +105,29 @@ def best_nats(
     options: argparse.Namespace,
     rate: float,
 ) -> float:
-    """The lowest held-out nats per code of ten looks at even intervals: both priors keep their best weights."""
-    looks = []
+    """Train a prior; return the lowest held-out nats per code of ten validations at even intervals."""
+    validated = []
 
     def loss_of(update: int, chosen: Tensor) -> Tensor:
         if update and update % max(1, options.prior_updates // 10) == 0:
-            looks.append(heldout_nats(model, heldout_logits_of, heldout))
+            validated.append(heldout_nats(model, heldout_logits_of, heldout))
         with autocast(codes.device):
             return nats_per_code(logits_of(codes[chosen], chosen), codes[chosen])
 
     train(model, loss_of, codes, options.prior_updates, rate, options.seed)
-    return min([*looks, heldout_nats(model, heldout_logits_of, heldout)])
+    return min([*validated, heldout_nats(model, heldout_logits_of, heldout)])
 
 
 def main() -> None:
-    """Print the JSON lines and the sentence."""
+    """Run the benchmark: print JSON lines and a summary."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument(
         "--data", type=nonempty(str), default="phantom", help="folder of slices, or 'phantom' (default)"
     )
-    parser.add_argument("--updates", type=int, default=1000, help="of each VQ-VAE (default: 1000)")
-    parser.add_argument("--prior-updates", type=int, default=500, help="of each prior (default: 500)")
-    parser.add_argument("--seed", type=int, default=0, help="of both (default: 0)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda ... (default: a GPU where there is one)")
+    parser.add_argument("--updates", type=int, default=1000, help="updates of each VQ-VAE (default: 1000)")
+    parser.add_argument("--prior-updates", type=int, default=500, help="updates of each prior (default: 500)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda ... (default: a GPU if there is one)")
     options = parser.parse_args()
     device = pick_device(options.device)
     data = load_dataset(options.data, multiple=(8, 8))
@@ -145,7 +145,7 @@ def main() -> None:
     report("heldout_ssim_reference", ssim[1], "SSIM", updates=options.updates, **settings)
 
     codes, heldout_codes = (torch.cat([ours.encode(b) for b in x.split(BATCH)]) for x in (slices, heldout))
-    places, heldout_places = (torch.from_numpy(x.positions).to(device) for x in (data.train, data.validate))
+    positions, heldout_positions = (torch.from_numpy(x.positions).to(device) for x in (data.train, data.validate))
     rows, columns = codes.shape[1:]
     prior = channels_last(GatedPixelCNN(PriorConfig(grid=(rows, columns), codebook_size=512)), device)
     prior.init_embedding(ours.codebook.embeddings)
@@ -153,8 +153,8 @@ def main() -> None:
     nats = (
         best_nats(
             prior,
-            lambda batch, chosen: prior(batch, places[chosen]),
-            lambda batch, chosen: prior(batch, heldout_places[chosen]),
+            lambda batch, chosen: prior(batch, positions[chosen]),
+            lambda batch, chosen: prior(batch, heldout_positions[chosen]),
             codes,
             heldout_codes,
             options,

@@ -1,7 +1,8 @@
-"""What ours is compared with: the textbook networks and loaders, from plain PyTorch layers, small and plain.
+"""Reference implementations: textbook networks and a plain data loader, from PyTorch layers.
 
-The VQ-VAE of arXiv:1711.00937 (section 4.1, as most public code has it) and the gated PixelCNN of arXiv:1606.05328,
-15 layers of 64 channels, sampled by a full forward pass per code; a data set that opens one file per slice (nibabel).
+The VQ-VAE of arXiv:1711.00937 (section 4.1, as in most public code), the gated PixelCNN of arXiv:1606.05328 with 15
+layers of 64 channels, sampled by one full forward pass per code, and a data set that opens one file per slice with
+nibabel.
 """
 
 from collections.abc import Callable
@@ -29,7 +30,7 @@ class Residual(nn.Module):
 
 
 class TextbookVQVAE(nn.Module):
-    """Slices (N, 1, H, W) to codes (N, H/4, W/4) and back: D = 64, commitment 0.25, codes by gradient."""
+    """VQ-VAE from slices (N, 1, H, W) to codes (N, H/4, W/4): D = 64, commitment cost 0.25, codebook by gradient."""
 
     def __init__(self, codes: int = 512):
         super().__init__()
@@ -57,7 +58,7 @@ class TextbookVQVAE(nn.Module):
         )
 
     def forward(self, slices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Reconstructions (N, 1, H, W), embedding loss () and codes (N, h, w)."""
+        """Return reconstructions (N, 1, H, W), embedding loss () and codes (N, h, w)."""
         z = self.encoder(slices).permute(0, 2, 3, 1)  # (N, h, w, D)
         flat, e = z.flatten(0, 2), self.codebook.weight
         distances = flat.square().sum(1, keepdim=True) - 2 * flat @ e.T + e.square().sum(1)
@@ -69,7 +70,7 @@ class TextbookVQVAE(nn.Module):
 
 
 class PaperLayer(nn.Module):
-    """One gated layer of both stacks, undilated; kernels wider than causality allows are masked."""
+    """One gated layer of both stacks, without dilation; kernels are masked to be causal."""
 
     keep_row: Tensor
     keep_column: Tensor
@@ -83,7 +84,7 @@ class PaperLayer(nn.Module):
         self.link = nn.Conv2d(2 * channels, 2 * channels, 1)
         self.output = nn.Conv2d(channels, channels, 1)
         keep_row, keep_column = torch.ones(half + 1, 1), torch.ones(half + 1)
-        if first:  # mask A: neither stack sees the code itself
+        if first:  # mask type A: neither stack sees the code itself
             keep_row[-1], keep_column[-1] = 0, 0
         self.register_buffer("keep_row", keep_row)
         self.register_buffer("keep_column", keep_column)
@@ -101,7 +102,7 @@ class PaperLayer(nn.Module):
 
 
 def gate(x: Tensor) -> Tensor:
-    """tanh(a) * sigmoid(b) (arXiv:1606.05328, equation 2)."""
+    """Return tanh(a) * sigmoid(b) (arXiv:1606.05328, equation 2)."""
     a, b = x.chunk(2, 1)
     return a.tanh() * b.sigmoid()
 
@@ -124,7 +125,7 @@ class PaperPixelCNN(nn.Module):
 
 @torch.inference_mode()
 def sample_by_full_forwards(model: Callable[[Tensor], Tensor], codes: Tensor, places: list[tuple[int, int]]) -> Tensor:
-    """Draw the codes at `places`, one full forward each: all of the grid's places make a sample."""
+    """Draw the codes at `places` (row, column), with one full forward pass each; all places of a grid make a sample."""
     for row, column in places:
         logits = model(codes)[:, :, row, column]
         codes[:, row, column] = torch.multinomial(logits.softmax(1), 1)[:, 0]
@@ -146,8 +147,8 @@ class NibabelSlices(torch.utils.data.Dataset[Tensor]):
 
 
 def nats_per_code(logits: Tensor, codes: Tensor) -> Tensor:
-    """Mean cross-entropy () of logits (N, K, h, w) and codes (N, h, w), 0 or more: ln K where all are held as likely.
+    """Return the mean cross-entropy () of logits (N, K, h, w) and codes (N, h, w): ln K for uniform logits.
 
-    One row per code, as the last convolution left them in memory: a softmax across the channels of a grid is slow.
+    The logits are flattened to one row per code first, because a softmax across the channels of a grid is slow.
     """
     return F.cross_entropy(logits.permute(0, 2, 3, 1).flatten(0, 2), codes.flatten())

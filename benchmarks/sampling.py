@@ -1,7 +1,7 @@
-"""Seconds to sample code grids, against a full forward pass per code with the same prior; then slices, decoded.
+"""Seconds to sample code grids, against one full forward pass per code with the same prior; then to decode slices.
 
-The full forwards are timed at places spread over the grid and multiplied up: all 2048 would take most of an hour.
-pythae and MONAI, where they are installed, in the same way.
+The full forward passes are timed at a few places of the grid and extrapolated: all 2048 would take most of an hour. So
+are pythae and MONAI, if they are installed.
 
     python benchmarks/sampling.py [--codes 512] [--device cuda] [--rounds 3] [--profile]
 """
@@ -19,28 +19,28 @@ from utils import channels_last, pick_device
 
 BATCH, GRID = 32, (64, 32)
 PLACES = [(16, 8), (48, 24)]  # where full forwards are timed
-SLICES = {"cpu": (64, 32), "cuda": (1024, 512)}  # how many are sampled and decoded, how many code grids at a time
+SLICES = {"cpu": (64, 32), "cuda": (1024, 512)}  # slices sampled and decoded; batch size
 
 
 def sample_and_decode(networks: predict.Networks, device: torch.device) -> torch.Tensor:
-    """Slices (N, 1, 256, 128) as predict.py makes them, on the host."""
+    """Return slices (N, 1, 256, 128) on the host, sampled as in predict.py."""
     count, batch = SLICES[device.type]
     options = predict.parse_options(["--batch-size", str(batch)])
     return predict.draw_samples(options, networks, torch.full((count,), 0.5), device).slices
 
 
-def refine_in_parts(networks: predict.Networks, codes: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Refined slices (N, 1, 256, 128) of codes (N, h, w) as predict.py makes them: in parts that suit the device."""
+def refine_in_batches(networks: predict.Networks, codes: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return refined slices (N, 1, 256, 128) of codes (N, h, w), in batches for the device as in predict.py."""
     return predict.refine(predict.parse_options([]), networks, range(len(codes)), codes, device)
 
 
 def main() -> None:
-    """Print the JSON lines and the sentence."""
+    """Run the benchmark: print JSON lines and a summary."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--codes", type=int, default=512, help="K (default: 512, the paper's; the full preset: 2048)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda ... (default: a GPU where there is one)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda ... (default: a GPU if there is one)")
     parser.add_argument("--rounds", type=int, default=3, help="timings of each (default: 3)")
-    parser.add_argument("--profile", action="store_true", help="also print where sampling spends its time")
+    parser.add_argument("--profile", action="store_true", help="also print the operations that take most time")
     options = parser.parse_args()
     device = pick_device(options.device)
     size = options.codes
@@ -59,7 +59,7 @@ def main() -> None:
             "forwards": lambda: sample_by_full_forwards(lambda c: prior(c, positions), codes, PLACES),
             "slices": lambda: sample_and_decode(networks, device),
             "decoding": lambda: vqvae.decode(codes),
-            "refiner": lambda: refine_in_parts(networks, codes, device),
+            "refiner": lambda: refine_in_batches(networks, codes, device),
             "refiner_at_once": lambda: refiner.sample(range(BATCH), codes, vqvae),
             **steps,
         },
@@ -81,15 +81,15 @@ def main() -> None:
     report("refiner_seconds", seconds["refiner"], "s", **settings)
     report("refiner_at_once_seconds", seconds["refiner_at_once"], "s", **settings)
     for name in steps:
-        whole = seconds[name] * GRID[0] * GRID[1]
-        report(f"sampling_one_grid_seconds_{name}", whole, "s", **one, extrapolated_from=1)
+        total = seconds[name] * GRID[0] * GRID[1]
+        report(f"sampling_one_grid_seconds_{name}", total, "s", **one, extrapolated_from=1)
     if options.profile:
         profile(lambda: prior.sample(range(BATCH), positions, top_p=predict.TOP_P), device)
     print(
         f"On {settings['machine']}: {BATCH} grids of {GRID[0]}x{GRID[1]} codes take {seconds['batch']:.1f} s, "
         f"{seconds['batch'] / forward:.1f} times one forward over them and {speedup:.0f} times as fast as a forward "
         f"pass per code; one grid takes {seconds['one']:.2f} s; decoding {BATCH} takes {seconds['decoding']:.2f} s, "
-        f"refined {seconds['refiner']:.1f} s; {count} whole slices {seconds['slices']:.1f} s."
+        f"refined {seconds['refiner']:.1f} s; {count} refined slices {seconds['slices']:.1f} s."
     )
 
 

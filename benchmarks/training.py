@@ -1,9 +1,9 @@
-"""Seconds an update of both networks, ours against the textbook's, at the published recipe's sizes.
+"""Seconds per update of our networks against the textbook's, at the sizes of the full preset.
 
     python benchmarks/training.py [--codes 512] [--device cuda] [--rounds 5] [--profile]
 
-Beside them the machine's own rate in a 3x3 convolution of 128 channels on the code grid, and the rate that our VQ-VAE's
-update reaches; pythae and MONAI, where they are installed; on a GPU the whole recipe as train.py runs it.
+Also the machine's rate in a 3x3 convolution of 128 channels on the code grid, and the share of it that our updates
+reach; pythae and MONAI, if they are installed; on a GPU the full preset's 5000 updates of the VQ-VAE by train.py.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from common import interleave, machine, profile, report
-from peers import descend, vqvae_updates
+from peers import optimiser_step, vqvae_updates
 from reference import PaperPixelCNN, TextbookVQVAE
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -29,7 +29,7 @@ BATCH, SIZE, GRID = 32, (256, 128), (64, 32)
 
 
 def our_vqvae_update(slices: torch.Tensor, codes: int) -> Callable[[], None]:
-    """One update of stage 1 as train.py makes it, with K codes in use."""
+    """Return an update of our VQ-VAE as in train.py, with quantisation."""
     device = slices.device
     model = channels_last(VQVAE(VQVAEConfig(codebook_size=codes)), device)
     optimiser = trainer.make_optimiser(model, TrainConfig())
@@ -38,49 +38,49 @@ def our_vqvae_update(slices: torch.Tensor, codes: int) -> Callable[[], None]:
     def update() -> None:
         with autocast(device):
             reconstructions, embedding_loss, _ = model(slices)
-        descend(optimiser, [F.mse_loss(reconstructions, slices) + embedding_loss], TrainConfig().gradient_clip)
+        optimiser_step(optimiser, [F.mse_loss(reconstructions, slices) + embedding_loss], TrainConfig().gradient_clip)
 
     return update
 
 
 def textbook_vqvae_update(slices: torch.Tensor, codes: int) -> Callable[[], None]:
-    """The same of the textbook's, in float32."""
+    """Return an update of the textbook VQ-VAE in float32."""
     model = TextbookVQVAE(codes).to(slices.device)
     optimiser = torch.optim.Adam(model.parameters())
 
     def update() -> None:
         reconstructions, embedding_loss, _ = model(slices)
-        descend(optimiser, [F.mse_loss(reconstructions, slices) + embedding_loss])
+        optimiser_step(optimiser, [F.mse_loss(reconstructions, slices) + embedding_loss])
 
     return update
 
 
 def our_prior_update(size: int, device: torch.device) -> Callable[[], None]:
-    """One update of stage 2 as train.py makes it, but of 32 slices and without the encoding, for K = `size`."""
+    """Return an update of our prior as in train.py, but with 32 slices and without encoding, for K = `size`."""
     model = channels_last(GatedPixelCNN(PriorConfig(grid=GRID, codebook_size=size)), device)
     optimiser = trainer.make_optimiser(model, TrainConfig())
     codes, positions = torch.randint(size, (BATCH, *GRID), device=device), torch.rand(BATCH, device=device)
 
     def update() -> None:
-        descend(optimiser, trainer.micro_batches(model.nll, codes, positions), TrainConfig().gradient_clip)
+        optimiser_step(optimiser, trainer.micro_batches(model.nll, codes, positions), TrainConfig().gradient_clip)
 
     return update
 
 
 def paper_prior_update(size: int, device: torch.device) -> Callable[[], None]:
-    """The same of the paper's network, in float32."""
+    """Return an update of the paper's PixelCNN in float32."""
     model = PaperPixelCNN(size).to(device)
     optimiser = torch.optim.Adam(model.parameters())
     codes = torch.randint(size, (BATCH, *GRID), device=device)
 
     def update() -> None:
-        descend(optimiser, [F.cross_entropy(model(codes), codes)])
+        optimiser_step(optimiser, [F.cross_entropy(model(codes), codes)])
 
     return update
 
 
 def convolution(device: torch.device) -> Callable[[], None]:
-    """Forward and backward of the convolution that the machine's rate is taken from, in the type that training uses."""
+    """Return forward and backward of the convolution that gives the machine's rate, in the data type of training."""
     layer = channels_last(torch.nn.Conv2d(128, 128, 3, padding=1), device)
     x = torch.randn(BATCH, 128, *GRID, device=device).to(memory_format=torch.channels_last).requires_grad_()
 
@@ -93,7 +93,7 @@ def convolution(device: torch.device) -> Callable[[], None]:
 
 
 def our_refiner_update(slices: torch.Tensor, codes: int) -> Callable[[], None]:
-    """One update of the refiner as train.py makes it, but of 32 slices, which are encoded and decoded anew."""
+    """Return an update of the refiner as in train.py, including encoding and decoding, but with 32 slices."""
     vqvae = channels_last(VQVAE(VQVAEConfig(codebook_size=codes)), slices.device).eval()
     model = channels_last(Refiner(RefinerConfig(codebook_size=codes)), slices.device)
     optimiser = trainer.make_optimiser(model, TrainConfig())
@@ -101,22 +101,25 @@ def our_refiner_update(slices: torch.Tensor, codes: int) -> Callable[[], None]:
     def update() -> None:
         with autocast(slices.device):
             grids = vqvae.encode(slices)
-        parts = trainer.micro_batches(lambda part, of: model.loss(of, part, vqvae), grids, slices)
-        descend(optimiser, parts, TrainConfig().gradient_clip)
+        losses = trainer.micro_batches(lambda codes, slices: model.loss(slices, codes, vqvae), grids, slices)
+        optimiser_step(optimiser, losses, TrainConfig().gradient_clip)
 
     return update
 
 
 def flops(update: Callable[[], object]) -> int:
-    """Floating-point operations of convolutions and matrix products in one call."""
+    """Return the floating-point operations of convolutions and matrix products in one call."""
     with FlopCounterMode(display=False) as counter:
         update()
     return counter.get_total_flops()
 
 
 def recipe(device: torch.device) -> tuple[float, float]:
-    """5000 updates of the VQ-VAE by train.py on the phantom at 256x128, after its slices are drawn: seconds, and GiB of
-    the GPU's memory at most."""
+    """Run 5000 updates of the VQ-VAE by train.py on the phantom at 256x128, whose slices are drawn before.
+
+    Returns:
+        Seconds, and the peak of the GPU's memory in GiB.
+    """
     with tempfile.TemporaryDirectory() as folder:
         options = ["--run", f"{folder}/run", "--images", f"{folder}/images", "--device", str(device)]
         load_dataset("phantom", SIZE)
@@ -128,12 +131,12 @@ def recipe(device: torch.device) -> tuple[float, float]:
 
 
 def main() -> None:
-    """Print the JSON lines and the sentence."""
+    """Run the benchmark: print JSON lines and a summary."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--codes", type=int, default=512, help="K (default: 512, the paper's; the full preset: 2048)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda ... (default: a GPU where there is one)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda ... (default: a GPU if there is one)")
     parser.add_argument("--rounds", type=int, default=5, help="timed updates of each (default: 5)")
-    parser.add_argument("--profile", action="store_true", help="also print where an update of ours spends its time")
+    parser.add_argument("--profile", action="store_true", help="also print the operations that take most time")
     options = parser.parse_args()
     device = pick_device(options.device)
     settings = {"batch": BATCH, "grid": list(GRID), "codes": options.codes, "machine": machine(device)}
@@ -162,10 +165,12 @@ def main() -> None:
             profile(ours, device)
     report("convolution_rate", flops(limit) / seconds["convolution"] / 1e9, "GFLOP/s", **settings)
     if device.type == "cuda":
-        whole, memory = recipe(device)
-        report("recipe_seconds", whole, "s", updates=5000, **settings)
+        seconds_taken, memory = recipe(device)
+        report("recipe_seconds", seconds_taken, "s", updates=5000, **settings)
         report("recipe_memory", memory, "GiB", updates=5000, **settings)
-        found.append(f"the published recipe's 5000 updates take {whole:.0f} s with validation and figures")
+        found.append(
+            f"the full preset's 5000 updates of the VQ-VAE take {seconds_taken:.0f} s with validation and figures"
+        )
     print(f"On {settings['machine']}: {'; '.join(found)}.")
 
 

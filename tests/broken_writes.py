@@ -1,4 +1,4 @@
-"""Faults at named points: the calls that write a run's files, and what is left of one that does not come to its end.
+"""Fault injection at named points: the calls that write a run's files, and what an interrupted call leaves.
 
 A point is, for instance, `prior 4: replace prior.safetensors`: the last update that began, the call, the file.
 """
@@ -13,7 +13,7 @@ import pytest
 import trainer
 from checkpoints import Run
 
-CALLS = (  # all through which a run's files are written, and read back
+CALLS = (  # all that write a run's files or read them back
     (Path, "write_bytes"),
     (Path, "write_text"),
     (Path, "read_bytes"),
@@ -25,7 +25,7 @@ CALLS = (  # all through which a run's files are written, and read back
 
 
 def file_of(call: str, given: tuple) -> str:
-    """The name of the file that a call is about, without the ending of a temporary one; a folder is `.`."""
+    """Return the name of the file that a call concerns, without the ending of a temporary one; `.` for a folder."""
     if call == "log":
         return "metrics.jsonl"
     given_path = os.readlink(f"/proc/self/fd/{given[0]}") if call == "fsync" else given[call == "replace"]
@@ -34,7 +34,7 @@ def file_of(call: str, given: tuple) -> str:
 
 
 def on_writes(patch: pytest.MonkeyPatch, act: Callable[[str, Callable, tuple], object]) -> None:
-    """Replace each of the calls by act(point, the real one, its arguments)."""
+    """Replace each of CALLS by act(point, the real function, its arguments)."""
     last, seed_update = ["start"], trainer.seed_update
 
     def begin(seed: int, stage: str, update: int) -> None:
@@ -52,7 +52,7 @@ def on_writes(patch: pytest.MonkeyPatch, act: Callable[[str, Callable, tuple], o
 
 
 def half_done(real: Callable, given: tuple) -> None:
-    """Leave what a call leaves that does not come to its end."""
+    """Leave what a call leaves if it is interrupted halfway."""
     if real.__name__ in ("write_bytes", "write_text"):
         path, content = given
         real(path, content[: len(content) // 2])

@@ -1,9 +1,9 @@
-"""Long searches for what breaks the project, run by hand; pytest runs short forms of them. Linux only.
+"""Long randomised robustness tests, run by hand; pytest runs short forms of them. Linux only.
 
     python tests/campaign.py                                   # all campaigns
     python tests/campaign.py files --count 20000 --seed 0      # one of them
 
-Prints one JSON line of totals a campaign, says on stderr what went wrong, and exits with status 1 where anything did.
+Prints one JSON line of totals per campaign, describes failures on stderr, and exits with status 1 if there was one.
 """
 
 import argparse
@@ -56,16 +56,16 @@ from console import RunError
 from dataset import DataError, load_dataset, read_slices
 from utils import writing
 
-# ---------------------------------------------------------------- files: whatever a NIfTI file may hold
+# ---------------------------------------------------------------- files: mutated NIfTI files
 
 SIZE = (32, 16)  # pixels of a slice, before it is mutated
 HANG_SECONDS = 2
-GIVE_UP_SECONDS = 30  # without an answer: the worker is killed
+GIVE_UP_SECONDS = 30  # without an answer; then the worker is killed
 MOST_MEGABYTES = 200  # above the idle worker
 HEADERS = {348: nibabel.nifti1.header_dtype, 540: nibabel.nifti2.header_dtype}
 DATATYPES = (*nibabel.nifti1.data_type_codes.value_set(), 3, 9999, -2)
-WHOLE_EXTREMES = (0, 1, -1, 2, 3, 7, 8, 16, 2048, 2049, 2**15, 2**31 - 1, 2**40, 2**63 - 1, -(2**63))
-REAL_EXTREMES = (0, -0.0, 1, -1, 1e-45, 1e-38, 1e-6, 0.5, 348, 352, 353.5, 1e9, 1e30, 3e38, np.inf, -np.inf, np.nan)
+INTEGER_EXTREMES = (0, 1, -1, 2, 3, 7, 8, 16, 2048, 2049, 2**15, 2**31 - 1, 2**40, 2**63 - 1, -(2**63))
+FLOAT_EXTREMES = (0, -0.0, 1, -1, 1e-45, 1e-38, 1e-6, 0.5, 348, 352, 353.5, 1e9, 1e30, 3e38, np.inf, -np.inf, np.nan)
 NAMES = (
     "a.nii",
     "a.nii.gz",
@@ -81,7 +81,7 @@ NAMES = (
 
 @lru_cache
 def valid_files() -> list[bytes]:
-    """Slices as nibabel writes them: every plain data type, both formats and byte orders; a slope, an extension."""
+    """Return slices as nibabel writes them: all plain data types, both formats and byte orders, scaling, extensions."""
     pixels = (np.random.default_rng(0).random(SIZE) * 100).astype(np.float32)
     affine = np.diag([0.8, 0.9, 3, 1])
     written = []
@@ -98,7 +98,7 @@ def valid_files() -> list[bytes]:
 
 
 def set_fields(rng: Generator, raw: bytearray) -> bytes:
-    """Header fields at their extremes."""
+    """Set header fields to extreme values."""
     order = "<" if raw[0] else ">"
     header = HEADERS.get(int.from_bytes(raw[:4], "little" if raw[0] else "big"), HEADERS[348])
     for _ in range(rng.integers(1, 4)):
@@ -109,17 +109,17 @@ def set_fields(rng: Generator, raw: bytearray) -> bytes:
             value = struct.pack(f"{order}h", pick(rng, DATATYPES))
         elif field.kind in "iu" and rng.random() < 0.8:
             limits = np.iinfo(field)
-            whole = min(max(pick(rng, WHOLE_EXTREMES), limits.min), limits.max)
-            value = np.array(whole, field.newbyteorder(order)).tobytes()
+            number = min(max(pick(rng, INTEGER_EXTREMES), limits.min), limits.max)
+            value = np.array(number, field.newbyteorder(order)).tobytes()
         elif field.kind == "f" and rng.random() < 0.8:
-            value = np.array(pick(rng, REAL_EXTREMES), field.newbyteorder(order)).tobytes()
+            value = np.array(pick(rng, FLOAT_EXTREMES), field.newbyteorder(order)).tobytes()
         start = header.fields[name][1] + field.itemsize * int(rng.integers(np.prod(header[name].shape, dtype=int)))
         raw[start : start + field.itemsize] = value
     return raw
 
 
 def swap_bytes(rng: Generator, raw: bytearray) -> bytes:
-    """The header, or part of it, in the other byte order."""
+    """Swap the byte order of the header or of a part of it."""
     width, start, end = pick(rng, (2, 4, 8)), pick(rng, (0, 4, 40)), pick(rng, (4, 40, 56, 348, len(raw)))
     part = raw[start:end]
     part = part[: len(part) // width * width]
@@ -128,7 +128,7 @@ def swap_bytes(rng: Generator, raw: bytearray) -> bytes:
 
 
 def splice(rng: Generator, raw: bytearray) -> bytes:
-    """The beginning of one file and the end of another."""
+    """Join the beginning of one file and the end of another."""
     other = pick(rng, valid_files())
     return raw[: rng.integers(len(raw))] + other[rng.integers(len(other)) :]
 
@@ -137,7 +137,7 @@ MUTATIONS = (flip_bits, set_fields, set_fields, set_fields, set_pixels, swap_byt
 
 
 def member(content: bytes, level: int = 6, extra: bytes = b"", name: bytes = b"", comment: bytes = b"") -> bytes:
-    """A gzip member with the optional fields that are given (RFC 1952)."""
+    """Return a gzip member with the given optional fields (RFC 1952)."""
     flags = 4 * bool(extra) | 8 * bool(name) | 16 * bool(comment)
     fields = (struct.pack("<H", len(extra)) + extra) * bool(extra) + name + comment
     packer = zlib.compressobj(level, wbits=-15)
@@ -152,7 +152,7 @@ def zeros(megabytes: int) -> bytes:
 
 @lru_cache
 def largest(missing: int) -> bytes:
-    """A header that claims 2048x2048 pixels of 8 bytes, zipped with as many zeros, but for the missing ones."""
+    """Return a gzipped file whose header claims 2048x2048 pixels of 8 bytes, all zeros, less the missing bytes."""
     header = nibabel.Nifti1Header()
     header.set_data_shape((2048, 2048))
     header.set_data_dtype(np.float64)
@@ -161,7 +161,7 @@ def largest(missing: int) -> bytes:
 
 
 def zip_up(rng: Generator, content: bytes) -> bytes:
-    """Gzip as writers make it, and as only an attacker would."""
+    """Gzip content in one of the ways of usual writers and of attackers."""
     cuts = sorted(rng.integers(len(content) + 1, size=4).tolist())
     name = rng.bytes(rng.integers(1, 500_000)).replace(b"\0", b"") + b"\0"
     ways = (
@@ -181,7 +181,7 @@ def zip_up(rng: Generator, content: bytes) -> bytes:
 
 
 def mutate(seed: int) -> bytes:
-    """A file that was valid once."""
+    """Return the content of a valid file after mutations."""
     rng = np.random.default_rng(seed)
     if rng.random() < 0.005:
         return largest(pick(rng, (0, 1, -1, 8 * 2048**2)))
@@ -196,7 +196,7 @@ def mutate(seed: int) -> bytes:
 
 
 def make_case(seed: int, folder: Path) -> Path:
-    """Writes a mutated file, half of the time into a data folder with two good ones, and gives what to load."""
+    """Write a mutated file, half of the time into a data folder with two valid ones; return the path to load."""
     rng = np.random.default_rng((seed, 1))
     path = folder / "train" / pick(rng, NAMES)
     path.parent.mkdir(parents=True)
@@ -210,9 +210,11 @@ def make_case(seed: int, folder: Path) -> Path:
 
 
 def load_case(path: Path) -> bool:
-    """Whether a file or folder loads, as users load them; False where DataError refuses it.
+    """Load a file or folder as users do; return False if DataError refuses it.
 
-    Anything else it may come to, what was loaded being unsound included, is raised."""
+    Raises:
+        Exception: Any other error, including an AssertionError for unsound data.
+    """
     try:
         if path.is_dir():
             data = load_dataset(str(path), multiple=(4, 4), workers=2)
@@ -240,20 +242,20 @@ def load_case(path: Path) -> bool:
 
 
 def memory(name: str) -> float:
-    """Megabytes: VmRSS is what this process holds, VmHWM the most that it held."""
+    """Return megabytes of this process: VmRSS for the present memory, VmHWM for its peak."""
     return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 
 
 def load_cases(pipe: Connection, folder: Path) -> None:
-    """What a worker does: loads what it is told to, and answers with what came of it and its peak memory."""
+    """Load the paths that come through a pipe; answer each with its outcome and the peak memory."""
     warnings.simplefilter("error")
     os.environ["PROSTATEVQ_CACHE"] = str(folder / "cache")
     path = folder / "valid.nii"
     path.write_bytes(valid_files()[0])
-    load_case(path)  # so that what every load needs counts as idle
+    load_case(path)  # so that memory that every load needs counts as idle
     idle = memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # makes the present memory the most so far
-    # What swells without end shall fail in here, and not take the machine's memory.
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the present memory
+    # Unbounded growth has to fail here, before it takes the machine's memory.
     resource.setrlimit(resource.RLIMIT_AS, (int(memory("VmSize") + 4096) << 20, resource.RLIM_INFINITY))
     with suppress(EOFError):  # the campaign is over
         while True:
@@ -262,7 +264,7 @@ def load_cases(pipe: Connection, folder: Path) -> None:
 
 
 def judge_case(path: Path) -> tuple[str, str]:
-    """What comes of it: "loaded", "refused", "crashed" or "hung", and for the last two how."""
+    """Return the outcome of loading a path, "loaded", "refused", "crashed" or "hung", and details of the last two."""
     start = time.perf_counter()
     try:
         outcome, details = "loaded" if load_case(path) else "refused", ""
@@ -273,7 +275,7 @@ def judge_case(path: Path) -> tuple[str, str]:
 
 
 class Worker:
-    """A process that loads files for another one, which stays when it crashes or hangs."""
+    """A process that loads files, so that the campaign survives its crashes and hangs."""
 
     def __init__(self, folder: Path):
         context = multiprocessing.get_context("spawn")
@@ -283,11 +285,11 @@ class Worker:
         end.close()
 
     def stop(self) -> None:
-        self.pipe.close()  # which ends its wait for the next file
+        self.pipe.close()  # the worker then ends
         self.process.join()
 
     def load(self, path: Path) -> tuple[str, str, float]:
-        """What `judge_case` says, or how the worker ended; and its peak memory so far, in MB."""
+        """Return the result of `judge_case`, or how the worker ended, and its peak memory so far in MB."""
         self.pipe.send(path)
         if not self.pipe.poll(GIVE_UP_SECONDS):
             self.process.kill()
@@ -301,9 +303,10 @@ class Worker:
 
 
 def files(count: int | None, seed: int) -> dict:
-    """Mutated NIfTI files (20,000): each loads or is refused by DataError, within seconds and 200 MB.
+    """Load mutated NIfTI files (20,000): each loads or is refused by DataError, within seconds and 200 MB.
 
-    File number n is made from seed + n alone: `--count 1 --seed` with the number that is printed makes it again."""
+    File number n is made from seed + n alone: `--count 1 --seed N` with the printed number repeats it.
+    """
     count = count or 20_000
     totals = dict.fromkeys(("tried", "loaded", "refused", "crashed", "hung", "peak_megabytes"), 0)
     with tempfile.TemporaryDirectory() as temporary, tqdm(total=count, desc="files", unit="file") as bar:
@@ -326,7 +329,7 @@ def files(count: int | None, seed: int) -> dict:
     return totals
 
 
-# ---------------------------------------------------------------- runs: killed, starved of disk, tampered with
+# ---------------------------------------------------------------- runs: killed, without disk space, tampered with
 
 IN_STAGES = ("in_vqvae", "in_prior", "in_refiner")
 STOP_SECONDS = 5
@@ -336,25 +339,25 @@ GROWTH_MEGABYTES = 5
 
 
 class Trainings:
-    """Trainings of a second each, which do not pay for imports: their processes are forked off this one."""
+    """Trainings of a second each, in processes forked off this one, which need no time for imports."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        tqdm.monitor_interval = 0  # its thread could hold a lock at the moment of a fork, which nobody then opens
+        tqdm.monitor_interval = 0  # its thread could hold a lock during a fork, which would then never be released
         os.environ["PROSTATEVQ_CACHE"] = str(folder / "cache")
         torch.set_num_threads(1)
         config.PRESETS["tiny"] = TINY
         trainer.LOG_LINES, trainer.VALIDATIONS = 5, 4
-        # What takes most of the time of a tiny training.
+        # Figures take most of the time of a tiny training.
         make_quick(pytest.MonkeyPatch())
         predict.samples_figure = lambda *_: None
         logging.disable(logging.WARNING)  # so that only errors are on stderr
         phantom.write_phantom(folder / "data", cases=(3, 1, 1), slices=4, size=(32, 16), workers=1)
         self.reference = folder / "reference"
         with redirect_stdout(io.StringIO()):
-            train.main(self.arguments(self.reference))  # in this process, so that those to come find all loaded
+            train.main(self.arguments(self.reference))  # in this process, so that forked ones find all modules loaded
         started = time.monotonic()
-        problem = self.complaint(folder / "again")
+        problem = self.compare_resumed(folder / "again")
         assert not problem, problem
         self.seconds = time.monotonic() - started
 
@@ -364,46 +367,46 @@ class Trainings:
         return [text for name, value in given.items() for text in (f"--{name.replace('_', '-')}", str(value))]
 
     def start(self, run: Path, prepare: Callable[[], None] = lambda: None, **options) -> int:
-        """Begins a training in a process of its own, after `prepare`; gives its number."""
-        return fork(lambda: (prepare(), train.main(self.arguments(run, **options))), self.folder / "said")
+        """Start a training in a process of its own, after `prepare`; return its process id."""
+        return fork(lambda: (prepare(), train.main(self.arguments(run, **options))), self.folder / "stderr")
 
     def finish(self, process: int) -> tuple[int, str]:
-        """A training's exit status, negative for the signal that killed it, and what it said on stderr."""
+        """Wait for a training; return its exit status, negative for the signal that killed it, and its stderr."""
         status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-        return status, (self.folder / "said").read_text()
+        return status, (self.folder / "stderr").read_text()
 
     def points(self) -> list[str]:
-        """The points at which a training writes."""
+        """Return the points at which a training writes."""
         passed = self.folder / "points"
 
         def record() -> None:
-            for_good(lambda point, real, given: (passed.open("a").write(f"{point}\n"), real(*given))[1])
+            act_on_writes(lambda point, real, given: (passed.open("a").write(f"{point}\n"), real(*given))[1])
 
-        status, said = self.finish(self.start(self.folder / "recorded", record))
-        assert status == 0, said
+        status, stderr = self.finish(self.start(self.folder / "recorded", record))
+        assert status == 0, stderr
         return list(dict.fromkeys(passed.read_text().splitlines()))
 
-    def complaint(self, run: Path) -> str:
-        """Resumes a training until it is complete; how it then differs from the one that was never stopped."""
-        status, said = self.finish(self.start(run))
-        if status or said:
-            return f"resuming ended with {status}: {said}"
+    def compare_resumed(self, run: Path) -> str:
+        """Resume a training; return how it differs from the uninterrupted one, or ""."""
+        status, stderr = self.finish(self.start(run))
+        if status or stderr:
+            return f"resuming ended with {status}: {stderr}"
         for name in (*WEIGHTS, "metrics.jsonl"):
             if (run / name).read_bytes() != (self.reference / name).read_bytes():
                 return f"{name} differs"
         return "a file is left over" if list(run.glob("*.part")) else ""
 
 
-def fork(task: Callable[[], object], said: Path) -> int:
-    """Runs a task in a process of its own as the command line would be run; what it says on stderr goes to a file."""
+def fork(task: Callable[[], object], stderr: Path) -> int:
+    """Run a task in a process of its own, as from the command line, with its stderr in a file; return its id."""
     process = os.fork()
     if process:
         return process
     status = 1
     try:
-        tqdm._instances.clear()  # of the bars of the process it was forked off
+        tqdm._instances.clear()  # progress bars of the parent process
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+        os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
         task()
         status = 0
     except SystemExit as stop:
@@ -417,13 +420,13 @@ def fork(task: Callable[[], object], said: Path) -> int:
         os._exit(status)
 
 
-def for_good(act: Callable[[str, Callable, tuple], object]) -> None:
-    """`on_writes` until the process ends."""
+def act_on_writes(act: Callable[[str, Callable, tuple], object]) -> None:
+    """Apply `on_writes` until the process ends."""
     on_writes(pytest.MonkeyPatch(), act)
 
 
 def kill_at(point: str, moment: str) -> Callable[[], None]:
-    """Kills the process before, after, or in the middle of the call at a point."""
+    """Kill the process before, after, or in the middle of the call at a point."""
 
     def act(now: str, real: Callable, given: tuple) -> object:
         if now == point and moment == "middle":
@@ -433,16 +436,16 @@ def kill_at(point: str, moment: str) -> Callable[[], None]:
             os.kill(os.getpid(), signal.SIGKILL)
         return done
 
-    return lambda: for_good(act)
+    return lambda: act_on_writes(act)
 
 
 def spread_over(points: list[str], number: int) -> str:
-    """Which point a case is about: however many cases there are, they lie about evenly over all of them."""
+    """Return the point of a case: any number of cases is spread about evenly over all points."""
     return points[int(number * (5**0.5 - 1) / 2 % 1 * len(points))]
 
 
 def kills(count: int | None, seed: int) -> dict:
-    """Trainings (200) killed by SIGKILL at a random moment or a write; resumed, each has to end as one that was not."""
+    """Kill trainings (200) by SIGKILL at a random moment or a write; resumed, each equals an uninterrupted one."""
     count = count or 200
     totals = dict.fromkeys(("kills", "at_a_write", "points", *IN_STAGES, "identical", "failed"), 0)
     with tempfile.TemporaryDirectory() as temporary, tqdm(total=count, desc="kills", unit="kill") as bar:
@@ -460,10 +463,10 @@ def kills(count: int | None, seed: int) -> dict:
                     process = trainings.start(run, checkpoint_every=int(rng.integers(1, 6)))
                     time.sleep(rng.random() * trainings.seconds)
                     os.kill(process, signal.SIGKILL)
-                status, said = trainings.finish(process)
-                assert status in (0, -signal.SIGKILL), said
+                status, stderr = trainings.finish(process)
+                assert status in (0, -signal.SIGKILL), stderr
             stage = stage_of(run)
-            problem = trainings.complaint(run)
+            problem = trainings.compare_resumed(run)
             if problem:
                 bar.write(f"kill {number} in {stage}: {problem}", file=sys.stderr)
             totals["kills"] += 1
@@ -477,14 +480,14 @@ def kills(count: int | None, seed: int) -> dict:
 
 
 def stage_of(run: Path) -> str:
-    """The last stage that a run has logged anything of."""
+    """Return the last stage in the log of a run."""
     log = run / "metrics.jsonl"
     logged = log.read_text() if log.exists() else ""
     return next((stage for stage in ("refiner", "prior") if f'"{stage}"' in logged), "vqvae")
 
 
 def stops(count: int | None, seed: int) -> dict:
-    """Trainings (100) stopped by SIGTERM or SIGINT at a random moment: exit status, seconds, and resumed as above."""
+    """Stop trainings (100) by SIGTERM or SIGINT at a random moment; check exit status and seconds, and resume them."""
     count = count or 100
     totals = dict.fromkeys(("stops", *IN_STAGES, "longest_seconds", "identical", "failed"), 0)
     with tempfile.TemporaryDirectory() as temporary, tqdm(total=count, desc="stops", unit="stop") as bar:
@@ -500,9 +503,13 @@ def stops(count: int | None, seed: int) -> dict:
                 time.sleep(rng.random() * trainings.seconds)
                 os.kill(process, kind)
                 sent = time.monotonic()
-                status, said = trainings.finish(process)
+                status, stderr = trainings.finish(process)
             seconds, stage = time.monotonic() - sent, stage_of(run)
-            problem = f"it ended with {status}: {said}" if status != 128 + kind or said else trainings.complaint(run)
+            problem = (
+                f"it ended with {status}: {stderr}"
+                if status != 128 + kind or stderr
+                else trainings.compare_resumed(run)
+            )
             if problem or seconds > STOP_SECONDS:
                 bar.write(f"stop {number} in {stage} after {seconds:.1f} s: {problem}", file=sys.stderr)
             totals["stops"] += 1
@@ -516,32 +523,33 @@ def stops(count: int | None, seed: int) -> dict:
 
 
 def fill_at(point: str, moment: str) -> Callable[[], None]:
-    """Has the disk full from a point on: nothing more is written, or at first half of it."""
+    """Simulate a full disk from a point on: nothing more is written, or at first one half."""
     reached = []
 
     def act(now: str, real: Callable, given: tuple) -> object:
         first = now == point and not reached
         reached.extend([point] * first)
-        # Reading goes on as ever, and so does what makes no file larger, once it has failed.
+        # Reading still works, and after the first failure so do calls that make no file larger.
         if not reached or real.__name__ == "read_bytes" or (not first and real.__name__ in ("truncate", "replace")):
             return real(*given)
         if moment == "middle":
             half_done(real, given)
-        with writing(given[0].log_path) if real.__name__ == "log" else nullcontext():  # which the real one does
+        with writing(given[0].log_path) if real.__name__ == "log" else nullcontext():  # as the real call does
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    return lambda: for_good(act)
+    return lambda: act_on_writes(act)
 
 
 def limit_to(size: int) -> Callable[[], None]:
-    """Has no file grow beyond a size, in bytes."""
+    """Limit the size of all files, in bytes."""
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 def disk(count: int | None, seed: int) -> dict:
-    """Trainings (200) that find the disk full at a write, a file-size limit, or a disk of 64 MB filled by others.
+    """Run trainings (200) with a disk that is full at a write, a file-size limit, or a disk of 64 MB filled by others.
 
-    Each has to say so in a line and to keep a checkpoint from which the next start ends as if nothing had been."""
+    Each must report it in one line and keep a checkpoint from which the resumed run equals an uninterrupted one.
+    """
     count = count or 200
     totals = dict.fromkeys(("tried", "at_a_write", "file_size", "small_disk", "kept", "identical", "failed"), 0)
     with tempfile.TemporaryDirectory() as temporary, tqdm(total=count, desc="disk", unit="run") as bar:
@@ -560,13 +568,13 @@ def disk(count: int | None, seed: int) -> dict:
                 else:
                     run, prepare = ballast.with_name("run"), lambda: None
                     fill(ballast, int(rng.integers(2 * largest_file)))  # there are up to three checkpoints at a time
-                status, said = trainings.finish(trainings.start(run, prepare))
+                status, stderr = trainings.finish(trainings.start(run, prepare))
                 ballast.unlink(missing_ok=True)
-                problem = f"it ended with {status}: {said}" if not is_complaint(status, said) else ""
+                problem = f"it ended with {status}: {stderr}" if not is_write_error(status, stderr) else ""
                 if not problem and (run / "checkpoint.safetensors").exists():
                     load_tensors(run / "checkpoint.safetensors", CheckpointHeader)
                     totals["kept"] += 1
-                problem = problem or trainings.complaint(run)
+                problem = problem or trainings.compare_resumed(run)
                 if problem:
                     bar.write(f"disk {number}, {kind}: {problem}", file=sys.stderr)
                 totals["tried"] += 1
@@ -578,14 +586,14 @@ def disk(count: int | None, seed: int) -> dict:
     return totals
 
 
-def is_complaint(status: int, said: str) -> bool:
-    """Whether a command ended as it should where it cannot write."""
-    return status == 2 and said.startswith("error: ") and said.count("\n") == 1 and "cannot be written" in said
+def is_write_error(status: int, stderr: str) -> bool:
+    """Return whether a command ended with the error of a failed write, on one line."""
+    return status == 2 and stderr.startswith("error: ") and stderr.count("\n") == 1 and "cannot be written" in stderr
 
 
 @contextmanager
 def small_disk(folder: Path):
-    """Mounts 64 MB of memory at a folder; gives whether that was possible, which takes root's rights."""
+    """Mount 64 MB of memory at a folder; yield whether that was possible, which requires root."""
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "campaign", str(folder)]
     mounted = shutil.which("mount") and subprocess.run(mount, stderr=subprocess.DEVNULL).returncode == 0
@@ -597,7 +605,7 @@ def small_disk(folder: Path):
 
 
 def fill(ballast: Path, left: int) -> None:
-    """Fills a disk up to so many bytes."""
+    """Fill a disk, leaving `left` bytes free."""
     free = os.statvfs(ballast.parent).f_bavail * os.statvfs(ballast.parent).f_frsize
     ballast.write_bytes(bytes(max(free - left, 0)))
 
@@ -606,7 +614,7 @@ READ_BY_PREDICT = ("config.json", *WEIGHTS)
 
 
 def measure(task: Callable[[], tuple[str, str]], seconds: int = GIVE_UP_SECONDS) -> tuple[str, str, float, float]:
-    """What a task gives in a process of its own, its seconds, and the megabytes it took at most."""
+    """Run a task in a process of its own; return its result, its seconds and its peak memory in MB."""
     reader, writer = os.pipe()
     process = os.fork()
     if process == 0:
@@ -614,7 +622,7 @@ def measure(task: Callable[[], tuple[str, str]], seconds: int = GIVE_UP_SECONDS)
             signal.alarm(seconds)
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             os.dup2(1, 2)
-            Path("/proc/self/clear_refs").write_text("5")  # makes the present memory the most so far
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the present memory
             resource.setrlimit(resource.RLIMIT_AS, (int(memory("VmSize") + 4096) << 20, resource.RLIM_INFINITY))
             idle, start = memory("VmRSS"), time.perf_counter()
             outcome = task()
@@ -623,14 +631,14 @@ def measure(task: Callable[[], tuple[str, str]], seconds: int = GIVE_UP_SECONDS)
         finally:
             os._exit(0)
     os.close(writer)
-    with open(reader) as said:
-        answer = said.read()
+    with open(reader) as pipe:
+        answer = pipe.read()
     status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
     return tuple(json.loads(answer)) if answer else ("crashed", f"the process ended with {status}", 0, 0)
 
 
-def half_way(trainings: Trainings, stage: str, update: int) -> Path:
-    """A run that was killed in that update."""
+def killed_run(trainings: Trainings, stage: str, update: int) -> Path:
+    """Return a run that was killed in an update."""
     run = trainings.folder / stage
     kill = {(stage, update): lambda: os.kill(os.getpid(), signal.SIGKILL)}
     trainings.finish(trainings.start(run, lambda: at_updates(pytest.MonkeyPatch(), kill), checkpoint_every=1))
@@ -638,17 +646,18 @@ def half_way(trainings: Trainings, stage: str, update: int) -> Path:
 
 
 def runs(count: int | None, seed: int) -> dict:
-    """Run directories (2,000) that were tampered with, given to train.py and to predict.py.
+    """Give run directories (2,000) that were tampered with to train.py and predict.py.
 
-    Each is refused by name, or loads where no harm is done; no code of theirs runs, within seconds and 300 MB.
-    Number n is made from seed + n alone: `--count 1 --seed` with the number that is printed makes it again."""
+    Each is refused by name, or loads if the change is harmless, within seconds and 300 MB, and never executes code. Run
+    number n is made from seed + n alone: `--count 1 --seed N` with the printed number repeats it.
+    """
     count = count or 2000
     totals = dict.fromkeys(("tried", "loads", "loaded", "refused", "crashed", "code_run", "evil", "peak_megabytes"), 0)
     totals["longest_seconds"] = 0.0
     with tempfile.TemporaryDirectory() as temporary, tqdm(total=count, desc="runs", unit="run") as bar:
         trainings = Trainings(Path(temporary))
         places = (("vqvae", 7), ("prior", 6), ("refiner", 4))
-        bases = [*(half_way(trainings, *place) for place in places), trainings.reference]
+        bases = [*(killed_run(trainings, *place) for place in places), trainings.reference]
         run, canary, out = (Path(temporary, name) for name in ("tampered", "canary", "out"))
         (canary.with_name("outside")).write_text("not the run's")
         given = trainings.arguments(run)
@@ -686,13 +695,13 @@ def runs(count: int | None, seed: int) -> dict:
 
 
 def unread(base: Path) -> set[tuple[str, str]]:
-    """Which files a command does not look at in a run that has come so far."""
+    """Return the files that a command does not read in an unfinished run."""
     read = ["vqvae.safetensors"] if base.name in ("prior", "refiner") else []
     return {("train.py", name) for name in WEIGHTS if name not in read}
 
 
 def memory_of(task: Callable[[Callable[[], None]], object]) -> list[float]:
-    """Megabytes at each call of what a task is given to call as it goes on, in a process of its own."""
+    """Run a task in a process of its own; return the megabytes in use at each call of the function it is given."""
 
     def run() -> tuple[str, str]:
         seen = []
@@ -703,8 +712,8 @@ def memory_of(task: Callable[[Callable[[], None]], object]) -> list[float]:
 
 
 def memory_growth(count: int | None, seed: int) -> dict:
-    """Memory over 3,000 updates and 50 batches of samples: flat, once the first third of each has seen all there is."""
-    updates, batches = max(count or 3000, 1500), 50  # fewer show nothing
+    """Check that memory stays constant after the first third of 3,000 updates and of 50 batches of samples."""
+    updates, batches = max(count or 3000, 1500), 50  # fewer would show no growth
     each = updates // len(WEIGHTS)
     with tempfile.TemporaryDirectory() as temporary:
         trainings = Trainings(Path(temporary))
@@ -735,18 +744,20 @@ def memory_growth(count: int | None, seed: int) -> dict:
     return {"updates": updates, "batches": batches, **ends, "failed": grown}
 
 
-# ---------------------------------------------------------------- the command
+# ---------------------------------------------------------------- command line
 
-# Each takes a count (None: its own) and a seed, and gives totals; `failed` is the number of things that went wrong.
+# Each takes a count (None: its default) and a seed, and returns totals; `failed` is the number of failures.
 CAMPAIGNS = {"files": files, "kills": kills, "stops": stops, "runs": runs, "disk": disk, "memory": memory_growth}
 
 
 def main() -> int:
-    """Runs the campaigns named, or all, and gives the exit status."""
+    """Run the named campaigns, or all; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("campaigns", nargs="*", metavar="CAMPAIGN", help=f"{', '.join(CAMPAIGNS)} (default: all)")
-    parser.add_argument("--count", type=int, metavar="N", help="cases of a campaign (default: its own number)")
-    parser.add_argument("--seed", type=int, default=0, help="of the first case; the next has the next (default: 0)")
+    parser.add_argument("--count", type=int, metavar="N", help="cases per campaign (default: as in docs/robustness.md)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the first case, increased by 1 for each further one (default: 0)"
+    )
     options = parser.parse_args()
     if unknown := set(options.campaigns) - set(CAMPAIGNS):
         parser.error(f"no campaign is called {', '.join(sorted(unknown))}")

@@ -1,4 +1,4 @@
-"""What tests share: a small phantom and a training on it that takes seconds; an empty cache and a data folder."""
+"""Shared fixtures: a small phantom, a training on it that takes a second, an empty cache, a data folder."""
 
 import runpy
 import sys
@@ -24,7 +24,7 @@ REFINER_TINY = RefinerConfig(channels=8, residual_blocks=1, hidden_channels=8)
 
 
 def network_options(shape, prefix=""):
-    """The options that give a network this shape."""
+    """Return the options that give a network this shape."""
     options = {prefix + name: value for name, value in asdict(shape).items()}
     return {name: value for name, value in options.items() if name in config.TrainConfig.model_fields}
 
@@ -66,17 +66,17 @@ def tiny_preset(tmp_path_factory):
     """--preset tiny: 12, 9 and 6 updates, with networks so small that a training takes a second."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(config.PRESETS, "tiny", TINY)
-        patch.setattr(trainer, "LOG_LINES", 5)  # so that a line is a mean over several updates
+        patch.setattr(trainer, "LOG_LINES", 5)  # so that a log line is a mean over several updates
         patch.setenv("PROSTATEVQ_CACHE", str(tmp_path_factory.mktemp("cache")))
         threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # more cost more than they save on pictures this small
+        torch.set_num_threads(1)  # more would slow down networks this small
         yield "tiny"
         torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, slices_folder, tiny_preset):
-    """One whole training with nothing replaced."""
+    """One complete training without patches."""
     root = tmp_path_factory.mktemp("trained")
     made = Trained(root / "run", root / "images", slices_folder)
     options = {"data": made.data, "run": made.run, "images": made.images, "preset": tiny_preset}
@@ -100,8 +100,8 @@ def data(tmp_path):
 
 
 @pytest.fixture
-def complaint(monkeypatch, capsys):
-    """What `python script ...` says on stderr; it has to be one line and exit status 2."""
+def error_line(monkeypatch, capsys):
+    """Run `python script ...`; return its stderr, which must be one line, with exit status 2."""
 
     def run(script, given):
         monkeypatch.setattr(sys, "argv", [script, *given])
@@ -117,7 +117,7 @@ def complaint(monkeypatch, capsys):
 
 
 def make_quick(patch):
-    """Without figures and TensorBoard, which take most of the time of a tiny training."""
+    """Leave out figures and TensorBoard, which take most of the time of a tiny training."""
     patch.setattr(trainer, "open_tensorboard", lambda *_: None)
     for kind in (train.VQVAETrainer, train.PriorTrainer, train.RefinerTrainer):
         patch.setattr(kind, "draw_figures", lambda self: None)
@@ -125,7 +125,7 @@ def make_quick(patch):
 
 @pytest.fixture
 def run_config():
-    """Makes the content of a config.json, with the options that are given."""
+    """Return the content of a config.json with the given options."""
 
     def make(**options):
         own = {"data": "somewhere", "run": "r", "images": "i", "device": "cpu"}
@@ -150,6 +150,6 @@ def options_of(data, run, preset):
 
 @pytest.fixture
 def options(tmp_path, slices_folder, tiny_preset, monkeypatch):
-    """Of a training like the `trained` one, elsewhere."""
+    """The options of `trained` with another run directory."""
     make_quick(monkeypatch)
     return options_of(slices_folder, tmp_path / "run", tiny_preset)

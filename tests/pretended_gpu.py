@@ -1,13 +1,14 @@
-"""A CPU that pretends to be a GPU, for tests of what only a GPU shows.
+"""A GPU simulated on the CPU, for tests of code that only runs on a GPU.
 
-Tensors say that they lie on cuda:0 and are computed on the CPU. What mixes them with tensors of the CPU raises, as CUDA
-does. What makes the host wait for the GPU is listed with the line that asked for it. It needs no CUDA build of PyTorch.
+Tensors report the device cuda:0 and are computed on the CPU. Operations that mix them with CPU tensors raise, as in
+CUDA. Operations that make the host wait for the GPU are recorded with the line that called them. This needs no CUDA
+build of PyTorch.
 
     with pretended_gpu(monkeypatch) as gpu:
         train.main(["--device", "cuda", ...])
     print(gpu.waits)
 
-Not pretended are bfloat16, the rounding of a GPU's kernels, and graphs: a row of codes is computed, not replayed.
+Not simulated: bfloat16, the rounding of a GPU's kernels, and CUDA graphs (rows of codes are computed, not replayed).
 """
 
 import sys
@@ -16,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch._dynamo  # PyTorch imports it for a dispatch mode, and must not do so while there is a pretended GPU
+import torch._dynamo  # PyTorch imports it for a dispatch mode, and must not do so while a GPU is simulated
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,18 +29,23 @@ ROOT = Path(__file__).parents[1]
 GPU = torch.device("cuda", 0)
 MEMORY = 1 << 30  # bytes
 COPIES = {"_to_copy", "copy_"}
-# Their result has a size that only the GPU knows, or is a number that the host asks for.
+# Their result has a size that depends on the values, or is a number on the host.
 WAITED_FOR = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "bincount", "_unique2"}
 WAITED_FOR |= {"unique_dim", "unique_consecutive", "repeat_interleave", "_linalg_eigh", "histc"}
-INDEXED = {"index", "index_put_", "index_put", "_unsafe_index"}  # by masks, whose size is not known, or from the CPU
+INDEXED = {
+    "index",
+    "index_put_",
+    "index_put",
+    "_unsafe_index",
+}  # by masks, whose result has an unknown size, or by indices on the CPU
 
 
 class GPUTensor(Tensor):
-    """A tensor that says that it lies on cuda:0. What it holds is `values`, a tensor of the CPU."""
+    """A tensor that reports the device cuda:0; its `values` are a CPU tensor."""
 
     @staticmethod
     def __new__(cls, values: Tensor):
-        # For PyTorch's C++ it lies on "meta": cuda would ask for CUDA's own parts, which a CPU build has not.
+        # For PyTorch's C++ its device is "meta": cuda would need parts that a CPU build lacks.
         layout = {"strides": values.stride(), "storage_offset": values.storage_offset(), "dtype": values.dtype}
         made = torch.Tensor._make_wrapper_subclass(cls, values.shape, device="meta", **layout)
         made.values = values
@@ -64,7 +70,7 @@ class GPUTensor(Tensor):
 
 
 class PretendedGPU(TorchDispatchMode):
-    """Computes what is asked of a GPU, and keeps in `waits` the lines that made the host wait for it."""
+    """Computes the GPU's operations, and records in `waits` the lines that made the host wait."""
 
     def __init__(self):
         super().__init__()
@@ -91,7 +97,7 @@ class PretendedGPU(TorchDispatchMode):
         if self.waited_for(name, arguments, named, there, here, to_gpu):
             self.waits.append(asking_line())
         results = function(*tree_map(values_of, arguments), **tree_map(values_of, named))
-        changed = {id(tensor.values): tensor for tensor in there}  # in place, and given back as the same tensor
+        changed = {id(tensor.values): tensor for tensor in there}  # changed in place, and returned as the same tensor
 
         def given_back(value: object) -> object:
             if not to_gpu or not isinstance(value, Tensor):
@@ -101,18 +107,18 @@ class PretendedGPU(TorchDispatchMode):
         return tree_map(given_back, results)
 
     def owns(self, generator: torch.Generator) -> bool:
-        """Whether a generator is the GPU's; by its address, since PyTorch gives it back as another object."""
+        """Return whether a generator is the GPU's, by its address: PyTorch returns it as another object."""
         return generator._cdata in [own._cdata for own in self.generators]
 
     def refuse_mixtures(self, name: str, there: list[Tensor], here: list[Tensor]) -> None:
-        """Raise as CUDA does where tensors of both devices meet: single numbers may, if they are not put together."""
+        """Raise as CUDA does if tensors of both devices are mixed; scalars may be, except when they are stacked."""
         if not there or not here or name in COPIES | INDEXED:
             return
         if name in ("cat", "stack", "index_select") or any(tensor.dim() for tensor in here):
             raise RuntimeError(f"{name}: expected all tensors to be on the same device, found cuda:0 and cpu")
 
     def waited_for(self, name: str, arguments: tuple, named: dict, there: list, here: list, to_gpu: bool) -> bool:
-        """Whether an operation makes the host wait."""
+        """Return whether an operation makes the host wait."""
         if name in COPIES:
             pinned = all(getattr(tensor, "pinned", False) for tensor in here)
             blocking = not (named.get("non_blocking") or name == "copy_" and arguments[2:] == (True,))
@@ -125,11 +131,11 @@ class PretendedGPU(TorchDispatchMode):
 
 
 class Moves(TorchFunctionMode):
-    """What moves tensors to the GPU, before PyTorch's C++ looks for one."""
+    """Intercepts functions that move tensors to the GPU, before PyTorch's C++ looks for one."""
 
     def __torch_function__(self, function, types, arguments=(), named=None):
         named = dict(named or {})
-        if function is Tensor.tolist:  # which PyTorch refuses of subclasses
+        if function is Tensor.tolist:  # PyTorch refuses it for subclasses
             return function(arguments[0].cpu())
         if function in (Tensor.to, Tensor.cuda):
             tensor, *how = arguments
@@ -144,7 +150,7 @@ class Moves(TorchFunctionMode):
 
 
 def move(tensor: Tensor, how: list, named: dict) -> Tensor:
-    """A tensor on the GPU, in the type and memory format that `how` names."""
+    """Move a tensor to the GPU, in the type and memory format that `how` names."""
     dtype = next((of for of in how if isinstance(of, torch.dtype)), None)
     given = {"memory_format": named["memory_format"]} if named.get("memory_format") else {}
     if isinstance(tensor, GPUTensor) and dtype in (None, tensor.dtype) and not given:
@@ -154,7 +160,7 @@ def move(tensor: Tensor, how: list, named: dict) -> Tensor:
 
 
 def is_gpu(device: object) -> bool:
-    """Whether an argument names the GPU."""
+    """Return whether an argument names the GPU."""
     return isinstance(device, (str, torch.device)) and str(device).startswith("cuda")
 
 
@@ -163,7 +169,7 @@ def values_of(argument: object) -> object:
 
 
 def asking_line() -> str:
-    """The project's innermost line that is being computed, and its function."""
+    """Return the innermost line of the project on the stack, and its function."""
     frame = sys._getframe()
     while frame and (Path(frame.f_code.co_filename).parent != ROOT):
         frame = frame.f_back
@@ -176,16 +182,16 @@ def pinned(tensor: Tensor) -> Tensor:
     return copy
 
 
-def make_row_twice(maker: RowSampler) -> Callable[[], None]:
-    """In place of recording a row: one that is made and undone before the first."""
-    maker.sample_row()
-    maker.reset()
-    return maker.sample_row
+def warm_up_and_reset(sampler: RowSampler) -> Callable[[], None]:
+    """Replace the capture of a CUDA graph: sample one row, then reset."""
+    sampler.sample_row()
+    sampler.reset()
+    return sampler.sample_row
 
 
 @contextmanager
 def pretended_gpu(patch) -> Iterator[PretendedGPU]:
-    """Pretend that there is a GPU; `patch` is pytest's monkeypatch."""
+    """Simulate a GPU; `patch` is pytest's monkeypatch."""
     gpu = PretendedGPU()
     generator = torch.Generator
 
@@ -203,8 +209,8 @@ def pretended_gpu(patch) -> Iterator[PretendedGPU]:
         patch.setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
     patch.setattr(torch, "Generator", made)
     patch.setattr(Tensor, "pin_memory", pinned)
-    patch.setattr(RowSampler, "capture_graph", make_row_twice)
-    for name in ("sample", "generate"):  # inference mode knows no tensors like these
+    patch.setattr(RowSampler, "capture_graph", warm_up_and_reset)
+    for name in ("sample", "generate"):  # inference mode does not support such tensors
         patch.setattr(GatedPixelCNN, name, torch.no_grad()(getattr(GatedPixelCNN, name).__wrapped__))
     overwrite = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)

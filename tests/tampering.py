@@ -1,4 +1,4 @@
-"""Run directories and files that were damaged or made by an attacker, and what comes of loading such a run."""
+"""Damage files and run directories, or change them as an attacker would; load such runs and judge the outcome."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from dataset import DataError
 
 
 def pick(rng: Generator, choices):
-    """One of them; rng.choice would make an array of them first, and change their types."""
+    """Return one of the choices; rng.choice would convert them to an array and change their types."""
     return choices[rng.integers(len(choices))]
 
 
@@ -31,7 +31,7 @@ def flip_bits(rng: Generator, raw: bytearray) -> bytes:
 
 
 def set_pixels(rng: Generator, raw: bytearray) -> bytes:
-    """Bytes of all ones, which are NaN in floats, or zeros, or any."""
+    """Set some bytes to all ones, which are NaN in floats, to zeros, or at random."""
     start, length = int(rng.integers(len(raw))), int(rng.integers(1, 64))
     raw[start : start + length] = pick(rng, (b"\xff" * length, bytes(length), rng.bytes(length)))
     return raw
@@ -46,24 +46,24 @@ def extend(rng: Generator, raw: bytearray) -> bytes:
 
 
 def move(rng: Generator, raw: bytearray) -> bytes:
-    """A stretch taken out, or put in twice."""
+    """Remove or repeat some bytes."""
     start, length = rng.integers(len(raw)), rng.integers(1, 100)
     return raw[:start] + raw[start + length * pick(rng, (1, -1)) :]
 
 
-# What a field may be set to; JSON takes them all.
+# What a field may be set to; all can be written as JSON.
 EXTREMES = (0, 1, -1, 2, 7, 10**6, 10**9, 2**63, 10**40, 0.5, -0.5, 1e-300, 1e300, float("nan"), float("inf"), None)
 EXTREMES += (True, False, "", "1", "x" * 5000, "\n\x1b[2J\ud800", [], {}, [[]], [1, 2], [10**6] * 2, {"a": 1})
 
 
 def leaves(value, place=()):
-    """The places of all values in nested lists and dicts."""
+    """Return the places of all values in nested lists and dicts."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     return [place] * bool(place) + [leaf for key, below in items for leaf in leaves(below, (*place, key))]
 
 
 def set_value(rng: Generator, nested: dict) -> None:
-    """A value of nested lists and dicts taken out, put in, or set to an extreme one."""
+    """Remove a value of nested lists and dicts, add one, or set one to an extreme."""
     *above, last = pick(rng, leaves(nested))
     for key in above:
         nested = nested[key]
@@ -77,7 +77,7 @@ def set_value(rng: Generator, nested: dict) -> None:
 
 
 def tamper_with_text(rng: Generator, path: Path, canary: Path) -> bool:
-    """JSON that is well-formed but holds other values, or is nested without end."""
+    """Change values of well-formed JSON, or write JSON that is nested very deeply."""
     lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
     values = [json.loads(line) for line in lines]
     if not values or rng.random() < 0.05:
@@ -90,7 +90,7 @@ def tamper_with_text(rng: Generator, path: Path, canary: Path) -> bool:
 
 
 def tamper_with_safetensors(rng: Generator, path: Path, canary: Path) -> bool:
-    """A well-formed safetensors file of other tensors, or with another header; half of them with a right checksum."""
+    """Write a well-formed safetensors file with other tensors or another header, half of the time with its checksum."""
     with safetensors.safe_open(path, "pt") as file:
         tensors, header = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
     fields = json.loads(header["header"])
@@ -126,7 +126,7 @@ def tamper_with_tensors(rng: Generator, tensors: dict) -> None:
 
 
 class Evil:
-    """What leaves a folder behind where a pickle of it is loaded."""
+    """An object whose pickle creates a folder when it is loaded."""
 
     def __init__(self, canary: Path):
         self.canary = canary
@@ -140,7 +140,7 @@ def plain_pickle(path: Path, canary: Path) -> None:
 
 
 def tamper_with_bytes(rng: Generator, path: Path, canary: Path) -> bool:
-    """A file damaged, cut, lengthened, mixed with another, or evil from its first byte."""
+    """Damage, truncate or extend a file, or replace it by another file or a hostile pickle."""
     content = bytearray(path.read_bytes()) or bytearray(b"\0")
     other = pick(rng, [file for file in sorted(path.parent.iterdir()) if file.is_file()])
     if rng.random() < 0.1:
@@ -157,7 +157,7 @@ def tamper_with_bytes(rng: Generator, path: Path, canary: Path) -> bool:
 
 
 def tamper_with_place(rng: Generator, path: Path, canary: Path) -> bool:
-    """Something else where a file should be."""
+    """Put something else in place of a file."""
     path.unlink()
     ways = (
         lambda: None,
@@ -166,24 +166,24 @@ def tamper_with_place(rng: Generator, path: Path, canary: Path) -> bool:
         lambda: path.symlink_to("/dev/zero"),
         lambda: path.symlink_to(canary.with_name("outside")),
         lambda: path.symlink_to(path),
-        lambda: os.truncate(os.open(path, os.O_CREAT | os.O_WRONLY), 40 << 30),  # 40 GB that take no room
+        lambda: os.truncate(os.open(path, os.O_CREAT | os.O_WRONLY), 40 << 30),  # a sparse file of 40 GB
     )
     pick(rng, ways)()
     return False
 
 
 def tamper(rng: Generator, run: Path, canary: Path) -> tuple[str, bool]:
-    """Tampers with a file of a run; gives its name, and whether it then has to be refused."""
+    """Tamper with a file of a run; return its name, and whether it must be refused."""
     names = [file.name for file in sorted(run.iterdir()) if file.suffix in (".json", ".jsonl", ".safetensors")]
     names.remove("checkpoint.previous.safetensors")  # it is read in place of the last one, see below
     path = run / pick(rng, names)
-    whole = tamper_with_safetensors if path.suffix == ".safetensors" else tamper_with_text
-    way = pick(rng, (whole,) * 3 + (tamper_with_bytes,) * 2 + (tamper_with_place,))
+    content = tamper_with_safetensors if path.suffix == ".safetensors" else tamper_with_text
+    way = pick(rng, (content,) * 3 + (tamper_with_bytes,) * 2 + (tamper_with_place,))
     evil = way(rng, path, canary)
-    if path.name == "data.json":  # which is read only where the data changed
+    if path.name == "data.json":  # it is read only if the data changed
         config = json.loads((run / "config.json").read_text())
         (run / "config.json").write_text(json.dumps(config | {"fingerprint": "0"}))
-    if path.name == "checkpoint.safetensors":  # else the previous one would be used
+    if path.name == "checkpoint.safetensors":  # otherwise the previous one would be used
         previous = run / "checkpoint.previous.safetensors"
         previous.unlink()
         if path.is_file() and not path.is_symlink() and path.stat().st_size < 10**9:
@@ -192,11 +192,11 @@ def tamper(rng: Generator, run: Path, canary: Path) -> tuple[str, bool]:
 
 
 class Resumed(BaseException):
-    """A run was loaded, and would go on."""
+    """A run was loaded and would resume."""
 
 
 def judge_run(load: Callable[[], None], run: Path) -> tuple[str, str]:
-    """What comes of it: "loaded", "refused" or "crashed", and how."""
+    """Load a run; return "loaded", "refused" or "crashed", with details."""
     try:
         load()
     except Resumed:
@@ -212,7 +212,7 @@ def judge_run(load: Callable[[], None], run: Path) -> tuple[str, str]:
 
 
 def resume(arguments: list[str]) -> None:
-    """Goes on with a training as far as its first update."""
+    """Resume a training up to its first update."""
 
     def fit(self: trainer.Trainer, checkpoint: Checkpoint | None) -> None:
         if checkpoint and checkpoint.header.stage == self.stage:

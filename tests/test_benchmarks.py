@@ -1,4 +1,4 @@
-"""The networks that ours are compared with are what they are said to be; benchmarks print what they promise."""
+"""benchmarks/: the reference networks, and what the benchmarks print."""
 
 import json
 import math
@@ -23,7 +23,7 @@ def parameters(model):
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_the_textbook_vqvae_has_the_papers_shape():
+def test_textbook_vqvae_has_the_shapes_and_size_of_the_paper():
     model = TextbookVQVAE()
     slices = torch.rand(2, 1, 32, 16) * 2 - 1
     reconstructions, loss, codes = model(slices)
@@ -31,12 +31,12 @@ def test_the_textbook_vqvae_has_the_papers_shape():
     assert codes.shape == (2, 8, 4)
     assert codes.max() < 512
     (loss + reconstructions.square().mean()).backward()
-    assert model.encoder[0].weight.grad.abs().sum() > 0  # through the codes, straight
+    assert model.encoder[0].weight.grad.abs().sum() > 0  # straight-through
     assert 0.5e6 < parameters(model) < 0.8e6
 
 
 @pytest.mark.parametrize("place", [(0, 0), (0, 3), (3, 0), (4, 2)])
-def test_the_papers_prior_sees_the_past_and_nothing_else(place):
+def test_the_papers_pixelcnn_is_causal(place):
     model = PaperPixelCNN(codes=7, channels=4, layers=5).double()
     codes = torch.randint(7, (1, 6, 5))
     x = model.embedding(codes).detach().requires_grad_()
@@ -51,7 +51,7 @@ def test_the_papers_prior_sees_the_past_and_nothing_else(place):
         assert influence.sum() > 0
 
 
-def test_full_forwards_fill_the_given_places():
+def test_sampling_by_full_forwards_draws_the_given_codes():
     model = PaperPixelCNN(codes=7, channels=4, layers=2).eval()
     codes = torch.full((3, 2, 4), 99) % 7
     torch.manual_seed(0)
@@ -65,7 +65,7 @@ def test_full_forwards_fill_the_given_places():
 
 @pytest.fixture
 def lines(monkeypatch, capsys):
-    """What `python benchmarks/... ` prints: its JSON lines by name, and the sentence."""
+    """Run a benchmark; return its JSON lines by name, and the summary."""
 
     def run(benchmark, *given):
         monkeypatch.setattr(sys, "argv", [benchmark.__name__, *map(str, given)])
@@ -91,8 +91,8 @@ def test_updates_of_every_network_are_timed(lines, monkeypatch):
         assert printed[f"{network}_update_speedup"]["value"] == pytest.approx(theirs / ours, rel=1e-2)
 
 
-def test_sampling_is_timed_beside_a_forward_a_code(lines, monkeypatch):
-    """Grids of 32 codes, of which one full forward is timed."""
+def test_sampling_is_timed_against_a_full_forward_per_code(lines, monkeypatch):
+    """Grids of 32 codes; one of the 32 full forward passes is timed."""
     for name, value in {"BATCH": 2, "GRID": (8, 4), "PLACES": [(2, 2)], "SLICES": {"cpu": (2, 2)}}.items():
         monkeypatch.setattr(sampling, name, value)
     printed, sentence = lines(sampling, "--rounds", 1, "--codes", 16, "--device", "cpu")
@@ -102,10 +102,10 @@ def test_sampling_is_timed_beside_a_forward_a_code(lines, monkeypatch):
     assert values["sampling_speedup"] == pytest.approx(forwards / values["sampling_seconds"], rel=1e-2)
     assert values["sampling_over_one_forward"] == pytest.approx(values["sampling_seconds"] / (forwards / 32), rel=1e-2)
     assert values["decoding_seconds"] < values["refiner_seconds"]
-    assert "2 whole slices" in sentence
+    assert "2 refined slices" in sentence
 
 
-def test_without_noise_a_slice_is_more_like_an_exposure_than_another_is(lines):
+def test_noise_free_slices_have_a_higher_ssim_than_second_exposures(lines):
     printed, sentence = lines(noise_floor, "--cases", 2, "--size", 64, 32)
     noisy, clean = (printed[name]["value"] for name in ("ssim_of_two_exposures", "ssim_without_noise"))
     assert 0.5 < noisy < clean < 1
@@ -115,8 +115,8 @@ def test_without_noise_a_slice_is_more_like_an_exposure_than_another_is(lines):
     assert other["ssim_without_noise"]["value"] != clean
 
 
-def test_priors_learn_the_codes_of_a_run_in_equal_time(lines, trained):
-    """In a second or two: little more is learnt than how often each of the 16 codes occurs."""
+def test_equal_time_reports_bits_per_code_of_all_priors(lines, trained):
+    """In a second or two the priors learn little more than the frequencies of the 16 codes."""
     printed, sentence = lines(equal_time, "--run", trained.run, "--minutes", 0.02, "--device", "cpu")
     assert printed.keys() == {f"equal_time_bits_{name}" for name in ("ours", "reference", "public")}
     for line in printed.values():
@@ -126,36 +126,43 @@ def test_priors_learn_the_codes_of_a_run_in_equal_time(lines, trained):
         assert f"after {line['updates']}" in sentence
 
 
-def test_both_priors_have_the_same_measure():
+def test_nats_per_code_equals_the_nll_of_our_prior():
     prior = GatedPixelCNN(PriorConfig(grid=(4, 3), codebook_size=7, channels=8, head_channels=8)).eval()
     codes, positions = torch.randint(7, (5, 4, 3)), torch.rand(5)
     assert nats_per_code(prior(codes, positions), codes).item() == pytest.approx(prior.nll(codes, positions).item())
 
 
-def test_equal_time_is_given_to_the_slow_and_the_fast():
+def test_slow_and_fast_priors_get_equal_time():
     class Clocked:
         def __init__(self, cost, batch):
-            self.batch, self.cost, self.seconds, self.updates, self.looks, self.shares = batch, cost, 0.0, 0, [], []
+            self.batch, self.cost, self.seconds, self.updates, self.validation_bits, self.shares = (
+                batch,
+                cost,
+                0.0,
+                0,
+                [],
+                [],
+            )
 
-        def learn(self, codes, positions, share):
+        def train_update(self, codes, positions, share):
             assert len(codes) == len(positions) == self.batch
             self.shares.append(share)
             self.seconds, self.updates = self.seconds + self.cost, self.updates + 1
 
-        def look(self, codes, positions):
+        def validate(self, codes, positions):
             assert len(codes) == len(positions) == 3
-            self.looks.append(self.seconds)
+            self.validation_bits.append(self.seconds)
 
     fast, slow = contenders = [Clocked(1 / 64, 8), Clocked(1 / 16, 32)]
-    equal_time.contend(contenders, (torch.zeros(40),) * 2, (torch.zeros(3),) * 2, 5.0, seed=0)
+    equal_time.train_in_turns(contenders, (torch.zeros(40),) * 2, (torch.zeros(3),) * 2, 5.0, seed=0)
     assert (fast.updates, slow.updates) == (320, 80)
     for one in contenders:
-        assert one.looks == pytest.approx([0.5 * (n + 1) for n in range(equal_time.LOOKS)])
+        assert one.validation_bits == pytest.approx([0.5 * (n + 1) for n in range(equal_time.VALIDATIONS)])
         assert one.shares == pytest.approx([n / one.updates for n in range(one.updates)])
 
 
 @pytest.mark.parametrize("max_norm, moved", [(None, [3.0, 4.0]), (10.0, [3.0, 4.0]), (1.0, [0.6, 0.8])])
-def test_descending_cuts_long_gradients_where_asked_to(max_norm, moved):
+def test_optimiser_step_clips_the_gradient_norm(max_norm, moved):
     weights = [torch.nn.Parameter(torch.zeros(())) for _ in range(2)]
-    peers.descend(torch.optim.SGD(weights, lr=1.0), [-3 * weights[0], -4 * weights[1]], max_norm)
+    peers.optimiser_step(torch.optim.SGD(weights, lr=1.0), [-3 * weights[0], -4 * weights[1]], max_norm)
     assert [weight.item() for weight in weights] == pytest.approx(moved)

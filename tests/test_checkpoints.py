@@ -28,7 +28,7 @@ FILES = {"a.nii": "00000001", "b.nii": "00000002"}
 
 @pytest.fixture
 def begin(run_config):
-    """Makes or opens a run directory, which nobody holds afterwards."""
+    """Create or open a run directory, which is unlocked afterwards."""
 
     def make(path, **options):
         with Run(path, run_config(**options), FILES):
@@ -58,7 +58,7 @@ def test_a_new_run_has_its_config_the_data_and_an_empty_log(tmp_path, run_config
     assert (path / "metrics.jsonl").read_text() == ""
 
 
-def test_the_config_says_which_code_and_command_began_the_run(run_config, monkeypatch, tmp_path):
+def test_config_json_records_command_and_git_revision(run_config, monkeypatch, tmp_path):
     monkeypatch.setattr(checkpoints.sys, "argv", ["train.py", "--run", "\udcff"])
     made = run_config()
     assert made.command == ["train.py", "--run", "\udcff"]
@@ -67,13 +67,13 @@ def test_the_config_says_which_code_and_command_began_the_run(run_config, monkey
     assert run_config().git_revision is None
 
 
-def test_an_empty_folder_can_become_a_run(tmp_path, begin):
+def test_an_empty_folder_is_accepted_as_a_run_directory(tmp_path, begin):
     begin(tmp_path)
     assert (tmp_path / "config.json").exists()
 
 
 @pytest.mark.parametrize("names", [["thesis.tex"], ["data.json"], ["lock", "thesis.tex"]])
-def test_a_folder_that_is_no_run_is_refused(tmp_path, names, begin):
+def test_a_folder_that_is_not_a_run_is_refused(tmp_path, names, begin):
     for name in names:
         (tmp_path / name).write_text("years")
     with pytest.raises(RunError, match="not a run directory"):
@@ -89,7 +89,7 @@ def test_a_file_is_refused(tmp_path, begin):
     assert path.read_text() == "content"
 
 
-def test_a_place_below_a_file_is_refused(tmp_path, begin):
+def test_a_path_below_a_file_is_refused(tmp_path, begin):
     (tmp_path / "file").write_text("content")
     with pytest.raises(RunError, match="file/run"):
         begin(tmp_path / "file" / "run")
@@ -99,7 +99,7 @@ def test_a_place_below_a_file_is_refused(tmp_path, begin):
 def test_a_run_killed_while_it_is_created_starts_over(tmp_path, name, begin):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "replace", lambda old, new: 1 / 0 if new.name == name else os.rename(old, new))
-        patch.setattr(Path, "unlink", lambda path, **_: None)  # a killed process tidies nothing up
+        patch.setattr(Path, "unlink", lambda path, **_: None)  # a killed process removes nothing
         with pytest.raises(ZeroDivisionError):
             begin(tmp_path)
     assert list(tmp_path.glob(f"{name}.*.part"))
@@ -109,7 +109,7 @@ def test_a_run_killed_while_it_is_created_starts_over(tmp_path, name, begin):
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "lock", "checkpoint.safetensors"])
 def test_symlinks_in_a_run_are_refused(tmp_path, name, begin):
-    """A stranger's run must not write to what a link in it leads to."""
+    """Training must not write to the target of a link in an untrusted run."""
     begin(tmp_path / "run")
     (tmp_path / "mine").write_text("years")
     (tmp_path / "run" / name).unlink(missing_ok=True)
@@ -227,11 +227,11 @@ def test_data_json_is_left_empty_beyond_its_size_limit(tmp_path, monkeypatch, ru
         assert checkpoints.read_data_files(run.path) == {}
 
 
-# ---------------------------------------------------------------- two at once
+# ---------------------------------------------------------------- lock
 
 
 def in_child(task):
-    """What a task says, or its RunError, in a process that ends with it."""
+    """Return the result of a task, or the text of its RunError, in a process of its own."""
     reader, writer = os.pipe()
     if os.fork() == 0:
         try:
@@ -241,8 +241,8 @@ def in_child(task):
         finally:
             os._exit(0)
     os.close(writer)
-    with open(reader) as said:
-        answer = said.read()
+    with open(reader) as pipe:
+        answer = pipe.read()
     os.wait()
     return answer
 
@@ -254,7 +254,7 @@ def test_the_lock_refuses_a_second_process(run, begin):
         begin(run.path)
 
 
-def test_a_killed_process_leaves_no_lock(tmp_path, begin):
+def test_the_lock_of_a_killed_process_is_released(tmp_path, begin):
     begin(tmp_path)
     child = os.fork()
     if child == 0:
@@ -291,7 +291,7 @@ def test_config_can_be_read_while_the_run_is_locked(run):
 W = {"w": torch.arange(12.0).view(3, 4)}
 
 
-def test_a_checkpoint_that_reads_back_differently_is_not_rotated_in(tmp_path, monkeypatch):
+def test_a_checkpoint_that_reads_back_differently_does_not_replace_the_last(tmp_path, monkeypatch):
     path, previous = tmp_path / "file", tmp_path / "previous"
     save_tensors(path, {"update": 1}, W, previous)
     old = path.read_bytes()
@@ -323,7 +323,7 @@ def test_checkpoint_round_trip(run):
     assert torch.equal(tensors["w"], W["w"])
 
 
-def test_the_same_checkpoint_is_the_same_bytes(run):
+def test_checkpoint_files_are_deterministic(run):
     contents = []
     for _ in range(2):
         run.save_checkpoint(W | {"v": torch.ones(3)}, stage="prior", update=7)
@@ -378,7 +378,7 @@ def test_a_malformed_log_line_is_a_run_error(run, line):
 
 
 def test_a_corrupt_checkpoint_falls_back_to_the_previous_one(run, caplog):
-    """Wherever a bit is not as it was."""
+    """Wherever a bit is flipped."""
     for update in (1, 2):
         run.log("vqvae", "train", update, {"loss": 1.0})
         run.save_checkpoint({"w": torch.full((100,), update)}, stage="vqvae", update=update)
@@ -397,7 +397,7 @@ def test_a_corrupt_checkpoint_falls_back_to_the_previous_one(run, caplog):
     assert run.log_path.read_text().count("\n") == 1
 
 
-SAVING = [  # the calls that saving makes, one after the other
+SAVING = [  # the calls that save a checkpoint, in order
     "fsync metrics.jsonl",
     "write_bytes checkpoint.safetensors",
     "fsync checkpoint.safetensors",
@@ -408,12 +408,12 @@ SAVING = [  # the calls that saving makes, one after the other
 ]
 
 
-def test_saving_a_checkpoint_is_these_calls(run, monkeypatch):
+def test_checkpoints_are_flushed_and_read_back_before_they_are_renamed(run, monkeypatch):
     run.save_checkpoint({}, stage="vqvae", update=1)
     calls = []
     on_writes(monkeypatch, lambda point, real, given: (calls.append(point.removeprefix("start: ")), real(*given))[1])
     run.save_checkpoint({}, stage="vqvae", update=2)
-    assert list(dict.fromkeys(calls)) == SAVING  # the file is flushed before it is read back and before it is renamed
+    assert list(dict.fromkeys(calls)) == SAVING  # flushed before it is read back and renamed
 
 
 @pytest.mark.parametrize("point", SAVING)
@@ -489,7 +489,7 @@ def a_pipe(path):
 
 @dataclass(frozen=True)
 class PairConfig:
-    """Of a network of two tensors; its fields have the ranges of the options of these names."""
+    """The config of a network of two tensors; its fields have the ranges of the options of these names."""
 
     grid: tuple[int, int] = (2, 3)
     prior_dropout: float = 0.5
@@ -561,7 +561,7 @@ def with_a_long_header(path):
 
 
 def with_header(header, **changes):
-    """Writes a file with another header or other tensors, whose checksum is right."""
+    """Write a file with another header or other tensors, and a correct checksum."""
 
     def write(path):
         tensors = {"weight": torch.zeros(2, 3), "counts": torch.arange(3)} | changes
@@ -641,7 +641,7 @@ def test_swapped_tensors_fail_the_checksum(tmp_path):
 
 
 def test_shapes_are_compared_on_the_meta_device(tmp_path):
-    """The largest that a config may ask for would take 17 GB."""
+    """The largest network that a config may describe would take 17 GB."""
     with_header(SOUND | {"grid": [65_536, 65_536]})(tmp_path / "w.safetensors")
     made = []
 

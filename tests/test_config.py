@@ -1,4 +1,4 @@
-"""The options of a training: one declaration, from which the command line, the help and config.json follow."""
+"""config.py: the options of a training, on the command line, in the help and in config.json."""
 
 import json
 from dataclasses import asdict
@@ -32,13 +32,13 @@ def another_value(name):
     return [str(value)], value
 
 
-def test_the_options_that_may_change_on_resuming_say_where_and_not_what():
+def test_only_options_that_change_no_result_may_differ_on_resuming():
     expected = {"run", "images", "device", "data", "checkpoint_every", "allow_changed_data"}
     assert expected == FREE_OPTIONS
 
 
 @pytest.mark.parametrize("name", RECORDED)
-def test_each_hyper_parameter_is_accepted_recorded_and_refused_on_resuming_with_another_value(name):
+def test_each_hyper_parameter_is_recorded_and_must_not_change_on_resuming(name):
     text, value = another_value(name)
     options = train.parse_options([flag(name), *text])
     recorded = options.model_dump(mode="json")
@@ -50,13 +50,13 @@ def test_each_hyper_parameter_is_accepted_recorded_and_refused_on_resuming_with_
 
 
 @pytest.mark.parametrize("name", RECORDED)
-def test_each_hyper_parameter_has_a_range_that_config_json_is_held_to(name):
+def test_each_hyper_parameter_of_config_json_is_checked_against_its_range(name):
     for value in (-1, 1e12, "1", True, [1, 2, 3], {}):
         with pytest.raises(ValueError, match=rf"{name}(\.[012])? (cannot be|is missing|is unknown)"):
             validate(TrainConfig, DEFAULTS | {name: value})
 
 
-def test_every_option_is_explained_with_its_default(capsys):
+def test_help_lists_every_option_with_its_default(capsys):
     with pytest.raises(SystemExit):
         train.parse_options(["--help"])
     shown = " ".join(capsys.readouterr().out.split())
@@ -67,17 +67,17 @@ def test_every_option_is_explained_with_its_default(capsys):
     assert "above 0 to 10; default: 0.008" in shown
 
 
-def test_what_is_given_goes_before_the_preset_and_the_preset_before_the_defaults():
+def test_options_override_the_preset_and_the_preset_the_defaults():
     assert configure({}) == TrainConfig()
     demo = configure({"preset": "demo", "prior_updates": 7})
     assert (demo.prior_updates, demo.codebook_size, demo.channels) == (7, 512, 128)
-    for name in ("full", "demo"):  # other tests may have one of their own
+    for name in ("full", "demo"):  # other tests add their own presets
         chosen = PRESETS[name]
         assert {key: getattr(configure({"preset": name}), key) for key in chosen} == chosen
-        assert all(getattr(TrainConfig(), key) != value for key, value in chosen.items())  # what differs, no more
+        assert all(getattr(TrainConfig(), key) != value for key, value in chosen.items())  # only what differs
 
 
-def test_options_cannot_be_changed_by_accident():
+def test_train_config_is_immutable_and_refuses_unknown_options():
     with pytest.raises(ValidationError):
         TrainConfig().updates = 7
     with pytest.raises(ValidationError):
@@ -94,12 +94,12 @@ def test_options_cannot_be_changed_by_accident():
         (DEFAULTS | {"slice_size": [64]}, "slice_size.1 is missing"),
     ],
 )
-def test_options_of_a_config_that_cannot_be_used_are_named(values, message):
+def test_invalid_options_of_config_json_are_named(values, message):
     with pytest.raises(ValueError, match=message):
         validate(TrainConfig, values)
 
 
-def test_networks_take_their_shape_from_the_options():
+def test_network_configs_are_taken_from_the_options():
     options = train.parse_options(["--prior-channels", "24", "--codebook-size", "9", "--refiner-channels", "7"])
     shape = config.network_config(PriorConfig, options, "prior_", grid=(2, 3), codebook_size=9)
     assert (shape.channels, shape.codebook_size, shape.dilation_cycles) == (24, 9, 2)
@@ -116,7 +116,7 @@ def test_the_defaults_of_the_networks_are_those_of_the_options():
 
 
 @pytest.mark.parametrize(("kind", "prefix"), [(VQVAEConfig, ""), (PriorConfig, "prior_"), (RefinerConfig, "refiner_")])
-def test_a_network_config_of_a_file_is_held_to_the_ranges_of_the_options(kind, prefix):
+def test_network_configs_of_weights_files_are_checked_against_the_ranges(kind, prefix):
     model, values = config.network_model(kind, prefix), json.loads(json.dumps(asdict(kind())))
     assert kind(**validate(model, values).model_dump()) == kind()
     for name in values:

@@ -144,8 +144,8 @@ def test_read_slices_scales_single_files_as_one_volume(data):
 
 def test_added_removed_and_altered_files_are_listed():
     before = {f"{number}.nii": "aa" for number in range(8)}
-    assert describe_changes(before, dict(reversed(before.items()))) == "files or splits are others"
-    assert describe_changes({}, before) == "files or splits are others"  # they were too many to keep
+    assert describe_changes(before, dict(reversed(before.items()))) == "files or splits differ"
+    assert describe_changes({}, before) == "files or splits differ"  # they were too many to keep
     assert describe_changes(before, {}) == "8 removed (0.nii, 1.nii, 2.nii and 5 more)"
     now = {"9.nii": "aa", "b\n.nii": "aa"} | before | {"4.nii": "ab", "5.nii": "ab", "3.nii": "ab"}
     del now["7.nii"]

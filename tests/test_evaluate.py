@@ -232,25 +232,25 @@ def test_each_comparison_uses_the_right_sets_of_slices(evaluated, trained, monke
         assert part["reconstructions"]["mse"] == pytest.approx((decoded - slices).square().mean().item(), rel=1e-4)
 
 
-def test_data_other_than_the_training_data_are_refused(trained, tmp_path, complaint):
+def test_data_other_than_the_training_data_are_refused(trained, tmp_path, error_line):
     """Memorisation can be measured against the training slices only."""
     other = tmp_path / "other"
     shutil.copytree(trained.data, other)
     next((other / "keras_slices_train").iterdir()).unlink()
     given = {"run": trained.run, "images": tmp_path / "images", "data": other}
-    error = complaint("evaluate.py", arguments(**given))
+    error = error_line("evaluate.py", arguments(**given))
     assert f"{other} does not hold the data" in error
     assert "--data" in error
     assert not (trained.run / "evaluation.json").exists()
 
 
-def test_missing_training_data_are_an_error_that_names_the_folder(trained, tmp_path, complaint):
+def test_missing_training_data_are_an_error_that_names_the_folder(trained, tmp_path, error_line):
     run = tmp_path / "run"
     shutil.copytree(trained.run, run)
     config = json.loads((run / "config.json").read_text())
     config["options"]["data"] = "gone"
     (run / "config.json").write_text(json.dumps(config))
-    error = complaint("evaluate.py", arguments(run=run, images=tmp_path / "images"))
+    error = error_line("evaluate.py", arguments(run=run, images=tmp_path / "images"))
     assert "are not in gone: name their folder with --data" in error
 
 
@@ -264,9 +264,9 @@ def test_missing_training_data_are_an_error_that_names_the_folder(trained, tmp_p
         ({"data": "nowhere"}, "nowhere"),
     ],
 )
-def test_invalid_options_are_one_line_and_write_nothing(trained, tmp_path, monkeypatch, complaint, given, part):
+def test_invalid_options_are_one_line_and_write_nothing(trained, tmp_path, monkeypatch, error_line, given, part):
     monkeypatch.chdir(tmp_path)
-    assert part in complaint("evaluate.py", arguments(**{"run": trained.run} | given))
+    assert part in error_line("evaluate.py", arguments(**{"run": trained.run} | given))
     assert not (trained.run / "evaluation.json").exists()
     assert not list(tmp_path.iterdir())
 

@@ -1,4 +1,4 @@
-"""The whole path on a GPU that a CPU pretends to be: tensors of two devices that meet, and waits of the host."""
+"""Training, sampling and evaluation on a simulated GPU: mixed devices, and waits of the host."""
 
 import json
 import shutil
@@ -55,7 +55,7 @@ def at_updates(patch, act):
     patch.setattr(trainer, "seed_update", seed_update)
 
 
-# ---------------------------------------------------------------- what is pretended
+# ---------------------------------------------------------------- the simulated GPU
 
 
 def test_tensors_of_two_devices_do_not_mix(gpu):
@@ -64,7 +64,7 @@ def test_tensors_of_two_devices_do_not_mix(gpu):
     assert there.device == torch.device("cuda", 0)
     assert (there + 1).is_cuda
     assert not there.cpu().is_cuda
-    assert (there * torch.tensor(2.0)).sum().item() == 6  # a single number may be of the CPU
+    assert (there * torch.tensor(2.0)).sum().item() == 6  # a scalar may be on the CPU
     mixtures = [
         lambda: there + here,
         lambda: torch.cat([there, here]),
@@ -77,7 +77,7 @@ def test_tensors_of_two_devices_do_not_mix(gpu):
         there.normal_(generator=torch.Generator())
 
 
-def test_what_makes_the_host_wait_is_seen(gpu):
+def test_waits_of_the_host_are_recorded(gpu):
     there = torch.ones(3, device="cuda")
     asked = {
         "a number": lambda: there.sum().item(),
@@ -98,11 +98,11 @@ def test_what_makes_the_host_wait_is_seen(gpu):
     assert not gpu.waits
 
 
-# ---------------------------------------------------------------- the whole path
+# ---------------------------------------------------------------- training, evaluation, sampling
 
 
-def test_a_training_is_stopped_and_goes_on_on_a_gpu(gpu, options, monkeypatch):
-    """In each stage it is stopped after update 3; what it then trains is what it trains without a stop."""
+def test_a_stopped_training_resumes_on_a_gpu(gpu, options, monkeypatch):
+    """It is stopped after update 3 of each stage; the result equals that of an uninterrupted run."""
     make_quick(monkeypatch)
     stops = {(stage, 3) for stage in UPDATES}
 
@@ -124,8 +124,8 @@ def test_a_training_is_stopped_and_goes_on_on_a_gpu(gpu, options, monkeypatch):
         assert (options["run"] / name).read_bytes() == (unbroken["run"] / name).read_bytes()
 
 
-def test_tensors_of_two_devices_in_a_checkpoint_would_be_seen(gpu, options, monkeypatch):
-    """Saving once put flags of weights on the GPU and of a counter on the CPU into one tensor."""
+def test_mixing_devices_in_a_checkpoint_raises(gpu, options, monkeypatch):
+    """An earlier version stacked flags of weights on the GPU and of a counter on the CPU."""
 
     def save_checkpoint(self):
         tensors = [*self.learned_tensors().values(), torch.tensor(0)]
@@ -138,7 +138,7 @@ def test_tensors_of_two_devices_in_a_checkpoint_would_be_seen(gpu, options, monk
 
 @pytest.mark.parametrize("memory", [MEMORY, 0])
 def test_an_update_does_not_make_the_host_wait(gpu, options, monkeypatch, memory):
-    """Whether the slices are kept in the GPU's memory or not. Only the start of the codebook makes it wait, once."""
+    """With training slices in the GPU's memory or not. Only k-means initialisation makes the host wait, once."""
     make_quick(monkeypatch)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (memory, MEMORY))
     monkeypatch.setattr(trainer, "VALIDATIONS", 1)
@@ -153,13 +153,13 @@ def test_an_update_does_not_make_the_host_wait(gpu, options, monkeypatch, memory
     monkeypatch.setattr(trainer.Trainer, "train_update", train_update)
     call(train, **options)
     assert len(waits) == sum(UPDATES.values())
-    assert waits.pop(("vqvae", 3))  # the codebook starts
+    assert waits.pop(("vqvae", 3))  # k-means initialisation
     assert {place: lines for place, lines in waits.items() if lines} == {}
 
 
 @pytest.fixture(scope="session")
 def expected(trained, tmp_path_factory):
-    """What the CPU makes of the trained run: an evaluation, and a table of reconstructions."""
+    """Evaluation and table of reconstructions on the CPU."""
     folder = tmp_path_factory.mktemp("expected")
     with pytest.MonkeyPatch.context() as patch:
         return measure(patch, trained, folder, "cpu")
@@ -179,10 +179,8 @@ def measure(patch, trained, folder, device):
     return json.loads((folder / "run" / "evaluation.json").read_text()), table
 
 
-def test_evaluation_and_reconstruction_on_a_gpu_give_the_figures_of_the_cpu(
-    gpu, trained, expected, tmp_path, monkeypatch
-):
-    """But for samples, whose random numbers are the device's; pretended they are the same ones."""
+def test_evaluation_and_reconstruction_on_a_gpu_equal_those_on_the_cpu(gpu, trained, expected, tmp_path, monkeypatch):
+    """Random numbers differ on a real GPU; on the simulated one they are those of the CPU."""
     results, table = measure(monkeypatch, trained, tmp_path, "cuda")
     assert table == expected[1]
     assert abs(results["reconstructions"]["ssim"] - expected[0]["reconstructions"]["ssim"]) < 1e-4
@@ -190,19 +188,19 @@ def test_evaluation_and_reconstruction_on_a_gpu_give_the_figures_of_the_cpu(
         assert results[part] == pytest.approx(expected[0][part], rel=1e-3)
 
 
-def test_sampling_waits_for_the_gpu_once_a_batch(gpu, trained, tmp_path):
-    """The noise of a row is begun while the row before is computed; nothing is asked for before the codes are done."""
+def test_sampling_waits_for_the_gpu_once_per_batch(gpu, trained, tmp_path):
+    """The host launches rows ahead of the GPU and copies only the finished codes."""
     call(predict, run=trained.run, num=6, batch_size=3, out=tmp_path, images=tmp_path, device="cuda")
     waits = Counter(line.split()[-1] for line in gpu.waits)
-    assert waits["sample_batch"] == 2 * 2  # positions there and codes back, twice
-    assert waits["refine_batch"] == 2  # codes there and slices back, once
+    assert waits["sample_batch"] == 2 * 2  # positions to the GPU and codes back, for two batches
+    assert waits["refine_batch"] == 2  # codes to the GPU and slices back, for one batch
     assert not waits.keys() & {"sample", "generate", "sample_row", "begin", "forward"}
 
 
 # ---------------------------------------------------------------- memory
 
 
-def test_slices_stay_on_the_host_where_the_gpu_has_no_room(gpu, slices_folder, monkeypatch):
+def test_training_slices_stay_on_the_host_if_gpu_memory_is_short(gpu, slices_folder, monkeypatch):
     data, options = load_dataset(str(slices_folder)), train.parse_options(["--batch-size", "5"])
     size = data.train.pixels.nbytes
     for free, cached, resident in ((2 * size, 0, False), (2 * size + 1, 0, True), (size, size + 1, True)):
@@ -217,7 +215,7 @@ def test_slices_stay_on_the_host_where_the_gpu_has_no_room(gpu, slices_folder, m
 
 
 def short_of_memory(real, most):
-    """A sampler whose GPU has room for `most` slices."""
+    """Wrap a `sample` method so that memory runs out beyond `most` slices."""
 
     def sample(network, numbers, given, *others, **named):
         sizes.append(len(numbers))
@@ -229,7 +227,7 @@ def short_of_memory(real, most):
     return sample
 
 
-def test_half_as_many_slices_are_drawn_where_memory_is_short(trained, tmp_path, monkeypatch):
+def test_sampling_halves_the_batch_size_when_memory_runs_out(trained, tmp_path, monkeypatch):
     given = {"run": trained.run, "num": 11, "images": tmp_path, "device": "cpu"}
     call(predict, **given, out=tmp_path / "all")
     for network in (predict.GatedPixelCNN, predict.Refiner):
@@ -242,7 +240,7 @@ def test_half_as_many_slices_are_drawn_where_memory_is_short(trained, tmp_path, 
 
 
 @pytest.mark.parametrize("network", ["GatedPixelCNN", "Refiner"])
-def test_a_slice_that_does_not_fit_is_one_line(trained, tmp_path, monkeypatch, network):
+def test_too_little_memory_for_one_slice_is_an_error(trained, tmp_path, monkeypatch, network):
     kind = getattr(predict, network)
     monkeypatch.setattr(kind, "sample", short_of_memory(kind.sample, 0))
     with pytest.raises(RunError, match="does not suffice for a single slice"):
@@ -250,12 +248,12 @@ def test_a_slice_that_does_not_fit_is_one_line(trained, tmp_path, monkeypatch, n
     assert kind.sample.sizes == [5, 2, 1]
 
 
-# ---------------------------------------------------------------- the check for a day with a card
+# ---------------------------------------------------------------- benchmarks/gpu.py
 
 
 @pytest.mark.slow
-def test_the_check_runs_through(gpu, tiny_preset, tmp_path, monkeypatch, capsys):
-    """Its parts, with the networks of the tests; it takes processes and minutes with those of the demo."""
+def test_gpu_check_completes_without_failures(gpu, tiny_preset, tmp_path, monkeypatch, capsys):
+    """With the networks of the tests, in this process; with those of the demo it takes minutes."""
     real = gpu_check.train_options
     fewer = {"PATCHES": 256, "PAIRS": 10, "CLASSIFIERS_PER_FOLD": 1, "MAX_SHIFT": 1, "CLASSIFIER_UPDATES": 1}
     for name, value in fewer.items():
@@ -264,15 +262,15 @@ def test_the_check_runs_through(gpu, tiny_preset, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(gpu_check, "train_with_a_stop", lambda options, run: train.main(options))
     report = gpu_check.check(tmp_path, torch.device("cuda", 0), tiny=True)
     rows = {row["name"]: row for row in report["rows"]}
-    assert rows["SSIM of the same pictures"]["fits"]
-    assert rows["share of codes that a recorded row draws alike"]["gpu"] == 1
+    assert rows["SSIM of the same reconstructions"]["fits"]
+    assert rows["share of equal codes, CUDA graph vs. no graph"]["gpu"] == 1
     assert [name for name, row in rows.items() if not row["fits"]] == []
     written = gpu_check.table(json.loads(json.dumps(report)))
-    assert "| SSIM of the same pictures |" in written
+    assert "| SSIM of the same reconstructions |" in written
     assert written.startswith("a pretended GPU, PyTorch ")
 
 
-def test_a_figure_out_of_its_tolerance_is_told(tmp_path):
+def test_gpu_check_reports_values_out_of_tolerance(tmp_path):
     rows = [gpu_check.Row("near", 1.0, 1.01, 0.1), gpu_check.Row("far", 1.0, 1.2, 0.1), gpu_check.Row("free", 1.0, 9.0)]
     assert [row.fits for row in rows] == [True, False, True]
     rows = [gpu_check.asdict(row) | {"fits": row.fits} for row in rows]
@@ -286,10 +284,10 @@ def test_a_figure_out_of_its_tolerance_is_told(tmp_path):
     assert "| recipe seconds | 20.5 s |" in gpu_check.table(report)
 
 
-# ---------------------------------------------------------------- which device
+# ---------------------------------------------------------------- choice of the device
 
 
-def test_auto_is_the_gpu_by_its_number(gpu):
+def test_device_auto_picks_the_gpu_by_number(gpu):
     made_current = []
     torch.cuda.set_device = made_current.append  # the fixture puts it back
     assert utils.pick_device("auto") == utils.pick_device("cuda") == torch.device("cuda", 0)
@@ -298,8 +296,8 @@ def test_auto_is_the_gpu_by_its_number(gpu):
     assert not torch.backends.cudnn.allow_tf32
 
 
-def test_a_gpu_that_does_not_compute_is_not_used(monkeypatch, caplog):
-    """A card that a build of PyTorch has no kernels for is seen all the same."""
+def test_device_auto_falls_back_to_the_cpu_if_the_gpu_fails(monkeypatch, caplog):
+    """PyTorch lists cards that it has no kernels for."""
 
     def fail(*_, **__):
         raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nCompile with ...")
@@ -315,7 +313,7 @@ def test_a_gpu_that_does_not_compute_is_not_used(monkeypatch, caplog):
         utils.pick_device("cuda")
 
 
-def test_auto_is_the_cpu_without_a_gpu(monkeypatch, caplog):
+def test_device_auto_is_the_cpu_without_a_gpu(monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert utils.pick_device("auto") == torch.device("cpu")
     assert not caplog.messages
@@ -323,9 +321,9 @@ def test_auto_is_the_cpu_without_a_gpu(monkeypatch, caplog):
 
 @pytest.mark.parametrize("script", ["train.py", "predict.py"])
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory.\nTried ..."), MemoryError()])
-def test_no_memory_is_one_line(complaint, monkeypatch, script, error):
+def test_out_of_memory_is_one_line(error_line, monkeypatch, script, error):
     def fail(*_):
         raise error
 
     monkeypatch.setattr(utils, "pick_device", fail)
-    assert "out of memory, try a smaller" in complaint(script, [])
+    assert "out of memory, try a smaller" in error_line(script, [])

@@ -1,4 +1,4 @@
-"""The networks against brute-force twins, causality by gradient, the samplers against what is known exactly."""
+"""modules.py: networks against brute force, causality by gradients, samplers against known distributions."""
 
 from dataclasses import replace
 
@@ -43,22 +43,22 @@ def small_prior(grid, **fields):
     )
 
 
-def small_refiner(velocity=None, spread=1.0):
-    """A refiner network with random weights, or in its place a known velocity(x, t), with t of shape (N, 1, 1, 1)."""
+def small_refiner(velocity=None, std=1.0):
+    """A refiner with random weights or, if given, a known velocity(x, t) with t (N, 1, 1, 1)."""
     refiner = Refiner(SMALL_REFINER).eval()
-    refiner.pixels[-1].reset_parameters()  # which are 0 before training
-    refiner.residual_std.copy_(torch.as_tensor(spread))
+    refiner.pixels[-1].reset_parameters()  # they start at 0
+    refiner.residual_std.copy_(torch.as_tensor(std))
     if velocity:
-        refiner.forward = lambda x, time, told: velocity(x, time[:, None, None, None])
+        refiner.forward = lambda x, time, conditioning: velocity(x, time[:, None, None, None])
     return refiner
 
 
-def still(x, time):
+def zero_velocity(x, time):
     return torch.zeros_like(x)
 
 
-def of_noise(x, time):
-    """The velocity of differences that are normal noise, to which the network adds its answer."""
+def gaussian_velocity(x, time):
+    """The velocity of Gaussian residuals, to which the network adds its output."""
     return x * (2 * time - 1) / (time**2 + (1 - time) ** 2)
 
 
@@ -67,8 +67,8 @@ def some_codes(count, size=(16, 8)):
     return torch.randint(20, (count, size[0] // 4, size[1] // 4)), VQVAE(SMALL).eval()
 
 
-def grey(count, size=(16, 8)):
-    """Codes drawn at random, and a VQ-VAE that decodes them to 0 all over."""
+def grey_codes(count, size=(16, 8)):
+    """Codes drawn at random, and a VQ-VAE that decodes them to 0 everywhere."""
     codes, vqvae = some_codes(count, size)
     for parameter in vqvae.decoder[-2].parameters():
         torch.nn.init.zeros_(parameter)
@@ -78,53 +78,53 @@ def grey(count, size=(16, 8)):
 # ---------------------------------------------------------------- codebook
 
 
-def numpy_nearest(vectors, embeddings):
+def numpy_nearest(latents, embeddings):
     codes = []
-    for vector in vectors:
-        codes.append(np.argmin([((vector - e) ** 2).sum() for e in embeddings]))
+    for latent in latents:
+        codes.append(np.argmin([((latent - e) ** 2).sum() for e in embeddings]))
     return np.array(codes)
 
 
-def test_nearest_is_the_brute_force_search():
+def test_nearest_embedding_equals_brute_force():
     codebook = Codebook(17, 5, decay=0.9, dead_threshold=0.3)
-    vectors = torch.randn(200, 5)
-    expected = numpy_nearest(vectors.numpy(), codebook.embeddings.numpy())
-    assert (codebook.nearest(vectors).numpy() == expected).all()
+    latents = torch.randn(200, 5)
+    expected = numpy_nearest(latents.numpy(), codebook.embeddings.numpy())
+    assert (codebook.nearest(latents).numpy() == expected).all()
 
 
-def test_nearest_does_not_depend_on_how_rows_are_split(monkeypatch):
-    codebook, vectors = Codebook(17, 5, decay=0.9, dead_threshold=0.3), torch.randn(100, 5)
-    whole = codebook.nearest(vectors)
+def test_nearest_embedding_does_not_depend_on_the_chunk_size(monkeypatch):
+    codebook, latents = Codebook(17, 5, decay=0.9, dead_threshold=0.3), torch.randn(100, 5)
+    whole = codebook.nearest(latents)
     monkeypatch.setattr("modules.CHUNK_LOGITS", 7 * 17)
-    assert torch.equal(codebook.nearest(vectors), whole)
+    assert torch.equal(codebook.nearest(latents), whole)
 
 
-def test_codes_follow_the_moving_average_of_their_vectors():
-    """Against NumPy: counts and sums of the batch, averaged with decay 0.9. No code is dead: each has vectors."""
+def test_embeddings_are_the_ema_of_their_latents():
+    """Against NumPy: counts and sums of the batch, averaged with decay 0.9. Every code has latents, so none is dead."""
     codebook = Codebook(6, 3, decay=0.9, dead_threshold=0.3)
-    vectors = codebook.embeddings.repeat(20, 1) + 0.01 * torch.randn(120, 3)
+    latents = codebook.embeddings.repeat(20, 1) + 0.01 * torch.randn(120, 3)
     before = codebook.embeddings.numpy().copy()
-    codebook.train()(vectors)
-    codes = numpy_nearest(vectors.numpy(), before)
+    codebook.train()(latents)
+    codes = numpy_nearest(latents.numpy(), before)
     for k in range(6):
-        mine = vectors.numpy()[codes == k]
+        mine = latents.numpy()[codes == k]
         count = 0.9 * 1 + 0.1 * len(mine)
         total = 0.9 * before[k] + 0.1 * mine.sum(0)
         np.testing.assert_allclose(codebook.embeddings[k].numpy(), total / count, rtol=1e-4, atol=1e-5)
 
 
-def test_an_unused_code_is_revived_on_a_vector_of_the_batch():
+def test_a_dead_code_is_replaced_by_a_latent_of_the_batch():
     codebook = Codebook(8, 4, decay=0.5, dead_threshold=0.3)
-    codebook.embeddings[3] = 1000.0  # so far off that nothing is nearest to it
+    codebook.embeddings[3] = 1000.0  # too far away to be nearest to a latent
     codebook.sums.copy_(codebook.embeddings)
-    vectors = torch.randn(64, 4)
+    latents = torch.randn(64, 4)
     for _ in range(6):
-        codebook.train()(vectors)
-    assert (codebook.embeddings[3] - vectors).abs().sum(1).min() < 1
-    assert 3 in codebook.nearest(vectors)
+        codebook.train()(latents)
+    assert (codebook.embeddings[3] - latents).abs().sum(1).min() < 1
+    assert 3 in codebook.nearest(latents)
 
 
-def test_an_unused_code_keeps_its_place_until_then():
+def test_an_unused_embedding_stays_where_it_is_without_dead_code_replacement():
     codebook = Codebook(2, 4, decay=0.99, dead_threshold=0.0)
     codebook.embeddings[1] = 1000.0
     codebook.sums.copy_(codebook.embeddings)
@@ -138,18 +138,18 @@ def test_evaluation_leaves_the_codebook_unchanged():
     before = {name: tensor.clone() for name, tensor in vqvae.codebook.state_dict().items()}
     slices = torch.rand(4, 1, 16, 8) * 2 - 1
     vqvae(slices)
-    vqvae.train().encode(slices)  # asking for codes moves nothing in training mode either
+    vqvae.train().encode(slices)  # encoding does not update the codebook, even in training mode
     for name, tensor in vqvae.codebook.state_dict().items():
         assert torch.equal(tensor, before[name])
     vqvae(slices)
     assert not torch.equal(vqvae.codebook.cluster_sizes, before["cluster_sizes"])
 
 
-def test_fit_finds_separate_clusters():
+def test_kmeans_init_finds_separate_clusters():
     centres = 10 * torch.eye(5)
-    vectors = (centres[:, None] + 0.1 * torch.randn(5, 40, 5)).flatten(0, 1)
+    latents = (centres[:, None] + 0.1 * torch.randn(5, 40, 5)).flatten(0, 1)
     codebook = Codebook(5, 5, decay=0.99, dead_threshold=0.3)
-    codebook.kmeans_init(vectors, iterations=20)
+    codebook.kmeans_init(latents, iterations=20)
     assert codebook.decay == 0.99
     assert torch.cdist(centres, codebook.embeddings).min(1).values.max() < 0.5
 
@@ -158,7 +158,7 @@ def test_fit_finds_separate_clusters():
 
 
 @pytest.mark.parametrize("size", [(16, 8), (8, 24), (4, 4)])
-def test_shapes_and_ranges(size):
+def test_vqvae_shapes_and_ranges(size):
     vqvae = VQVAE(SMALL).eval()
     slices = torch.rand(3, 1, *size) * 2 - 1
     reconstructions, embedding_loss, codes = vqvae(slices)
@@ -171,7 +171,7 @@ def test_shapes_and_ranges(size):
     assert decoded.abs().max() <= 1
 
 
-def test_a_code_is_decoded_from_the_vector_that_it_stands_for():
+def test_embed_and_decode_use_the_embedding_of_each_code():
     vqvae = VQVAE(SMALL).eval()
     codes = torch.randint(20, (3, 5, 2))
     embedded = vqvae.embed(codes)
@@ -185,8 +185,8 @@ def test_a_code_is_decoded_from_the_vector_that_it_stands_for():
     assert torch.equal(vqvae.decode(codes), decoded.clamp(-1, 1))
 
 
-def test_losses_are_those_of_the_paper():
-    """Equation 3 by hand: the embedding loss is commitment * mean |z - e|^2, e the nearest code."""
+def test_embedding_loss_is_the_commitment_term():
+    """Equation 3 by hand: commitment_cost * mean |z - e|^2, with e the nearest embedding."""
     vqvae = VQVAE(SMALL).eval()
     slices = torch.rand(2, 1, 16, 8) * 2 - 1
     z = vqvae.encoder(slices).detach().permute(0, 2, 3, 1).reshape(-1, 6).numpy()
@@ -209,7 +209,7 @@ def test_straight_through_gradient():
     torch.testing.assert_close(gradient, at_e + 2 * 0.25 * (z - e).detach() / z.numel())
 
 
-def test_without_quantisation_the_vectors_pass():
+def test_without_quantisation_latents_reach_the_decoder():
     vqvae = VQVAE(SMALL).train()
     before = vqvae.codebook.cluster_sizes.clone()
     slices = torch.rand(2, 1, 16, 8) * 2 - 1
@@ -219,7 +219,7 @@ def test_without_quantisation_the_vectors_pass():
     assert torch.equal(vqvae.codebook.cluster_sizes, before)
 
 
-def test_a_residual_block_shares_no_weights():
+def test_residual_blocks_share_no_weights():
     vqvae = VQVAE(replace(SMALL, residual_blocks=3))
     pointers = [p.data_ptr() for p in vqvae.parameters()]
     assert len(set(pointers)) == len(pointers)
@@ -228,18 +228,18 @@ def test_a_residual_block_shares_no_weights():
 # ---------------------------------------------------------------- prior
 
 
-@pytest.mark.parametrize("reach", range(65))
-def test_dilations_add_up_to_every_distance(reach):
+@pytest.mark.parametrize("distance", range(65))
+def test_dilations_add_up_to_every_distance(distance):
     sums = {0}
-    for step in dilations(reach):
+    for step in dilations(distance):
         sums |= {total + step for total in sums}
-    assert sums == set(range(max(reach, 0) + 1))
+    assert sums == set(range(distance + 1))
 
 
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("cycles", [1, 2])
-def test_causality_by_gradient(grid, cycles):
-    """A logit depends on every earlier code (no blind spot, the whole grid in reach) and on no later one."""
+def test_prior_is_causal_without_a_blind_spot(grid, cycles):
+    """A logit depends on every earlier code (no blind spot, whole grid as receptive field), on no later one."""
     prior = small_prior(grid, dilation_cycles=cycles)
     rows, columns = grid
     codes = torch.randint(11, (1, *grid))
@@ -254,7 +254,7 @@ def test_causality_by_gradient(grid, cycles):
         assert (influence[position:] == 0).all(), (r, c)
 
 
-def test_causality_of_the_published_grid():
+def test_prior_is_causal_on_the_grid_of_the_full_preset():
     """The same at the corners and the centre of the grid that --preset full trains on."""
     prior = (
         GatedPixelCNN(PriorConfig(channels=8, codebook_size=11, head_channels=16, dilation_cycles=1)).double().eval()
@@ -270,7 +270,7 @@ def test_causality_of_the_published_grid():
 
 
 def cached_logits(prior, codes, position):
-    """The sampler's logits where the codes drawn are given ones."""
+    """The logits of cached sampling, forced to draw the given codes."""
     given = codes[:, 0].clone()
     logits = torch.empty(*given.shape, prior.config.codebook_size, dtype=prior.row_embedding.dtype, device=codes.device)
     rows = []
@@ -295,7 +295,7 @@ def test_cached_sampling_equals_the_full_forward(grid, count):
     torch.testing.assert_close(cached_logits(prior, codes, position), prior(codes, position), rtol=0, atol=1e-10)
 
 
-def test_cached_sampling_equals_the_full_forward_in_single_precision():
+def test_cached_sampling_equals_the_full_forward_in_float32():
     prior = GatedPixelCNN(PriorConfig(grid=(64, 32))).eval()
     codes, position = torch.randint(512, (2, 64, 32)), torch.tensor([0.2, torch.nan])
     with torch.inference_mode():
@@ -303,25 +303,25 @@ def test_cached_sampling_equals_the_full_forward_in_single_precision():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
-def test_a_recorded_row_equals_the_full_forward():
+def test_cuda_graph_sampling_equals_the_full_forward():
     prior = small_prior((9, 7)).cuda()
     codes, position = torch.randint(11, (3, 9, 7), device="cuda"), torch.rand(3, device="cuda")
     torch.testing.assert_close(cached_logits(prior, codes, position), prior(codes, position), rtol=0, atol=1e-10)
 
 
-def test_rewinding_leaves_no_trace():
-    """Recording needs a row made before the first."""
+def test_sampler_reset_clears_all_caches():
+    """Capturing a CUDA graph runs a row before the first one."""
     prior = small_prior((9, 7))
-    maker = RowSampler(prior, torch.rand(3), lambda logits, column: logits.argmax(1))
+    sampler = RowSampler(prior, torch.rand(3), lambda logits, column: logits.argmax(1))
     runs = []
     with torch.inference_mode():
         for _ in range(2):
             rows = []
             for _ in range(9):
-                maker.sample_row()
-                rows.append(maker.codes.clone())
+                sampler.sample_row()
+                rows.append(sampler.codes.clone())
             runs.append(torch.stack(rows, 1))
-            maker.reset()
+            sampler.reset()
     assert torch.equal(*runs)
     assert len(runs[0].unique()) > 1
 
@@ -333,17 +333,17 @@ def test_dropout_is_off_while_sampling():
     assert prior.training
 
 
-@pytest.mark.parametrize("cells", [1, 11 * 20, 10**6])
-def test_nats_are_the_mean_of_what_the_logits_say_and_have_its_gradient(monkeypatch, cells):
-    """Against NumPy, a code at a time, and against PyTorch's gradient of the same; however many rows are at once."""
-    monkeypatch.setattr(modules, "CHUNK_LOGITS", cells)
+@pytest.mark.parametrize("chunk_logits", [1, 11 * 20, 10**6])
+def test_nll_and_its_gradient_equal_cross_entropy_of_the_logits(monkeypatch, chunk_logits):
+    """Against NumPy, code by code, and against PyTorch's gradient, for any chunk size."""
+    monkeypatch.setattr(modules, "CHUNK_LOGITS", chunk_logits)
     prior, codes = small_prior((5, 3)), torch.randint(11, (3, 5, 3))
     given = codes, torch.rand(3), torch.randn(3, 6, dtype=torch.float64)
     logits = prior(*given)
-    likely = logits.detach().exp().numpy()
-    chances = [likely[n, codes[n, i, j], i, j] / likely[n, :, i, j].sum() for n, i, j in np.ndindex(3, 5, 3)]
+    odds = logits.detach().exp().numpy()
+    probabilities = [odds[n, codes[n, i, j], i, j] / odds[n, :, i, j].sum() for n, i, j in np.ndindex(3, 5, 3)]
     nats = prior.nll(*given)
-    assert nats.item() == pytest.approx(-np.log(chances).mean(), rel=1e-12)
+    assert nats.item() == pytest.approx(-np.log(probabilities).mean(), rel=1e-12)
     with torch.no_grad():
         assert prior.nll(*given) == nats
     weights = [*prior.layers.parameters(), *prior.head.parameters()]
@@ -353,7 +353,7 @@ def test_nats_are_the_mean_of_what_the_logits_say_and_have_its_gradient(monkeypa
         assert gradient is None or torch.allclose(gradient, wanted, rtol=0, atol=1e-12)
 
 
-def test_nats_in_bfloat16_are_those_of_single_precision():
+def test_nll_in_bfloat16_is_close_to_float32():
     prior, codes, position = small_prior((8, 4)).float(), torch.randint(11, (6, 8, 4)), torch.rand(6)
     plain = prior.nll(codes, position)
     with torch.autocast("cpu", torch.bfloat16):
@@ -365,7 +365,7 @@ def test_nats_in_bfloat16_are_those_of_single_precision():
         assert F.cosine_similarity(gradient.flatten(), wanted.flatten(), 0) > 0.99
 
 
-def test_the_position_reaches_every_logit():
+def test_slice_position_conditions_every_logit():
     prior = small_prior((4, 3))
     codes = torch.randint(11, (1, 4, 3))
     logits = [prior(codes, torch.tensor([position])) for position in (0.0, 0.5, 1.0, torch.nan)]
@@ -375,32 +375,32 @@ def test_the_position_reaches_every_logit():
             assert ((one - other).abs().amax(1) > 0).all()
 
 
-def test_the_variation_reaches_every_logit_and_none_is_a_slice_as_it_was():
+def test_augmentation_conditions_every_logit_and_0_is_not_augmented():
     prior = small_prior((4, 3))
     codes, position = torch.randint(11, (1, 4, 3)), torch.tensor([0.5])
     plain = prior(codes, position)
     assert torch.equal(prior(codes, position, torch.zeros(1, 6, dtype=torch.float64)), plain)
-    for told in torch.eye(6, dtype=torch.float64):
-        assert ((prior(codes, position, told[None]) - plain).abs().amax(1) > 0).all()
+    for augmentation in torch.eye(6, dtype=torch.float64):
+        assert ((prior(codes, position, augmentation[None]) - plain).abs().amax(1) > 0).all()
 
 
-def test_an_unknown_position_adds_nothing():
+def test_an_unknown_slice_position_adds_no_conditioning():
     prior = small_prior((4, 3))
     assert (prior.position_features(torch.tensor([torch.nan])) == 0).all()
     assert (prior.position_features(torch.tensor([0.5])) != 0).any()
 
 
 @pytest.mark.parametrize("dim", [5, 8, 12])
-def test_the_embedding_starts_as_the_codebook_lies(dim):
-    """Distances between codes are those between the codebook's vectors, as far as a projection keeps them."""
+def test_init_embedding_keeps_distances_of_the_codebook(dim):
+    """Distances between the prior's embeddings are those between the codebook's, up to a random projection."""
     prior = GatedPixelCNN(PriorConfig(grid=(4, 3), codebook_size=300, channels=8)).double()
-    vectors = 7 + 3 * torch.randn(300, dim, dtype=torch.float64)
-    vectors[150:] = vectors[:150] + 0.01
-    prior.init_embedding(vectors)
+    embeddings = 7 + 3 * torch.randn(300, dim, dtype=torch.float64)
+    embeddings[150:] = embeddings[:150] + 0.01
+    prior.init_embedding(embeddings)
     weight = prior.embedding.weight.detach()
     if dim == prior.config.channels:
         between = torch.nn.PairwiseDistance(eps=0)
-        expected = between(vectors[:150], vectors[1:151]) / vectors.std()
+        expected = between(embeddings[:150], embeddings[1:151]) / embeddings.std()
         torch.testing.assert_close(between(weight[:150], weight[1:151]), expected)
     assert 0.8 < weight.std() < 1.2
     assert (weight[150:] - weight[:150]).norm(dim=1).max() < 0.05 * (weight[1:150] - weight[:149]).norm(dim=1).mean()
@@ -417,14 +417,14 @@ def test_sample_n_does_not_depend_on_its_batch(batches):
             assert torch.equal(grid, expected[n])
 
 
-def test_samples_differ_by_number_and_by_seed():
+def test_samples_differ_by_id_and_by_seed():
     prior = small_prior((8, 5))
     grids = torch.cat([prior.sample(range(3), torch.zeros(3), seed=seed) for seed in (0, 1)])
     assert len(torch.unique(grids.flatten(1), dim=0)) == 6
     assert len({stream_seed(seed, number) for seed in range(100) for number in range(100)}) == 10_000
 
 
-def test_sampling_follows_the_probabilities():
+def test_sampled_codes_have_the_frequencies_of_the_softmax():
     """One code with known logits, 4000 draws: each count is within 5 standard deviations.
 
     The chance of a false alarm is 11 * 6e-7 for a correct sampler, over all seeds; this one is fixed.
@@ -435,8 +435,8 @@ def test_sampling_follows_the_probabilities():
     assert ((counts - 4000 * p).abs() < 5 * (4000 * p * (1 - p)).sqrt()).all()
 
 
-def test_noise_of_exactly_nothing_draws_what_is_left(monkeypatch):
-    """uniform_ gives 0 once in 2**24 numbers. Where top-p has kept one code only, that code is drawn all the same."""
+def test_uniform_noise_of_0_draws_from_the_nucleus(monkeypatch):
+    """uniform_ draws 0 once in 2**24 numbers. If the nucleus is a single code, that code is drawn nevertheless."""
     prior, position = small_prior((4, 3)), torch.zeros(3)
     monkeypatch.setattr(torch.Tensor, "uniform_", lambda noise, generator: noise.zero_())
     greedy = prior.sample(range(3), position, top_p=1e-6)
@@ -444,7 +444,7 @@ def test_noise_of_exactly_nothing_draws_what_is_left(monkeypatch):
     assert torch.equal(greedy, prior.sample(range(3), position, temperature=1e-6))
 
 
-def test_temperature_and_top_p():
+def test_low_temperature_and_low_top_p_draw_the_mode():
     prior, position = small_prior((4, 3)), torch.zeros(3)
     greedy = prior.sample(range(3), position, temperature=1e-6)
     assert (greedy == greedy[0]).all()
@@ -454,7 +454,7 @@ def test_temperature_and_top_p():
             prior.sample(range(3), position, **bad)
 
 
-def test_keep_top_keeps_the_fewest_codes_that_suffice():
+def test_top_p_filter_keeps_the_nucleus():
     logits = torch.tensor([[0.5, 0.1, 0.3, 0.1], [0.05, 0.05, 0.05, 0.85]]).log()
     kept = top_p_filter(logits, 0.75).isfinite()
     assert kept.tolist() == [[True, False, True, False], [False, False, False, True]]
@@ -464,11 +464,11 @@ def test_keep_top_keeps_the_fewest_codes_that_suffice():
 # ---------------------------------------------------------------- refiner
 
 
-def test_the_spread_of_a_code_is_measured_by_hand():
-    """Pixel by pixel of its square, as if 10 more had the mean of all codes; the first pixel is always right."""
-    strength = 0.05 * torch.arange(16.0).view(1, 1, 4, 4).repeat(1, 1, 2, 3)
-    decoded, codes = torch.rand(30, 1, 8, 12) - 0.5, torch.randint(12, (30, 2, 3)) ** 2 // 12  # more of some
-    slices = decoded + strength * torch.randn(30, 1, 8, 12)
+def test_fit_residual_std_equals_brute_force():
+    """Per code and pixel of its square, with 10 pseudo-observations of the mean; the first pixel has no residual."""
+    std = 0.05 * torch.arange(16.0).view(1, 1, 4, 4).repeat(1, 1, 2, 3)
+    decoded, codes = torch.rand(30, 1, 8, 12) - 0.5, torch.randint(12, (30, 2, 3)) ** 2 // 12  # uneven frequencies
+    slices = decoded + std * torch.randn(30, 1, 8, 12)
     refiner = small_refiner()
     refiner.fit_residual_std(slices, decoded, codes)
     squares = [[[] for _ in range(16)] for _ in range(20)]
@@ -488,18 +488,18 @@ def test_the_spread_of_a_code_is_measured_by_hand():
     assert (refiner.residual_std[:, 1:] > 0.01).all()
 
 
-def test_each_code_has_its_spread_at_its_pixels():
-    refiner, codes = small_refiner(spread=torch.rand(20, 16)), torch.randint(20, (2, 3, 5))
-    spreads = refiner.pixel_std(codes)
-    assert spreads.shape == (2, 1, 12, 20)
+def test_pixel_std_has_the_std_of_each_code_at_its_pixels():
+    refiner, codes = small_refiner(std=torch.rand(20, 16)), torch.randint(20, (2, 3, 5))
+    stds = refiner.pixel_std(codes)
+    assert stds.shape == (2, 1, 12, 20)
     for n, row, column, i, j in np.ndindex(2, 3, 5, 4, 4):
         expected = refiner.residual_std[codes[n, row, column], 4 * i + j]
-        assert spreads[n, 0, 4 * row + i, 4 * column + j] == expected
+        assert stds[n, 0, 4 * row + i, 4 * column + j] == expected
 
 
 @pytest.mark.parametrize("size", [(16, 8), (8, 24), (4, 4)])
-def test_shapes_and_ranges_of_refiner(size):
-    refiner, (codes, vqvae) = small_refiner(spread=0.5), some_codes(3, size)
+def test_refiner_shapes_and_ranges(size):
+    refiner, (codes, vqvae) = small_refiner(std=0.5), some_codes(3, size)
     velocities = refiner(torch.randn(3, 1, *size), torch.rand(3), refiner.condition(codes, vqvae.decode(codes), vqvae))
     loss = refiner.loss(torch.rand(3, 1, *size), codes, vqvae)
     slices = refiner.sample(range(3), codes, vqvae)
@@ -510,13 +510,13 @@ def test_shapes_and_ranges_of_refiner(size):
     assert slices.std() > 0.1
 
 
-def test_the_network_is_told_where_it_is_and_all_that_is_known_of_the_codes():
-    """Changing any of the five changes what it answers for every slice."""
-    refiner, (codes, vqvae) = small_refiner(), grey(3)
+def test_velocity_depends_on_noise_time_and_conditioning():
+    """Changing any of the five inputs changes the output for every slice."""
+    refiner, (codes, vqvae) = small_refiner(), grey_codes(3)
     x, time = torch.randn(3, 1, 16, 8), torch.tensor([0.1, 0.5, 0.9])
 
     def answer(x, time):
-        return refiner(x, time, refiner.condition(codes, vqvae.decode(codes), vqvae)) - of_noise(
+        return refiner(x, time, refiner.condition(codes, vqvae.decode(codes), vqvae)) - gaussian_velocity(
             x, time[:, None, None, None]
         )
 
@@ -529,9 +529,9 @@ def test_the_network_is_told_where_it_is_and_all_that_is_known_of_the_codes():
         assert ((other - answers[0]).abs().amax((1, 2, 3)) > 1e-4).all()
 
 
-def test_a_pixel_is_moved_by_what_is_known_there():
-    """Squares of pixels become channels and squares again: with 1x1 kernels nothing reaches beyond its square."""
-    refiner, (codes, vqvae) = small_refiner(spread=torch.rand(20, 16)), some_codes(1)
+def test_velocity_at_a_pixel_depends_on_its_own_square():
+    """With 1x1 kernels, squares of pixels become channels and squares again, so nothing leaves its square."""
+    refiner, (codes, vqvae) = small_refiner(std=torch.rand(20, 16)), some_codes(1)
     for convolution in (m for m in refiner.modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (3, 3)):
         centre = convolution.weight.detach()[:, :, 1:2, 1:2].clone()
         convolution.weight.data.zero_()[:, :, 1:2, 1:2] = centre
@@ -549,25 +549,25 @@ def test_a_pixel_is_moved_by_what_is_known_there():
         before = after
 
 
-def test_the_last_layers_know_no_squares():
-    """Without what the code grid tells them, moving noise and decoded slices by a pixel moves what they answer."""
+def test_pixel_layers_are_shift_equivariant():
+    """Without features of the code grid, shifting noise and decoded slices by pixels shifts the output."""
     refiner, time = small_refiner(), torch.rand(2)
     refiner.to_pixels.weight.data.zero_()
     refiner.to_pixels.bias.data.fill_(0.1)
-    x, decoded, of_squares = torch.randn(2, 1, 24, 16), torch.rand(2, 1, 24, 16), torch.zeros(2, 16, 6, 4)
-    answer = refiner(x, time, (of_squares, decoded))
+    x, decoded, features = torch.randn(2, 1, 24, 16), torch.rand(2, 1, 24, 16), torch.zeros(2, 16, 6, 4)
+    answer = refiner(x, time, (features, decoded))
     for rows, columns in ((1, 0), (0, 3), (2, 1)):
-        moved = refiner(x.roll((rows, columns), (2, 3)), time, (of_squares, decoded.roll((rows, columns), (2, 3))))
+        moved = refiner(x.roll((rows, columns), (2, 3)), time, (features, decoded.roll((rows, columns), (2, 3))))
         expected = answer.roll((rows, columns), (2, 3))
         torch.testing.assert_close(moved[..., 6:-6, 6:-6], expected[..., 6:-6, 6:-6], rtol=0, atol=1e-5)
     change = torch.zeros_like(x)
     change[:, :, 12, 8] = 0.1
-    for other in (refiner(x + change, time, (of_squares, decoded)), refiner(x, time, (of_squares, decoded + change))):
-        assert ((other - answer)[:, 0, 11, 7].abs() > 1e-5).all()  # beside it, where noise alone changes nothing
+    for other in (refiner(x + change, time, (features, decoded)), refiner(x, time, (features, decoded + change))):
+        assert ((other - answer)[:, 0, 11, 7].abs() > 1e-5).all()  # beside it, where the analytic part changes nothing
 
 
-def test_the_loss_of_an_untrained_network_is_that_of_normal_noise():
-    """Differences are normal with the spread: what is not known of x_1 - x_0 at x has variance 1 / (t^2 + (1 - t)^2).
+def test_flow_loss_of_gaussian_residuals_is_the_analytic_one():
+    """For Gaussian residuals, the variance of x_1 - x_0 given x is 1 / (t^2 + (1 - t)^2).
 
     Integrated over logit-normal times that is 1.741; 5 standard deviations of 4000 times and 256,000 squares are 0.03.
     """
@@ -581,48 +581,48 @@ def test_the_loss_of_an_untrained_network_is_that_of_normal_noise():
     assert refiner.loss(slices, codes, vqvae).item() == pytest.approx(expected, abs=0.03)
 
 
-def test_the_loss_of_the_right_velocity_is_nothing():
-    """Where each slice's difference is known, its velocity is (difference / spread - x) / (1 - t) and no other."""
-    difference, (codes, vqvae) = torch.randn(40, 1, 16, 8), some_codes(40)
-    refiner = small_refiner(spread=0.1 + torch.rand(20, 16))
-    slices, scaled = vqvae.decode(codes) + difference, difference / refiner.pixel_std(codes)
-    refiner.forward = lambda x, time, told: (scaled - x) / (1 - time[:, None, None, None])
+def test_flow_loss_of_the_exact_velocity_is_0():
+    """If each slice's residual is known, the velocity is (residual / std - x) / (1 - t)."""
+    residual, (codes, vqvae) = torch.randn(40, 1, 16, 8), some_codes(40)
+    refiner = small_refiner(std=0.1 + torch.rand(20, 16))
+    slices, scaled = vqvae.decode(codes) + residual, residual / refiner.pixel_std(codes)
+    refiner.forward = lambda x, time, conditioning: (scaled - x) / (1 - time[:, None, None, None])
     assert refiner.loss(slices, codes, vqvae) < 1e-6
-    refiner.forward = lambda x, time, told: scaled - x
+    refiner.forward = lambda x, time, conditioning: scaled - x
     assert refiner.loss(slices, codes, vqvae) > 0.1
 
 
-def test_times_of_the_loss_are_logit_normal():
+def test_training_times_are_logit_normal():
     """Mean and shares of 4000 logits are those of a normal distribution within 5 standard deviations."""
-    told = []
-    refiner = small_refiner(lambda x, time: (told.append(time), still(x, time))[1])
-    refiner.loss(torch.zeros(4000, 1, 4, 4), *grey(4000, (4, 4)))
-    logits = told[0].flatten().logit()
+    times = []
+    refiner = small_refiner(lambda x, time: (times.append(time), zero_velocity(x, time))[1])
+    refiner.loss(torch.zeros(4000, 1, 4, 4), *grey_codes(4000, (4, 4)))
+    logits = times[0].flatten().logit()
     assert logits.mean().abs() < 5 / 4000**0.5
     for limit, share in ((-1.0, 0.1587), (0.4307, 0.6667), (2.0, 0.9772)):
         assert abs((logits < limit).float().mean() - share) < 5 * (share * (1 - share) / 4000) ** 0.5
 
 
-def test_detail_starts_as_white_noise_of_the_spread():
+def test_initial_noise_is_white_with_the_residual_std():
     """5 standard deviations of the mean and the variance of 16,384 pixels."""
-    noise = small_refiner(still, spread=0.1).sample(range(128), *grey(128))
+    noise = small_refiner(zero_velocity, std=0.1).sample(range(128), *grey_codes(128))
     assert noise.mean().abs() < 0.1 * 5 / 128
     assert abs(noise.var() / 0.01 - 1) < 5 * 2**0.5 / 128
     assert torch.corrcoef(noise.flatten(1)).fill_diagonal_(0).abs().max() < 0.5
 
 
-def test_a_constant_velocity_is_followed_exactly():
-    given, c = grey(3), torch.randn(3, 1, 16, 8)
-    start = small_refiner(still, spread=0.1).sample(range(3), *given)
-    end = small_refiner(lambda x, time: c, spread=0.1).sample(range(3), *given)
+def test_ode_solver_integrates_a_constant_velocity_exactly():
+    given, c = grey_codes(3), torch.randn(3, 1, 16, 8)
+    start = small_refiner(zero_velocity, std=0.1).sample(range(3), *given)
+    end = small_refiner(lambda x, time: c, std=0.1).sample(range(3), *given)
     torch.testing.assert_close(end, start + 0.1 * c, rtol=0, atol=1e-6)
 
 
-def test_a_velocity_that_grows_with_the_way_is_followed_by_heuns_method():
-    """dx/dt = x: e times as far, but for the method's error of each step, which is known; Euler's is far larger."""
-    given, h = grey(3), 1 / RefinerConfig().ode_steps
-    start = small_refiner(still, spread=0.1).sample(range(3), *given)
-    end = small_refiner(lambda x, time: x, spread=0.1).sample(range(3), *given)
+def test_ode_solver_has_the_error_of_heuns_method():
+    """dx/dt = x gives e times the start, up to the known error of each Heun step; Euler's is far larger."""
+    given, h = grey_codes(3), 1 / RefinerConfig().ode_steps
+    start = small_refiner(zero_velocity, std=0.1).sample(range(3), *given)
+    end = small_refiner(lambda x, time: x, std=0.1).sample(range(3), *given)
     factor = (1 + h + h**2 / 2) ** (RefinerConfig().ode_steps - 1) * (1 + h)
     torch.testing.assert_close(end, factor * start, rtol=0, atol=1e-6)
     euler = (1 + h) ** RefinerConfig().ode_steps
@@ -630,57 +630,63 @@ def test_a_velocity_that_grows_with_the_way_is_followed_by_heuns_method():
     assert abs(factor - np.e) < abs(euler - np.e) / 5
 
 
-def test_the_way_is_gone_in_even_steps_and_never_asked_about_at_its_end():
+def test_ode_steps_are_even_and_never_evaluated_at_time_1():
     times = []
-    small_refiner(lambda x, time: (times.append(time.unique().item()), still(x, time))[1]).sample(range(2), *grey(2))
+    small_refiner(lambda x, time: (times.append(time.unique().item()), zero_velocity(x, time))[1]).sample(
+        range(2), *grey_codes(2)
+    )
     expected = np.repeat(np.arange(RefinerConfig().ode_steps) / RefinerConfig().ode_steps, 2)[1:]
     np.testing.assert_allclose(times, expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("strength", [0.0, 0.3])
-def test_detail_that_is_known_is_added(strength):
-    """The velocity towards one slice is (x_1 - x) / (1 - t): every noise ends there. Without refiner, as decoded."""
-    missing, (codes, vqvae) = strength * (torch.rand(3, 1, 16, 8) - 0.5), some_codes(3)
-    refiner = small_refiner(lambda x, time: (missing / 0.2 - x) / (1 - time), spread=0.2)
+@pytest.mark.parametrize("contrast", [0.0, 0.3])
+def test_sampling_a_known_residual_adds_it(contrast):
+    """The velocity towards one slice is (x_1 - x) / (1 - t): all noise ends there. Without a residual, as decoded."""
+    residual, (codes, vqvae) = contrast * (torch.rand(3, 1, 16, 8) - 0.5), some_codes(3)
+    refiner = small_refiner(lambda x, time: (residual / 0.2 - x) / (1 - time), std=0.2)
     drawn = refiner.sample(range(3), codes, vqvae)
-    torch.testing.assert_close(drawn, vqvae.decode(codes) + missing, rtol=0, atol=1e-6)
+    torch.testing.assert_close(drawn, vqvae.decode(codes) + residual, rtol=0, atol=1e-6)
 
 
-def test_detail_of_a_normal_distribution_has_its_mean_and_its_variance():
-    """x_1 of N(m, s^2): the velocity is the mean of x_1 - x_0 at x, by the rule for two correlated normal variables,
-    and takes x_0 to m + s x_0. Eight steps come within 4 % of s; Euler's would miss it by 17 %."""
+def test_sampling_a_normal_distribution_has_its_mean_and_variance():
+    """For x_1 of N(m, s^2) the velocity is the mean of x_1 - x_0 given x, and takes x_0 to m + s x_0.
+
+    Eight Heun steps come within 4 % of s; Euler steps would miss it by 17 %.
+    """
     m, s = 0.7, 0.5
 
     def velocity(x, time):
         return m + (time * s**2 - (1 - time)) / ((1 - time) ** 2 + (time * s) ** 2) * (x - time * m)
 
-    given = grey(64)
-    start = small_refiner(still, spread=0.1).sample(range(64), *given)
-    end = small_refiner(velocity, spread=0.1).sample(range(64), *given)
+    given = grey_codes(64)
+    start = small_refiner(zero_velocity, std=0.1).sample(range(64), *given)
+    end = small_refiner(velocity, std=0.1).sample(range(64), *given)
     torch.testing.assert_close(end - 0.1 * m, s * start, rtol=0.04, atol=1e-6)
 
 
-def test_an_untrained_network_draws_normal_noise_of_the_codes_spread():
-    """The variance of x falls from 1 to 1/2 and rises to 1 again, as t^2 + (1 - t)^2: every noise x_0 ends where it
-    began. Heun's eight steps come within 1.1 % of it; Euler's would miss it by 15 %."""
+def test_an_untrained_refiner_samples_gaussian_residuals():
+    """The variance of x is t^2 + (1 - t)^2, from 1 through 1/2 back to 1: each x_0 ends where it began.
+
+    Eight Heun steps come within 1.1 % of it; Euler steps would miss it by 15 %.
+    """
     codes, vqvae = some_codes(64)
     decoded, untrained = vqvae.decode(codes), Refiner(SMALL_REFINER)
     untrained.residual_std.copy_(0.02 + 0.1 * torch.rand(20, 16))
-    start = small_refiner(still, untrained.residual_std).sample(range(64), codes, vqvae)
+    start = small_refiner(zero_velocity, untrained.residual_std).sample(range(64), codes, vqvae)
     end = untrained.sample(range(64), codes, vqvae)
     assert max(start.abs().max(), end.abs().max()) < 1  # nothing is clipped
     torch.testing.assert_close(end - decoded, start - decoded, rtol=0.011, atol=1e-6)
 
 
-def test_the_spread_scales_what_is_added():
-    given, spread = grey(3), 0.01 + 0.05 * torch.rand(20, 16)
-    added = [small_refiner(lambda x, time: x.sin(), scale).sample(range(3), *given) for scale in (0.02, spread)]
-    torch.testing.assert_close(added[1] / small_refiner(spread=spread).pixel_std(given[0]), added[0] / 0.02)
+def test_residual_std_scales_the_residual():
+    given, std = grey_codes(3), 0.01 + 0.05 * torch.rand(20, 16)
+    added = [small_refiner(lambda x, time: x.sin(), scale).sample(range(3), *given) for scale in (0.02, std)]
+    torch.testing.assert_close(added[1] / small_refiner(std=std).pixel_std(given[0]), added[0] / 0.02)
     assert added[0].std() > 0.01
 
 
-def test_slices_with_detail_are_clipped():
-    slices = small_refiner(spread=5.0).sample(range(2), *some_codes(2))
+def test_refined_slices_are_clipped():
+    slices = small_refiner(std=5.0).sample(range(2), *some_codes(2))
     assert slices.min() == -1
     assert slices.max() == 1
 
@@ -688,39 +694,39 @@ def test_slices_with_detail_are_clipped():
 @pytest.mark.parametrize(
     "batches", [[range(6)], [range(2), range(2, 6)], [[i] for i in range(6)], [[5, 4, 3, 2, 1, 0]]]
 )
-def test_detail_n_does_not_depend_on_its_batch(batches):
-    refiner, (codes, vqvae) = small_refiner(spread=0.1), some_codes(6)
+def test_refined_sample_n_does_not_depend_on_its_batch(batches):
+    refiner, (codes, vqvae) = small_refiner(std=0.1), some_codes(6)
     expected = refiner.sample(range(6), codes, vqvae, seed=3)
     for numbers in batches:
         drawn = refiner.sample(numbers, codes[list(numbers)], vqvae, seed=3)
         torch.testing.assert_close(drawn, expected[list(numbers)], rtol=0, atol=1e-5)
 
 
-def test_detail_differs_by_number_and_by_seed():
-    """Of the same codes; slices that are no copies of one another differ by sqrt(2) standard deviations."""
-    refiner, given = small_refiner(spread=0.1), grey(1)
+def test_refined_samples_differ_by_id_and_by_seed():
+    """For the same codes; independent slices differ by sqrt(2) standard deviations."""
+    refiner, given = small_refiner(std=0.1), grey_codes(1)
     drawn = torch.cat([refiner.sample([n], *given, seed) for seed in (0, 1, 2**32 - 1) for n in range(3)])
     distances = torch.cdist(drawn.flatten(1), drawn.flatten(1)) / drawn.std() / 128**0.5
     assert (distances.fill_diagonal_(torch.inf) > 1).all()
 
 
-def test_detail_has_other_random_numbers_than_the_codes():
-    """The prior's stream of the same seed and number is not used again, nor that of any other seed it may have."""
-    given = grey(1)
+def test_refiner_and_prior_have_different_random_streams():
+    """The prior's stream of the same seed and id is not reused, nor that of any other valid seed."""
+    given = grey_codes(1)
     for seed, number in ((0, 0), (3, 7), (2**32 - 1, 5)):
-        noise = small_refiner(still, spread=0.1).sample([number], *given, seed) / 0.1
+        noise = small_refiner(zero_velocity, std=0.1).sample([number], *given, seed) / 0.1
         generator = torch.Generator().manual_seed(stream_seed(seed, number))
         of_codes = torch.empty_like(noise).normal_(generator=generator)
         assert (noise - of_codes).abs().mean() > 0.5
     assert config.MAX_SEED < modules.REFINER_SEED_OFFSET
 
 
-def test_detail_of_a_simple_distribution_is_learnt():
-    """Slices that are 0.3 lighter or darker all over, at random, and 0 where decoded: both are drawn, and no other."""
+def test_refiner_learns_a_bimodal_distribution():
+    """Slices are 0.3 lighter or darker than the decoded ones, at random: samples are one or the other."""
     refiner = Refiner(replace(SMALL_REFINER, channels=32, residual_blocks=1, hidden_channels=32))
     refiner.residual_std.fill_(0.3)
     optimiser = torch.optim.Adam(refiner.parameters(), lr=5e-3)
-    codes, vqvae = grey(128, (8, 8))
+    codes, vqvae = grey_codes(128, (8, 8))
     for _ in range(300):
         signs = torch.randint(2, (128, 1, 1, 1)) * 2.0 - 1
         optimiser.zero_grad()
@@ -731,8 +737,8 @@ def test_detail_of_a_simple_distribution_is_learnt():
     assert 0.25 < (levels > 0).float().mean() < 0.75
 
 
-def test_strength_scales_the_noise_that_detail_is_made_from():
-    """An untrained network keeps the noise it is given, up to the spread of its codes."""
+def test_noise_scale_scales_the_initial_noise():
+    """An untrained refiner returns its noise, scaled by residual_std."""
     vqvae, refiner = (
         VQVAE(SMALL).eval(),
         Refiner(RefinerConfig(codebook_size=20, embedding_dim=6, channels=8, residual_blocks=1, hidden_channels=8)),
@@ -740,9 +746,7 @@ def test_strength_scales_the_noise_that_detail_is_made_from():
     codes = torch.randint(20, (2, 3, 5))
     refiner.residual_std.fill_(0.01)
     decoded = vqvae.decode(codes)
-    whole, half, none = (
-        refiner.sample([0, 1], codes, vqvae, noise_scale=strength) - decoded for strength in (1, 0.5, 0)
-    )
+    full, half, none = (refiner.sample([0, 1], codes, vqvae, noise_scale=scale) - decoded for scale in (1, 0.5, 0))
     assert torch.equal(none, torch.zeros_like(none))
-    assert whole.std() > 0.005
-    torch.testing.assert_close(half, whole / 2, rtol=0, atol=1e-6)
+    assert full.std() > 0.005
+    torch.testing.assert_close(half, full / 2, rtol=0, atol=1e-6)

@@ -17,7 +17,7 @@ def curves_of(*names):
 
 
 def read_png(path, width, height):
-    """The figure as (H, W, 3) in [0, 1]; its size has to be about this many pixels, and it has to show something."""
+    """Return a figure (H, W, 3) in [0, 1]; check its size in pixels, and that it is not blank."""
     assert [file.name for file in path.parent.iterdir()] == [path.name]
     picture = imread(path)[..., :3]
     assert picture.shape[1] == pytest.approx(width, rel=0.05)
@@ -34,7 +34,7 @@ def test_vqvae_loss_figure(tmp_path):
 
 
 def test_a_figure_that_cannot_be_written_is_a_warning(tmp_path, caplog):
-    """A training of hours does not end because a folder of pictures was removed or is full."""
+    """A long training must not end because the folder of figures was removed or is full."""
     (tmp_path / "images").write_text("mine")
     plots.prior_loss_figure(tmp_path / "images" / "loss.png", curves_of("bits_per_code"), 512)
     assert caplog.messages[0].startswith(f"{tmp_path / 'images'} cannot be written: ")
@@ -55,7 +55,7 @@ def test_a_figure_that_cannot_be_written_is_a_warning(tmp_path, caplog):
     ],
 )
 def test_names_are_not_parsed_as_markup_in_a_figure(tmp_path, name):
-    """Names are not markup, need not be Unicode, and may have letters that the font lacks; no warning, no traceback."""
+    """Names may look like markup, need not be valid Unicode, and may have letters that the font lacks."""
     slices = np.zeros((1, 32, 16))
     title = f"{plots.caption(f'folder/{name}.nii.gz')}\nSSIM 0.9"
     assert len(title) < 60
@@ -85,7 +85,7 @@ def test_refiner_loss_figure(tmp_path):
     ],
 )
 def test_loss_figures_mark_the_lowest_validation_loss(monkeypatch, draw, name, kept):
-    """It is the one whose weights are kept."""
+    """It belongs to the weights that are kept."""
     drawn = []
     monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.append(figure))
     draw(curves_of(name))
@@ -124,35 +124,35 @@ def test_draw_curves_leaves_out_a_split_that_was_not_logged():
     assert [line.get_label() for line in axes.lines] == ["validation"]
 
 
-def test_upright_puts_anterior_on_top_and_row_0_left():
+def test_to_display_puts_anterior_on_top_and_row_0_left():
     slices = np.zeros((2, 6, 4))
-    slices[1, 5, 0] = 1  # last row, first column: the front, at the other side
+    slices[1, 5, 0] = 1  # last row, first column: anterior, on the other side
     pictures = plots.to_display(slices)
     assert pictures.shape == (2, 4, 6)
     assert np.argwhere(pictures).tolist() == [[1, 0, 5]]
 
 
 def marked_slice(height, width, value, mark):
-    """A slice of one grey with a mark of another over its first rows and columns."""
+    """A slice of one grey level whose first rows and columns have another."""
     picture = np.full((height, width), value)
     picture[: height // 4, : width // 4] = mark
     return picture
 
 
 def sheet_of(path, slices, columns):
-    """The sheet without its title, a pixel of the figure a pixel of a slice; and the first slice in it."""
+    """The figure of samples, with one pixel per pixel of a slice."""
     count, height, width = slices.shape
     plots.samples_figure(path, slices, "a title", columns)
     picture = imread(path)[..., :3]
     assert (picture == picture[..., :1]).all()
     across, down = min(columns, count), -(-count // columns)
-    # as many pixels as the slices have, and little more for gaps and title
+    # the pixels of the slices, and a few more for gaps and title
     assert across * height <= picture.shape[1] <= across * (height + 8)
     assert down * width <= picture.shape[0] <= down * (width + 8) + 60
     return picture[..., 0]
 
 
-def test_samples_are_upright_and_black_is_black(tmp_path):
+def test_samples_are_displayed_upright_in_their_grey_levels(tmp_path):
     slices = np.stack([marked_slice(256, 64, -1.0, 1.0)])
     sheet = sheet_of(tmp_path / "samples.png", slices, 8)
     assert sheet.shape[1] > 64
@@ -162,7 +162,7 @@ def test_samples_are_upright_and_black_is_black(tmp_path):
         np.testing.assert_allclose(rest, 0, atol=0.01)
 
 
-def test_small_samples_are_drawn_larger(tmp_path):
+def test_small_samples_are_enlarged_by_an_integer_factor(tmp_path):
     slices = np.stack([marked_slice(64, 32, -1.0, 1.0)])
     plots.samples_figure(tmp_path / "samples.png", slices, "a title")
     shown = imread(tmp_path / "samples.png")[-128:, :256, 0]  # four times as large
@@ -176,7 +176,7 @@ def test_evenly_spaced_indices():
 
 
 def test_samples_have_a_fixed_grey_scale(tmp_path):
-    """No stretching to what the sheet happens to hold: -1 is black and +1 white, 0 half way, 2 and -3 are clipped."""
+    """The scale does not depend on the samples: -1 is black, +1 white, 0 halfway; 2 and -3 are clipped."""
     values = np.array([0.0, 0.2, -0.5, -3.0, 2.0, 0.1, 0.0])
     slices = np.broadcast_to(values[:, None, None], (7, 160, 24))
     sheet = sheet_of(tmp_path / "samples.png", slices, 3)
@@ -188,7 +188,7 @@ def test_samples_have_a_fixed_grey_scale(tmp_path):
 
 
 def test_reconstructions_figure(tmp_path):
-    """Row by row: the slice, upright and in its grey; the reconstruction; their difference, in colour."""
+    """The rows are the slice, upright and in grey, the reconstruction, and their difference in colour."""
     path = tmp_path / "new" / "reconstructions.png"
     slices = np.stack([marked_slice(64, 32, 0.0, -1.0)] * 2)
     plots.reconstructions_figure(path, slices, np.ones_like(slices), ["one", "two"])
@@ -209,18 +209,18 @@ def test_reconstructions_figure(tmp_path):
 
 
 def test_refinement_figure(tmp_path, monkeypatch):
-    """A row a strip, under its name; a column a slice, under its title; upright, -1 black and 1 white."""
-    strips = {"slice": np.stack([marked_slice(64, 32, 0.0, 1.0)] * 3), "decoded": np.zeros((3, 64, 32))}
+    """Labelled rows, titled columns; slices upright, -1 black and 1 white."""
+    rows = {"slice": np.stack([marked_slice(64, 32, 0.0, 1.0)] * 3), "decoded": np.zeros((3, 64, 32))}
     path = tmp_path / "new" / "refinement.png"
-    plots.refinement_figure(path, strips, ["one", "two", "three"])
+    plots.refinement_figure(path, rows, ["one", "two", "three"])
     read_png(path, 2.4 * 3 * 120, (2.4 * 2 / 2 + 0.4) * 120)
     drawn = []
     monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.append(figure))
-    plots.refinement_figure(path, strips, ["one", "two", "three"])
-    rows = np.reshape(drawn[0].axes, (2, 3))
-    assert [[axes.get_title() for axes in row] for row in rows] == [["one", "two", "three"], ["", "", ""]]
-    assert [row[0].get_ylabel() for row in rows] == ["slice", "decoded"]
-    for row, slices in zip(rows, strips.values()):
+    plots.refinement_figure(path, rows, ["one", "two", "three"])
+    drawn_rows = np.reshape(drawn[0].axes, (2, 3))
+    assert [[axes.get_title() for axes in row] for row in drawn_rows] == [["one", "two", "three"], ["", "", ""]]
+    assert [row[0].get_ylabel() for row in drawn_rows] == ["slice", "decoded"]
+    for row, slices in zip(drawn_rows, rows.values()):
         for axes, expected in zip(row, slices):
             (image,) = axes.images
             np.testing.assert_array_equal(image.get_array(), expected.T)
@@ -231,7 +231,7 @@ def test_refinement_figure(tmp_path, monkeypatch):
 
 
 def evaluated(**samples):
-    """What evaluation.json holds, as far as it is drawn."""
+    """The part of evaluation.json that is drawn."""
     names = (
         "c2st_accuracy",
         "coverage",
@@ -256,10 +256,10 @@ def evaluated(**samples):
 
 @pytest.mark.parametrize("coverage", [0.5, 0.0])
 def test_evaluation_figure(tmp_path, coverage):
-    strips = {"slices": np.stack([marked_slice(64, 32, 0.0, 1.0)] * 4), "samples": np.full((4, 64, 32), 0.5)}
+    rows = {"slices": np.stack([marked_slice(64, 32, 0.0, 1.0)] * 4), "samples": np.full((4, 64, 32), 0.5)}
     distances = {name: np.random.default_rng(0).random(20) for name in ("samples", "reconstructions", "slices")}
     path = tmp_path / "new" / "evaluation.png"
-    plots.evaluation_figure(path, evaluated(coverage=coverage), strips, distances, "a title")
+    plots.evaluation_figure(path, evaluated(coverage=coverage), rows, distances, "a title")
     read_png(path, 1440, (2 * 11.6 / 4 / 2 + 5.2) * 120)
 
 

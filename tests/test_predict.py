@@ -476,9 +476,9 @@ def test_a_run_with_an_unusual_name_is_sampled(trained, tmp_path, capsys):
         ({"reconstruct": ["nowhere.nii.gz"]}, "nowhere.nii.gz"),
     ],
 )
-def test_invalid_options_are_one_line_and_write_nothing(trained, tmp_path, monkeypatch, complaint, given, part):
+def test_invalid_options_are_one_line_and_write_nothing(trained, tmp_path, monkeypatch, error_line, given, part):
     monkeypatch.chdir(tmp_path)
-    assert part in complaint("predict.py", arguments(**{"run": trained.run} | given))
+    assert part in error_line("predict.py", arguments(**{"run": trained.run} | given))
     assert not list(tmp_path.iterdir())
 
 
@@ -490,38 +490,38 @@ def copied(trained, tmp_path):
 
 @pytest.mark.parametrize("name", READ_BY_PREDICT)
 @pytest.mark.parametrize("content", [None, b"", b"{", b"\x80\x04K\x01."])
-def test_a_missing_or_damaged_file_of_a_run_is_one_line(copied, tmp_path, complaint, name, content):
+def test_a_missing_or_damaged_file_of_a_run_is_one_line(copied, tmp_path, error_line, name, content):
     run = copied
     if content is None:
         (run / name).unlink()
     else:
         (run / name).write_bytes(content)
-    error = complaint("predict.py", arguments(run=run, out=tmp_path / "out"))
+    error = error_line("predict.py", arguments(run=run, out=tmp_path / "out"))
     assert str(run) in error
     assert not (tmp_path / "out").exists()
 
 
-def test_networks_of_different_runs_are_refused(copied, tmp_path, complaint):
+def test_networks_of_different_runs_are_refused(copied, tmp_path, error_line):
     prior = predict.load_weights(copied / "prior.safetensors", GatedPixelCNN, PriorConfig, "prior_")
     for change in ({"codebook_size": 8}, {"grid": (8, 8)}):
         save_weights(copied / "prior.safetensors", GatedPixelCNN(replace(prior.config, **change)))
-        error = complaint("predict.py", arguments(run=copied, out=tmp_path / "out"))
+        error = error_line("predict.py", arguments(run=copied, out=tmp_path / "out"))
         assert f"{copied}: prior.safetensors and vqvae.safetensors are of different runs" in error
     save_weights(copied / "prior.safetensors", prior)
     refiner = predict.load_weights(copied / "refiner.safetensors", Refiner, RefinerConfig, "refiner_")
     for change in ({"codebook_size": 8}, {"embedding_dim": 7}, {"downsampling": 8}):
         save_weights(copied / "refiner.safetensors", Refiner(replace(refiner.config, **change)))
-        error = complaint("predict.py", arguments(run=copied, out=tmp_path / "out"))
+        error = error_line("predict.py", arguments(run=copied, out=tmp_path / "out"))
         assert f"{copied}: refiner.safetensors and vqvae.safetensors are of different runs" in error
     config = json.loads((copied / "config.json").read_text())
     (copied / "config.json").write_text(json.dumps(config | {"slice_size": [62, 32]}))
-    error = complaint("predict.py", arguments(run=copied, out=tmp_path / "out"))
+    error = error_line("predict.py", arguments(run=copied, out=tmp_path / "out"))
     assert "vqvae.safetensors takes no slices of 62x32" in error
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
-def test_a_huge_network_config_is_refused_before_allocation(copied, tmp_path, complaint, name):
+def test_a_huge_network_config_is_refused_before_allocation(copied, tmp_path, error_line, name):
     network = {
         "vqvae": (VQVAE, VQVAEConfig),
         "prior": (GatedPixelCNN, PriorConfig),
@@ -533,7 +533,7 @@ def test_a_huge_network_config_is_refused_before_allocation(copied, tmp_path, co
     changes = [{"channels": 10**9}, {"channels": 60_000}, {"codes": 2**40}, {"grid": [10**6, 10**6]}, {"x": 1}]
     for change in [*changes, {"downsampling": 2**20}, {"time_frequencies": 2**40}]:
         save_tensors(copied / name, fields | change, tensors)
-        error = complaint("predict.py", arguments(run=copied, out=tmp_path / "out"))
+        error = error_line("predict.py", arguments(run=copied, out=tmp_path / "out"))
         assert f"{copied / name} cannot be used" in error
 
 
@@ -564,14 +564,14 @@ def test_a_run_can_be_sampled_while_it_trains(copied, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("missing", [["refiner.safetensors"], ["refiner.safetensors", "prior.safetensors"]])
-def test_a_run_without_all_networks_reconstructs_but_does_not_sample(copied, trained, tmp_path, complaint, missing):
+def test_a_run_without_all_networks_reconstructs_but_does_not_sample(copied, trained, tmp_path, error_line, missing):
     """The error names the missing file."""
     for name in missing:
         (copied / name).unlink()
     lock = lock_run(copied)
     given = {"run": copied, "out": tmp_path / "out", "images": tmp_path / "images", "device": "cpu"}
     for script in ("predict.py", "evaluate.py"):
-        error = complaint(script, arguments(**{name: given[name] for name in ("run", "images", "device")}))
+        error = error_line(script, arguments(**{name: given[name] for name in ("run", "images", "device")}))
         assert f"{copied / missing[-1]} does not exist: train.py has not come that far, or the run is of an" in error
     assert not (tmp_path / "out").exists()
     predict.main(arguments(**given, reconstruct=[trained.data / "keras_slices_test"]))

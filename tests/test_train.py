@@ -1,4 +1,4 @@
-"""train.py: whole trainings of a second each: what they write, that stopping changes nothing, and what they refuse."""
+"""train.py: complete trainings of a second each: what they write, stopping and resuming, and what they refuse."""
 
 import errno
 import itertools
@@ -73,7 +73,7 @@ def test_all_files_and_figures_are_written(trained):
         assert min(height, width) > 200
 
 
-def test_the_config_says_what_was_trained_on_what(trained):
+def test_config_json_records_options_data_and_libraries(trained):
     config = json.loads((trained.run / "config.json").read_text())
     data = load_dataset(str(trained.data), None, (4, 4), 0)
     assert config["slice_size"] == config["options"]["slice_size"] == [64, 32]
@@ -85,7 +85,7 @@ def test_the_config_says_what_was_trained_on_what(trained):
     assert config["libraries"].keys() == set(checkpoints.LIBRARIES)
 
 
-def test_the_config_is_written_before_anything_is_trained(options, monkeypatch):
+def test_config_json_is_written_before_the_first_update(options, monkeypatch):
     def stop(*_):
         assert checkpoints.read_config(options["run"]).options.batch_size == 5
         raise ZeroDivisionError
@@ -128,7 +128,7 @@ def test_metrics_agree_with_each_other(trained):
         assert line["psnr"] >= 10 * math.log10(4 / line["reconstruction_loss"]) - 0.2  # clipping only helps
 
 
-def test_validation_is_also_made_after_the_last_update(trained):
+def test_the_last_update_is_logged_and_validated(trained):
     lines = lines_of(trained.run)
     for stage, last in UPDATES.items():
         for split in ("train", "validate"):
@@ -142,7 +142,7 @@ def best_line(lines, stage, name):
 
 
 def test_saved_weights_reproduce_the_best_validation_line(trained):
-    """The best validation line of each stage again, from the saved weights, of the VQ-VAE in single precision."""
+    """Recomputed from the saved weights in float32."""
     vqvae = load_weights(trained.run / "vqvae.safetensors", VQVAE, VQVAEConfig)
     prior = load_weights(trained.run / "prior.safetensors", GatedPixelCNN, PriorConfig, "prior_")
     refiner = load_weights(trained.run / "refiner.safetensors", Refiner, RefinerConfig, "refiner_")
@@ -172,7 +172,7 @@ BEST = [
 
 
 def make_the_third_best(monkeypatch, evaluate):
-    """Add 100 to all losses that `train.<evaluate>` gives but the third; gives the weights that it measures."""
+    """Add 100 to every loss of `train.<evaluate>` except the third; return the list of the evaluated weights."""
     real, measured = getattr(train, evaluate), []
 
     def worse_but_once(model, *given):
@@ -188,7 +188,7 @@ def make_the_third_best(monkeypatch, evaluate):
 
 
 @pytest.mark.parametrize(("stage", "evaluate", "loss"), BEST)
-def test_the_weights_of_the_best_validation_loss_are_kept(options, monkeypatch, stage, evaluate, loss):
+def test_weights_with_the_lowest_validation_loss_are_kept(options, monkeypatch, stage, evaluate, loss):
     measured = make_the_third_best(monkeypatch, evaluate)
     train.main(arguments(**options))
     logged = [line[loss] for line in select(lines_of(options["run"]), stage, "validate")]
@@ -200,7 +200,7 @@ def test_the_weights_of_the_best_validation_loss_are_kept(options, monkeypatch, 
 
 @pytest.mark.parametrize(("stage", "evaluate", "update"), [("vqvae", 0, 7), ("prior", 1, 5), ("refiner", 2, 5)])
 def test_the_best_weights_survive_a_stop(options, monkeypatch, stage, evaluate, update):
-    """A run that is stopped in its fifth validation of a stage has to keep the weights of the third."""
+    """A run that is stopped in the fifth validation of a stage keeps the weights of the third."""
     measured = make_the_third_best(monkeypatch, BEST[evaluate][1])
     at_updates(monkeypatch, {(stage, update): send(signal.SIGTERM)})
     with pytest.raises(SystemExit):
@@ -212,7 +212,7 @@ def test_the_best_weights_survive_a_stop(options, monkeypatch, stage, evaluate, 
 
 
 def test_prior_and_refiner_train_on_the_best_vqvae(options, monkeypatch):
-    """And not on the VQ-VAE of the last update."""
+    """Not on the VQ-VAE of the last update."""
     measured, given = make_the_third_best(monkeypatch, "evaluate_vqvae"), []
     for kind in (train.PriorTrainer, train.RefinerTrainer):
         monkeypatch.setattr(kind, "fit", lambda self, checkpoint: given.append(self.vqvae.state_dict()))
@@ -221,7 +221,7 @@ def test_prior_and_refiner_train_on_the_best_vqvae(options, monkeypatch):
     assert all(same_weights(weights, measured[2]) for weights in given)
 
 
-def test_a_training_line_is_the_mean_since_the_line_before(options, trained, monkeypatch):
+def test_training_log_lines_are_means_since_the_previous_line(options, trained, monkeypatch):
     monkeypatch.setattr(trainer, "LOG_LINES", 250)
     train.main(arguments(**options))
     for stage, name in (("vqvae", "total_loss"), ("prior", "nats_per_code"), ("refiner", "flow_loss")):
@@ -234,7 +234,7 @@ def test_a_training_line_is_the_mean_since_the_line_before(options, trained, mon
 
 
 def test_the_learning_rate_and_the_gradient_norm_are_logged(trained):
-    """The rate of the update on the schedule; the norm is that of gradients before they are clipped."""
+    """The rate follows the schedule. The norm is that before gradient clipping."""
     for stage, total, peak in (("vqvae", 12, 1e-3), ("prior", 9, 8e-3), ("refiner", 6, 4e-3)):
         for line in select(lines_of(trained.run), stage, "train"):
             rate = peak * trainer.schedule(line["update"], total, 50)
@@ -242,8 +242,8 @@ def test_the_learning_rate_and_the_gradient_norm_are_logged(trained):
             assert line["gradient_norm"] > 0
 
 
-def test_losses_fall(options, monkeypatch):
-    """On few slices, often seen: far below what constant slices and even use of the codes would give."""
+def test_losses_of_all_networks_decrease(options, monkeypatch):
+    """On few slices: far below the losses of constant slices and of uniformly distributed codes."""
     faster = {"learning_rate": 5e-3, "prior_learning_rate": 1e-2, "refiner_learning_rate": 1e-2}
     faster = config.PRESETS["tiny"] | faster
     monkeypatch.setitem(config.PRESETS, "tiny", faster)
@@ -260,7 +260,7 @@ def test_losses_fall(options, monkeypatch):
     assert np.mean(bits[-10:]) < 0.8 * math.log2(16)
     assert np.mean(bits[-10:]) < 0.8 * bits[0]
     flow = [line["flow_loss"] for line in select(lines, "refiner", "train")]
-    assert np.mean(flow[:3]) == pytest.approx(1.74, abs=0.2)  # where only the spread is known
+    assert np.mean(flow[:3]) == pytest.approx(1.74, abs=0.2)  # of Gaussian residuals with the right standard deviation
     assert np.mean(flow[-10:]) < 0.9 * np.mean(flow[:3])
     validated = [line["flow_loss"] for line in select(lines, "refiner", "validate")]
     assert min(validated) < 0.95 * validated[0]
@@ -307,7 +307,7 @@ def test_validation_flow_loss_is_the_mean_over_slices_and_not_over_batches(train
 
 
 def test_residual_std_is_fitted_on_decoded_training_slices(trained, monkeypatch):
-    """24 slices are each of the 12 twice; slices, codes and decoded slices agree up to bfloat16."""
+    """24 draws are each of the 12 slices twice. Slices, codes and decoded slices agree up to bfloat16."""
     vqvae = load_weights(trained.run / "vqvae.safetensors", VQVAE, VQVAEConfig)
     data, cpu = load_dataset(str(trained.data), None, (4, 4), 0), torch.device("cpu")
     every = data.train.batch(range(12))
@@ -330,27 +330,27 @@ def test_residual_std_is_fitted_on_decoded_training_slices(trained, monkeypatch)
     assert saved.std() > 0.1 * saved.mean() > 0  # codes differ
 
 
-def test_refinement_figure_strips_match_their_names(trained, tmp_path, monkeypatch):
+def test_rows_of_the_refinement_figure_match_their_labels(trained, tmp_path, monkeypatch):
     vqvae = load_weights(trained.run / "vqvae.safetensors", VQVAE, VQVAEConfig)
     refiner = load_weights(trained.run / "refiner.safetensors", Refiner, RefinerConfig, "refiner_")
     slices, drawn = load_dataset(str(trained.data)).validate, []
     monkeypatch.setattr(train, "refinement_figure", lambda *given: drawn.append(given))
     train.draw_refinement(tmp_path / "refinement.png", refiner, vqvae, slices, torch.device("cpu"))
-    path, strips, titles = drawn[0]
+    path, rows, titles = drawn[0]
     assert path == tmp_path / "refinement.png"
     assert titles == [Path(name).name.removesuffix(".nii.gz") for name in slices.names]
-    assert list(strips) == ["slice", "decoded", "refined", "refined again"]
+    assert list(rows) == ["slice", "decoded", "refined", "refined again"]
     batch = slices.batch(range(4))
     codes = vqvae.encode(batch)
     expected = [batch, vqvae.decode(codes), *(refiner.sample(range(4), codes, vqvae, seed) for seed in (0, 1))]
-    for strip, pictures in zip(strips.values(), expected):
-        np.testing.assert_allclose(strip, pictures[:, 0].numpy(), atol=1e-5)
+    for row, pictures in zip(rows.values(), expected):
+        np.testing.assert_allclose(row, pictures[:, 0].numpy(), atol=1e-5)
 
 
 def test_augmentation_is_for_the_prior_only(options, monkeypatch):
-    """The refiner's slices are flipped, but not augmented: rotation and scaling smooth them. The prior's are augmented.
+    """The refiner's slices are flipped, but not augmented, because rotation and scaling blur them.
 
-    Of the batch's five slices each update of prior and refiner sees two, a quarter rounded up.
+    Each update of prior and refiner uses two slices: a quarter of the batch of five, rounded up.
     """
     seen, real = [], trainer.BatchLoader.__call__
 
@@ -378,8 +378,8 @@ def test_the_flip_axis_is_reported():
 
 
 @pytest.mark.parametrize("share, warned", [(1.0, True), (0.96, True), (0.94, False), (0.5, False)])
-def test_a_prior_no_better_than_code_frequencies_is_warned_of(caplog, share, warned):
-    """Codes that are used equally often cost log K nats by their frequencies alone."""
+def test_a_prior_no_better_than_a_unigram_model_is_warned_of(caplog, share, warned):
+    """Codes that are used equally often have a unigram entropy of log K nats."""
     codes = torch.arange(16).repeat(8).view(2, 8, 8)
     train.warn_if_unigram(share * math.log(16), codes, 16)
     assert ("the prior has learned little more" in caplog.text) == warned
@@ -388,7 +388,7 @@ def test_a_prior_no_better_than_code_frequencies_is_warned_of(caplog, share, war
     assert caplog.text == ""
 
 
-def test_the_seed_decides(options, trained):
+def test_different_seeds_give_different_weights(options, trained):
     other = options | {"seed": 1}
     train.main(arguments(**other))
     for name, weight in zip(WEIGHTS, ("codebook.embeddings", "embedding.weight", "stem.weight")):
@@ -396,13 +396,13 @@ def test_the_seed_decides(options, trained):
         assert not torch.equal(here, there)
 
 
-# ---------------------------------------------------------------- stopping and going on
+# ---------------------------------------------------------------- stopping and resuming
 
 
-WITHOUT_VALIDATION = {("vqvae", 1), ("vqvae", 2)}  # k-means starts the codebook in update 3
+WITHOUT_VALIDATION = {("vqvae", 1), ("vqvae", 2)}  # k-means initialises the codebook in update 3
 STOPS = [
-    [("vqvae", 1, signal.SIGTERM)],  # in the warm-up
-    [("vqvae", 2, signal.SIGINT)],  # just before the codes are fitted
+    [("vqvae", 1, signal.SIGTERM)],  # in the encoder's warm-up
+    [("vqvae", 2, signal.SIGINT)],  # just before k-means initialises the codebook
     [("vqvae", 7, signal.SIGTERM), ("prior", 4, signal.SIGINT)],
     [("refiner", 1, signal.SIGINT), ("refiner", 4, signal.SIGTERM)],
     [(stage, last, signal.SIGTERM) for stage, last in UPDATES.items()],
@@ -414,7 +414,7 @@ STOPS = [
 
 @pytest.mark.parametrize("stops", STOPS)
 def test_a_resumed_run_equals_an_uninterrupted_one(options, trained, monkeypatch, capsys, stops):
-    """A signal waits for the end of its update; the validation after it is then interrupted, and repeated later."""
+    """A signal waits for the end of the update. The validation after it is interrupted and repeated on resuming."""
     hooks = {(stage, update): send(kind) for stage, update, kind in stops}
     at_updates(monkeypatch, hooks)
     for stage, update, kind in stops:
@@ -431,7 +431,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(options, trained, monkeypatch
 
 
 def test_resuming_restores_residual_std(options, trained, monkeypatch):
-    """Whatever it would be fitted to now."""
+    """It is not fitted again."""
     at_updates(monkeypatch, {("refiner", 2): send(signal.SIGTERM)})
     with pytest.raises(SystemExit):
         train.main(arguments(**options))
@@ -441,7 +441,7 @@ def test_resuming_restores_residual_std(options, trained, monkeypatch):
 
 
 def at_call(monkeypatch, place, name, when, act):
-    """Call `act` once, as a function is first called after the update `when`, a (stage, update), has begun."""
+    """Call `act` once, at the first call of a function after the update `when`, (stage, update), has begun."""
     real, begun = getattr(place, name), []
 
     def hooked(*given, **named):
@@ -473,7 +473,7 @@ def at_call(monkeypatch, place, name, when, act):
     ],
 )
 def test_a_stop_signal_between_updates_loses_nothing(options, trained, monkeypatch, capsys, place, name, when, kind):
-    """In a validation, while figures are drawn, between the stages."""
+    """During validation, while figures are drawn, between the stages."""
     with monkeypatch.context() as patch:
         at_call(patch, place, name, when, send(kind))
         with pytest.raises(SystemExit) as stop:
@@ -482,7 +482,7 @@ def test_a_stop_signal_between_updates_loses_nothing(options, trained, monkeypat
     header = checkpoint_header(options["run"])
     assert (header.stage, header.update) == when
     assert "stopped after {} update {};".format(*when) in capsys.readouterr().out
-    with monkeypatch.context() as patch:  # and again, while the data are loaded
+    with monkeypatch.context() as patch:  # a second stop, while the data are loaded
         patch.setattr(train, "load_dataset", lambda *_: send(kind)())
         with pytest.raises(SystemExit) as stop:
             train.main(arguments(**options))
@@ -492,7 +492,7 @@ def test_a_stop_signal_between_updates_loses_nothing(options, trained, monkeypat
 
 
 class Killed(BaseException):
-    """Stands for a kill that leaves no time to write anything."""
+    """Simulates SIGKILL: nothing more is written."""
 
 
 def kill():
@@ -509,7 +509,7 @@ def kill():
     ],
 )
 def test_a_killed_run_resumes_from_its_last_checkpoint(options, trained, monkeypatch, kills):
-    """Updates and log lines since then are lost, and made anew, the same."""
+    """Updates and log lines since then are lost and repeated identically."""
     for place in kills:
         at_updates(monkeypatch, {place: kill})
         with pytest.raises(Killed):
@@ -519,8 +519,8 @@ def test_a_killed_run_resumes_from_its_last_checkpoint(options, trained, monkeyp
 
 
 @pytest.mark.parametrize(("stage", "update"), [("prior", 5), ("refiner", 3)])
-def test_a_kill_between_log_line_and_checkpoint(options, trained, monkeypatch, stage, update):
-    """The line of the unfinished update is there, half of the next too; neither is there twice in the end."""
+def test_a_kill_between_log_line_and_checkpoint_logs_no_line_twice(options, trained, monkeypatch, stage, update):
+    """The log has the line of the unfinished update and half of the next; both are removed on resuming."""
     monkeypatch.setattr(trainer, "INTERVAL_SECONDS", 0)  # a checkpoint after each update
     real = checkpoints.Run.log
 
@@ -554,7 +554,7 @@ def test_a_kill_between_log_line_and_checkpoint(options, trained, monkeypatch, s
         "refiner 6: fsync .",
     ],
 )
-def test_a_kill_in_the_middle_of_a_write(options, trained, monkeypatch, point):
+def test_a_run_killed_during_a_write_resumes(options, trained, monkeypatch, point):
     """A short form of `python tests/campaign.py kills`."""
     monkeypatch.setattr(trainer, "INTERVAL_SECONDS", 0)  # a checkpoint after each update
 
@@ -566,7 +566,7 @@ def test_a_kill_in_the_middle_of_a_write(options, trained, monkeypatch, point):
 
     with monkeypatch.context() as patch:
         on_writes(patch, act)
-        patch.setattr(Path, "unlink", lambda *_, **__: None)  # a killed process tidies nothing up
+        patch.setattr(Path, "unlink", lambda *_, **__: None)  # a killed process removes nothing
         with pytest.raises(Killed):
             train.main(arguments(**options))
     train.main(arguments(**options))
@@ -582,8 +582,8 @@ def test_a_kill_in_the_middle_of_a_write(options, trained, monkeypatch, point):
         "refiner 4: replace checkpoint.safetensors",
     ],
 )
-def test_a_full_disk_is_one_line_and_loses_nothing(options, trained, monkeypatch, point):
-    """A short form of `python tests/campaign.py disk`: nothing is written from that point on."""
+def test_a_full_disk_is_one_line_and_the_run_resumes(options, trained, monkeypatch, point):
+    """A short form of `python tests/campaign.py disk`: nothing can be written from that point on."""
     monkeypatch.setattr(trainer, "INTERVAL_SECONDS", 0)
     reached = []
 
@@ -615,7 +615,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_previous_one(options, stopped, t
     assert_same_run(options["run"], trained.run)
 
 
-# ---------------------------------------------------------------- numbers
+# ---------------------------------------------------------------- divergence
 
 
 @pytest.mark.parametrize(
@@ -650,11 +650,11 @@ def test_a_non_finite_validation_loss_ends_the_run(options, monkeypatch, stage, 
     assert all(math.isfinite(value) for line in lines_of(options["run"]) for value in list(line.values())[2:])
 
 
-# ---------------------------------------------------------------- a run directory of a stranger
+# ---------------------------------------------------------------- untrusted run directories
 
 
-def break_off(options, stage, update):
-    """The folder of a run that was killed in that update."""
+def killed_run(options, stage, update):
+    """Return the folder of a run that was killed in an update."""
     with pytest.MonkeyPatch.context() as patch:
         make_quick(patch)
         at_updates(patch, {(stage, update): kill})
@@ -664,26 +664,30 @@ def break_off(options, stage, update):
 
 
 @pytest.fixture(scope="session")
-def half_way(tmp_path_factory, slices_folder, tiny_preset):
+def killed_in_prior(tmp_path_factory, slices_folder, tiny_preset):
     """A run that was killed in update 4 of the prior."""
-    return break_off(options_of(slices_folder, tmp_path_factory.mktemp("half_way") / "run", tiny_preset), "prior", 4)
+    return killed_run(
+        options_of(slices_folder, tmp_path_factory.mktemp("killed_in_prior") / "run", tiny_preset), "prior", 4
+    )
 
 
 @pytest.fixture(scope="session")
-def nearly_done(tmp_path_factory, slices_folder, tiny_preset):
+def killed_in_refiner(tmp_path_factory, slices_folder, tiny_preset):
     """A run that was killed in update 4 of the refiner."""
-    return break_off(options_of(slices_folder, tmp_path_factory.mktemp("nearly") / "run", tiny_preset), "refiner", 4)
+    return killed_run(
+        options_of(slices_folder, tmp_path_factory.mktemp("killed_in_refiner") / "run", tiny_preset), "refiner", 4
+    )
 
 
 @pytest.fixture
-def stopped(half_way, options):
-    """Puts it where the options say, and gives what changes its checkpoint."""
-    shutil.copytree(half_way, options["run"])
+def stopped(killed_in_prior, options):
+    """Copy `killed_in_prior` to --run; return a function that changes its checkpoint."""
+    shutil.copytree(killed_in_prior, options["run"])
     return lambda act: change_checkpoint(options["run"], act)
 
 
 def change_checkpoint(run, act):
-    """Have `act` change the header and the tensors of a checkpoint, whose checksum is then right again."""
+    """Let `act` change the header and tensors of a checkpoint; its checksum is then correct again."""
     path = run / "checkpoint.safetensors"
     header, tensors = load_tensors(path, CheckpointHeader)
     fields = header.model_dump()
@@ -736,14 +740,14 @@ def test_a_checkpoint_that_does_not_fit_is_refused(options, stopped, act, messag
         (lambda header, tensors: tensors["ema.residual_std"].fill_(math.inf), "its ema.residual_std is not finite"),
     ],
 )
-def test_a_refiner_checkpoint_that_does_not_fit_is_refused(options, nearly_done, act, message):
-    shutil.copytree(nearly_done, options["run"])
+def test_a_refiner_checkpoint_that_does_not_fit_is_refused(options, killed_in_refiner, act, message):
+    shutil.copytree(killed_in_refiner, options["run"])
     change_checkpoint(options["run"], act)
     with pytest.raises(RunError, match=rf"checkpoint\.safetensors cannot be used.*{message}"):
         train.main(arguments(**options))
 
 
-@pytest.mark.parametrize("run", ["half_way", "nearly_done"])
+@pytest.mark.parametrize("run", ["killed_in_prior", "killed_in_refiner"])
 def test_a_vqvae_of_another_run_is_refused(options, request, run):
     shutil.copytree(request.getfixturevalue(run), options["run"])
     other = VQVAE(replace(VQVAE_TINY, codebook_size=8))
@@ -755,7 +759,9 @@ def test_a_vqvae_of_another_run_is_refused(options, request, run):
         train.main(arguments(**options))
 
 
-def test_run_directories_that_were_tampered_with(half_way, nearly_done, options, monkeypatch, tmp_path):
+def test_tampered_runs_are_loaded_or_refused_and_execute_nothing(
+    killed_in_prior, killed_in_refiner, options, monkeypatch, tmp_path
+):
     """A short form of `python tests/campaign.py runs`."""
     monkeypatch.setattr(trainer.Trainer, "fit", trainer.Trainer.fit)  # which `resume` replaces
     canary, outcomes = tmp_path / "canary", Counter()
@@ -763,7 +769,7 @@ def test_run_directories_that_were_tampered_with(half_way, nearly_done, options,
     for seed in range(40):
         rng = np.random.default_rng(seed)
         run = tmp_path / "tampered"
-        shutil.copytree((half_way, nearly_done)[seed % 2], run)
+        shutil.copytree((killed_in_prior, killed_in_refiner)[seed % 2], run)
         name, evil = tamper(rng, run, canary)
         outcome, details = judge_run(lambda run=run: resume(arguments(**options | {"run": run})), run)
         assert outcome != "crashed", f"{seed}, {name}: {details}"
@@ -788,7 +794,7 @@ def test_a_complete_run_is_left_unchanged(trained, tiny_preset, tmp_path, capsys
     assert not (tmp_path / "images").exists()
 
 
-# ---------------------------------------------------------------- mistakes
+# ---------------------------------------------------------------- users' mistakes
 
 
 @pytest.mark.parametrize(
@@ -802,7 +808,7 @@ def test_a_complete_run_is_left_unchanged(trained, tiny_preset, tmp_path, capsys
         ({"slice_size": [32, 32]}, r"--slice-size was \[64, 32\], is \[32, 32\]"),
     ],
 )
-def test_other_options_are_refused_by_name(trained, tiny_preset, changed, message):
+def test_resuming_with_other_options_is_refused_by_name(trained, tiny_preset, changed, message):
     before = contents(trained.run)
     same = {"data": trained.data, "run": trained.run, "preset": tiny_preset, "batch_size": 5}
     with pytest.raises(RunError, match=message):
@@ -810,7 +816,7 @@ def test_other_options_are_refused_by_name(trained, tiny_preset, changed, messag
     assert contents(trained.run) == before
 
 
-def test_other_data_are_refused(trained, tiny_preset, tmp_path):
+def test_resuming_with_other_data_is_refused(trained, tiny_preset, tmp_path):
     phantom.write_phantom(tmp_path, cases=(3, 1, 1), slices=4, size=(64, 32), workers=1, seed=1)
     with pytest.raises(RunError, match="the data changed since .* began: 20 altered"):
         train.main(arguments(data=tmp_path, run=trained.run, preset=tiny_preset, batch_size=5))
@@ -839,7 +845,7 @@ def test_changed_data_are_named_and_may_be_allowed(options, slices_folder, tmp_p
     train.main([*arguments(**options), "--allow-changed-data"])
     assert "the data changed" in caplog.text
     assert "is complete" in capsys.readouterr().out
-    train.main(arguments(**options))  # they are the run's own now
+    train.main(arguments(**options))  # recorded as the run's own data
     config = checkpoints.read_config(options["run"])
     vqvae = load_weights(options["run"] / "vqvae.safetensors", VQVAE, VQVAEConfig)
     given = SimpleNamespace(run=options["run"], data=None, split="test")
@@ -856,13 +862,13 @@ def test_a_run_that_another_process_trains_is_refused(options):
     train.main(arguments(**options))
 
 
-def test_the_same_data_elsewhere_are_not_refused(trained, tiny_preset, tmp_path, capsys):
+def test_the_same_data_in_another_folder_are_accepted(trained, tiny_preset, tmp_path, capsys):
     phantom.write_phantom(tmp_path, cases=(3, 1, 1), slices=4, size=(64, 32), workers=1)
     train.main(arguments(data=tmp_path, run=trained.run, preset=tiny_preset, batch_size=5))
     assert "is complete" in capsys.readouterr().out
 
 
-def test_a_folder_of_other_things_is_left_alone(options):
+def test_a_folder_that_is_not_a_run_is_left_unchanged(options):
     options["run"].mkdir()
     (options["run"] / "thesis.tex").write_text("years")
     with pytest.raises(RunError, match="not a run directory"):
@@ -870,13 +876,13 @@ def test_a_folder_of_other_things_is_left_alone(options):
     assert [path.name for path in options["run"].iterdir()] == ["thesis.tex"]
 
 
-def test_a_missing_folder_makes_no_run(options):
+def test_missing_data_create_no_run(options):
     with pytest.raises(DataError, match="no such folder"):
         train.main(arguments(**options | {"data": "nowhere"}))
     assert not options["run"].exists()
 
 
-def test_a_place_for_figures_that_is_none_is_noticed_before_training(options, monkeypatch):
+def test_an_unusable_figure_folder_is_refused_before_training(options, monkeypatch):
     options["images"].write_text("mine")
     monkeypatch.setattr(train, "load_dataset", lambda *_: pytest.fail("began to work"))
     with pytest.raises(RunError, match="images"):
@@ -914,28 +920,28 @@ def test_a_place_for_figures_that_is_none_is_noticed_before_training(options, mo
         ({"images": "/proc/1/images"}, "--images /proc/1/images cannot be written"),
     ],
 )
-def test_a_mistake_is_one_line(tmp_path, monkeypatch, complaint, tiny_preset, given, part):
+def test_invalid_options_are_one_line_and_write_nothing(tmp_path, monkeypatch, error_line, tiny_preset, given, part):
     monkeypatch.chdir(tmp_path)
-    assert part in complaint("train.py", arguments(**given))
+    assert part in error_line("train.py", arguments(**given))
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_that_cannot_be_read_is_one_line(tmp_path, complaint, slices_folder, tiny_preset):
+def test_a_damaged_config_is_one_line(tmp_path, error_line, slices_folder, tiny_preset):
     (tmp_path / "config.json").write_text("{")
-    error = complaint("train.py", arguments(data=slices_folder, run=tmp_path))
+    error = error_line("train.py", arguments(data=slices_folder, run=tmp_path))
     assert "config.json cannot be used" in error
 
 
 @pytest.mark.parametrize("option", ["data", "run", "images"])
 @pytest.mark.parametrize("value", ["", "  "])
-def test_an_empty_path_is_refused(complaint, option, value):
-    """What a job script gives where its variable is not set; as a path it would be the current folder."""
-    assert f"argument --{option}: it is empty; is a variable not set?" in complaint("train.py", [f"--{option}", value])
+def test_an_empty_path_is_refused(error_line, option, value):
+    """A job script passes one if its variable is not set; as a path it would be the current folder."""
+    assert f"argument --{option}: it is empty; is a variable not set?" in error_line("train.py", [f"--{option}", value])
 
 
-def test_a_run_of_any_name_is_trained_and_goes_on(options, slices_folder, tmp_path, monkeypatch, trained):
-    """Not UTF-8, with dollar signs, with a blank; the slices lie in such a folder too."""
-    monkeypatch.undo()  # with figures and TensorBoard, as far as it is installed
+def test_paths_with_unusual_characters_are_trained_and_resumed(options, slices_folder, tmp_path, monkeypatch, trained):
+    """Not UTF-8, with dollar signs, with a space; for the run, the figures and the data."""
+    monkeypatch.undo()  # with figures and, if installed, TensorBoard
     data = tmp_path / "K\udcf6ln $a_$"
     shutil.copytree(slices_folder, data)
     given = options | {"data": data, "run": tmp_path / "\udcff $_", "images": tmp_path / "\udcfe"}
@@ -962,11 +968,11 @@ def test_default_refiner_updates_are_limited_by_those_of_the_vqvae(given, expect
     assert train.parse_options(arguments(preset="demo", **given)).refiner_updates == expected
 
 
-def test_no_options_give_the_defaults_of_train_config(tiny_preset):
+def test_without_options_the_defaults_of_train_config_hold(tiny_preset):
     assert train.parse_options([]) == config.TrainConfig()
 
 
-# ---------------------------------------------------------------- as it is typed
+# ---------------------------------------------------------------- command line
 
 
 def start(script, given, cache):
@@ -987,8 +993,8 @@ def wait_for_content(path, process):
 
 
 @pytest.mark.slow
-def test_from_data_to_samples(tmp_path):
-    """The demo networks on slices of 32x16: stopped by SIGTERM, completed by the same command, sampled from."""
+def test_commands_train_stop_resume_and_sample(tmp_path):
+    """The demo networks on slices of 32x16: stopped by SIGTERM, resumed by the same command, sampled."""
     data, run, images, out = (tmp_path / name for name in ("data", "run", "images", "samples"))
     phantom.write_phantom(data, cases=(3, 1, 1), slices=4, size=(32, 16), workers=1)
     sizes = {"updates": 60, "prior_updates": 3, "refiner_updates": 2, "batch_size": 4, "device": "cpu"}
@@ -1021,8 +1027,8 @@ def test_from_data_to_samples(tmp_path):
 # ---------------------------------------------------------------- other data
 
 
-def test_the_embedded_phantom(options, monkeypatch):
-    """--data phantom is drawn at the preset's size, or at the one given."""
+def test_the_phantom_has_the_size_of_preset_or_option(options, monkeypatch):
+    """--data phantom is drawn at the preset's size, or at --slice-size."""
     real = phantom.write_phantom
     monkeypatch.setattr(phantom, "write_phantom", lambda folder, **given: real(folder, (2, 1, 1), slices=2, **given))
     given = options | {"data": "phantom", "updates": 2, "prior_updates": 1, "refiner_updates": 1}
@@ -1035,7 +1041,7 @@ def test_the_embedded_phantom(options, monkeypatch):
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="needs the HipMRI-like slices beside the project")
-def test_real_slices(options):
+def test_real_slices_train(options):
     sizes = {"updates": 2, "prior_updates": 2, "refiner_updates": 2, "batch_size": 4}
     train.main(arguments(**options | {"data": REAL} | sizes))
     config = checkpoints.read_config(options["run"])

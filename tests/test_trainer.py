@@ -21,7 +21,7 @@ from trainer import StopSignals
 
 
 def make_trainer(layer, *losses, stage="prior", run=None, updates=400, learning_rate=0.5, with_ema=True):
-    """A trainer of a layer, each of whose losses is a function of the layer, of a micro-batch of its own."""
+    """A trainer of one layer. Each loss is a function of the layer and stands for one micro-batch."""
 
     class LayerTrainer(trainer.Trainer):
         objective = criterion = "loss"
@@ -53,18 +53,18 @@ def test_learning_rate_warms_up_and_decays_by_a_cosine_to_zero():
     assert (np.diff(rates[49:]) < 0).all()
 
 
-def test_ema_decay_grows_from_its_start():
+def test_ema_equals_a_recursion_and_forgets_the_first_weights():
     """From weights of 0 to weights of 1: the EMA agrees with a recursion by hand and is near 1 after 30 updates."""
     layer = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.zeros_(layer.weight)
-    average = trainer.EMA(layer, 0.99)
+    ema = trainer.EMA(layer, 0.99)
     torch.nn.init.ones_(layer.weight)
     expected = 0.0
     for update in range(1, 2000):
-        average.step(update)
+        ema.step(update)
         expected += (1 - expected) * max(0.01, 9 / (9 + update))
         if update in (1, 5, 30, 1999):
-            assert average.network.weight.item() == pytest.approx(expected, abs=1e-5)
+            assert ema.network.weight.item() == pytest.approx(expected, abs=1e-5)
         if update == 30:
             assert expected > 0.9999
     assert layer.weight.item() == 1
@@ -83,7 +83,7 @@ def test_gradient_clipping_uses_the_norm_over_all_weights(length, kept):
     assert made.losses["gradient_norm"][0].item() == pytest.approx(length)
 
 
-def test_ema_weights_are_kept_only_if_asked_for():
+def test_ema_weights_are_kept_only_if_requested():
     layer = torch.nn.Linear(3, 1)
     made = make_trainer(layer, lambda layer: layer(torch.ones(3)).square().sum())
     expected = trainer.EMA(layer, 0.99)
@@ -196,7 +196,7 @@ def test_a_stop_signal_waits_for_the_end_of_the_update(options, monkeypatch):
 
 @pytest.mark.parametrize(("stage", "update"), [("vqvae", 4), ("prior", 4), ("refiner", 6)])
 def test_a_stop_signal_waits_for_the_end_of_a_validation_batch(options, monkeypatch, stage, update):
-    """The second of four batches is the last that is seen; the resumed run repeats the validation, and is the same."""
+    """Validation stops after the second of four batches and is repeated on resuming, with the same result."""
     options["batch_size"] = 1
     train.main(arguments(**options | {"run": options["run"].with_name("unbroken")}))
     seen = []
@@ -302,7 +302,7 @@ def test_two_signals_at_once_are_no_error():
 
 
 def test_signals_that_are_ignored_stay_ignored():
-    """As nohup asks for."""
+    """As nohup requests."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with StopSignals() as stop:
         os.kill(os.getpid(), signal.SIGHUP)
@@ -351,26 +351,26 @@ def test_micro_batches_add_up_to_the_loss_and_gradient_of_the_batch(monkeypatch)
 
 
 def test_random_flip_flips_about_half_of_the_slices():
-    """200 tosses: outside 60 to 140 once in 1e8 seeds, and this one is fixed."""
+    """200 flips with p = 1/2: outside 60 to 140 for one in 1e8 seeds; this seed is fixed."""
     torch.manual_seed(0)
     slices = torch.arange(8.0).view(1, 1, 4, 2).repeat(200, 1, 1, 1)
     for axis in (2, 3):
-        mirrored = trainer.random_flip(slices, axis)
-        turned = (mirrored == slices.flip(axis)).flatten(1).all(1)
-        kept = (mirrored == slices).flatten(1).all(1)
-        assert (turned ^ kept).all()
-        assert 60 < turned.sum() < 140
+        flipped = trainer.random_flip(slices, axis)
+        is_flipped = (flipped == slices.flip(axis)).flatten(1).all(1)
+        is_kept = (flipped == slices).flatten(1).all(1)
+        assert (is_flipped ^ is_kept).all()
+        assert 60 < is_flipped.sum() < 140
     assert torch.equal(trainer.random_flip(slices, None), slices)
 
 
 def test_augmentation_changes_each_slice_a_little(slices_folder):
     torch.manual_seed(0)
     slices = load_dataset(str(slices_folder)).train.batch(range(12))
-    varied = trainer.augment(slices, torch.randn(12, 6))
-    assert varied.shape == slices.shape
-    assert varied.min() >= -1
-    assert varied.max() <= 1
-    change = (varied - slices).square().mean((1, 2, 3))
+    augmented = trainer.augment(slices, torch.randn(12, 6))
+    assert augmented.shape == slices.shape
+    assert augmented.min() >= -1
+    assert augmented.max() <= 1
+    change = (augmented - slices).square().mean((1, 2, 3))
     other = (slices.roll(4, 0) - slices).square().mean((1, 2, 3))  # another patient's
     assert (change > 0).all()
     assert change.mean() < other.mean()
@@ -379,7 +379,7 @@ def test_augmentation_changes_each_slice_a_little(slices_folder):
 
 
 def test_augmentation_pads_by_reflection():
-    """Slices that end within the body have no black border afterwards."""
+    """Slices whose edge lies within the body get no black border."""
     torch.manual_seed(0)
     parameters = 2 * torch.randn(50, 6)
     parameters[:, 5] = 0  # contrast stays
@@ -414,7 +414,7 @@ def test_augmentation_strength_scales_displacements():
     assert abs(weak_columns.std() / columns.std() - 0.25) < 0.05
 
 
-def test_batches_of_slices_held_on_the_device_are_the_same(options, slices_folder, monkeypatch):
+def test_batches_from_device_memory_equal_those_from_the_host(options, slices_folder, monkeypatch):
     """The code path of a GPU, on the CPU."""
     given = train.parse_options(arguments(**options))
     loader = trainer.BatchLoader(load_dataset(str(slices_folder)).train, 2, given, torch.device("cpu"))

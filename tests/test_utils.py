@@ -1,4 +1,4 @@
-"""utils.py: devices, seeds, and files that are written whole."""
+"""utils.py: devices, seeds and atomic file writes."""
 
 import errno
 import os
@@ -20,7 +20,7 @@ def test_pick_device():
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:99", "cpu:x", "", "meta", "hpu"])
-def test_a_device_that_is_not_there(name):
+def test_unusable_devices_are_refused(name):
     with pytest.raises(RunError) as error:
         utils.pick_device(name)
     assert str(error.value).startswith(f"--device {name}")
@@ -42,7 +42,7 @@ def test_seed_update_gives_each_stage_and_update_its_own_random_numbers():
 # ---------------------------------------------------------------- files
 
 
-def test_write_file_keeps_the_old_content_where_writing_fails(tmp_path):
+def test_write_file_keeps_the_old_content_if_writing_fails(tmp_path):
     path = tmp_path / "file"
     utils.write_file(path, lambda part: part.write_text("old"))
 
@@ -85,13 +85,13 @@ def test_check_folder_leaves_nothing_behind(tmp_path):
 
 
 @pytest.mark.parametrize("place", ["file", "file/below", "/proc/1/new"])
-def test_check_folder_says_where_nothing_can_be_written(tmp_path, place):
+def test_check_folder_names_a_folder_that_cannot_be_written(tmp_path, place):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(RunError, match=f"--out .*{place} cannot be written: "):
         utils.check_folder("--out", tmp_path / place)
 
 
-def test_write_file_has_a_temporary_file_of_its_own(tmp_path):
+def test_write_file_uses_a_unique_temporary_file(tmp_path):
     """Two runs that share a folder of figures: neither overwrites the other's temporary file."""
     path = tmp_path / "loss.png"
 

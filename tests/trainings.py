@@ -1,4 +1,4 @@
-"""What tests of whole trainings share: command lines, the log, a stop at a given update, and runs compared."""
+"""Helpers for tests of complete trainings: command lines, the log, stops at given updates, comparison of runs."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def assert_same_run(run, other):
 
 
 def at_updates(monkeypatch, hooks):
-    """Call each hook once, as its (stage, update) begins."""
+    """Call each hook once, at the start of its (stage, update)."""
     real = trainer.seed_update
 
     def seed_update(seed, stage, update):
