@@ -14,12 +14,13 @@ import sys
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from importlib import metadata
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Any, Literal, NamedTuple, TextIO, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import portalocker
 import safetensors
@@ -431,24 +432,24 @@ def check_same_options(path: Path, old: TrainConfig, new: TrainConfig) -> None:
         raise RunError(f"{path} holds a run made with other options ({'; '.join(differences)}): choose another --run")
 
 
-def lock_run(path: Path) -> TextIO:
+def lock_run(path: Path) -> FileIO:
     """Lock a run directory and return the file whose closing, or the end of the process, unlocks it.
 
     Raises:
-        RunError: Another process has locked it; its number and host are named.
+        RunError: Another process has locked it; its number and host are named. Or the lock cannot be written.
     """
-    with writing(path / "lock"):
-        file = open(path / "lock", "a+", errors="replace")  # noqa: SIM115 - it stays open
-    try:
-        portalocker.lock(file, portalocker.LOCK_EX | portalocker.LOCK_NB)
-    except portalocker.AlreadyLocked:
-        with file:
+    with writing(path / "lock"), ExitStack() as failed:
+        file = failed.enter_context(open(path / "lock", "a+b", buffering=0))
+        try:
+            portalocker.lock(file, portalocker.LOCK_EX | portalocker.LOCK_NB)
+        except portalocker.AlreadyLocked:
             file.seek(0)
-            owner = file.read(200) or "another process"
-        raise RunError(f"{path} is in use by {owner}: wait for it, or choose another --run") from None
-    except portalocker.LockException as error:
-        logger.warning(f"{path} cannot be locked here ({summarise(error.args[0])}): let no other process train in it")
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}")
-    file.flush()
-    return file
+            owner = file.read(200).decode(errors="replace") or "another process"
+            raise RunError(f"{path} is in use by {owner}: wait for it, or choose another --run") from None
+        except portalocker.LockException as error:
+            reason = summarise(error.args[0])
+            logger.warning(f"{path} cannot be locked here ({reason}): let no other process train in it")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}".encode())
+        failed.pop_all()
+        return file

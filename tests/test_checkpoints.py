@@ -281,6 +281,20 @@ def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatc
     assert "No locks available" in caplog.text
 
 
+def test_a_lock_that_cannot_be_written_is_a_run_error(tmp_path, begin, monkeypatch):
+    """A full disk: what names the owner is the first that is written. Nothing stays locked."""
+    begin(tmp_path)
+
+    def full():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints.platform, "node", full)
+        with pytest.raises(RunError, match="lock cannot be written: No space left on device"):
+            begin(tmp_path)
+    begin(tmp_path)
+
+
 def test_config_can_be_read_while_the_run_is_locked(run):
     assert checkpoints.read_config(run.path).options.seed == 0
 
