@@ -17,10 +17,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from campaign import largest, load_case, make_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from mutated_files import largest, load_case, make_case
 from slice_files import (
     AFFINE,
     big_endian,

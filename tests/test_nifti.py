@@ -9,7 +9,7 @@ import zlib
 import nibabel as nib
 import numpy as np
 import pytest
-from campaign import member
+from mutated_files import member
 from slice_files import AFFINE, big_endian, changed, message, picture, write
 
 import nifti
