@@ -83,9 +83,11 @@ class TableRow(NamedTuple):
 
 
 NETWORK_ROWS = (
-    TableRow("reconstructions", "ssim", "SSIM", ".3f", "higher is better, at most 1"),
+    TableRow("reconstructions", "ssim", "SSIM, Gaussian window", ".3f", "higher is better, at most 1"),
+    TableRow("reconstructions", "ssim_unit_range", "SSIM, [0, 1], 7x7 window", ".3f", "scikit-image's default"),
     TableRow("reconstructions", "ms_ssim", "MS-SSIM", ".3f", "higher is better, at most 1"),
-    TableRow("reconstructions", "psnr", "PSNR, dB", ".2f", "higher is better"),
+    TableRow("reconstructions", "psnr", "PSNR, dB", ".2f", "higher is better; of the error over all slices"),
+    TableRow("reconstructions", "psnr_per_slice", "PSNR, dB, mean of slices", ".2f", "higher is better"),
     TableRow("reconstructions", "mse", "MSE", ".4f", "lower is better"),
     TableRow("reconstructions", "bits_per_pixel", "code grid, bits per pixel", ".4f", "fixed by the network"),
     TableRow("codes", "used", "share of codes used", ".3f", "higher is better, at most 1"),
@@ -102,8 +104,10 @@ NETWORK_ROWS = (
 SAMPLE_ROWS = (
     TableRow("samples", "c2st_accuracy", "C2ST accuracy", ".3f", "0.5 is best, 1 is worst"),
     TableRow("samples", "c2st_interval", "  95 % interval", ".2f"),
-    TableRow("samples", "coverage", "coverage", ".3f", "higher is better, at most 1"),
-    TableRow("samples", "density", "density", ".3f", "the baseline's is best"),
+    TableRow("samples", "coverage_by_patient", "coverage, by patient", ".3f", "higher is better, at most 1"),
+    TableRow("samples", "density_by_patient", "density, by patient", ".3f", "the baseline's is best"),
+    TableRow("samples", "coverage", "coverage, as published", ".3f", "the same, for independent slices"),
+    TableRow("samples", "density", "density, as published", ".3f", "the same, for independent slices"),
     TableRow("samples", "random_feature_frechet", "random-feature Frechet distance", ".1f", "lower is better; not FID"),
     TableRow("samples", "sliced_wasserstein", "sliced Wasserstein distance", ".3f", "lower is better"),
     TableRow("samples", "ms_ssim_diversity", "MS-SSIM diversity", ".3f", "the baseline's is best"),
@@ -351,13 +355,16 @@ def sample_metrics(features: RandomFeatures, samples: SliceSet, reference: Slice
     """Return the metrics of samples against a reference."""
     correct, trials = c2st(*samples, *reference)
     sample_features, reference_features = features(samples.slices), features(reference.slices)
-    density, coverage = density_and_coverage(sample_features, reference_features, reference.cases)
+    density, coverage = density_and_coverage(sample_features, reference_features)
+    density_by_patient, coverage_by_patient = density_and_coverage(sample_features, reference_features, reference.cases)
     levels = sliced_wasserstein(samples.slices, reference.slices)
     return {
         "c2st_accuracy": correct / trials,
         "c2st_interval": wilson_interval(correct, trials),
         "coverage": coverage,
+        "coverage_by_patient": coverage_by_patient,
         "density": density,
+        "density_by_patient": density_by_patient,
         "random_feature_frechet": random_feature_frechet(sample_features, reference_features),
         "sliced_wasserstein": sum(levels.values()) / len(levels),
         "sliced_wasserstein_levels": levels,

@@ -248,8 +248,8 @@ def samples_figure(path: Path, slices: np.ndarray, title: str, columns: int = 8)
 # Metrics of samples: key in evaluation.json, title, format, reading.
 PANELS = (
     ("c2st_accuracy", "C2ST accuracy", ".2f", "0.5 is best, 1 is worst"),
-    ("coverage", "coverage", ".2f", "higher is better"),
-    ("density", "density", ".2f", "the baseline's is best"),
+    ("coverage_by_patient", "coverage, by patient", ".2f", "higher is better"),
+    ("density_by_patient", "density, by patient", ".2f", "the baseline's is best"),
     ("random_feature_frechet", "random-feature Fréchet", ".1f", "lower is better"),
     ("sliced_wasserstein", "sliced Wasserstein", ".3f", "lower is better"),
     ("ms_ssim_diversity", "MS-SSIM diversity", ".2f", "the baseline's is best"),

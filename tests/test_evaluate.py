@@ -26,12 +26,15 @@ SAMPLE_KEYS = {
     "c2st_accuracy",
     "c2st_interval",
     "coverage",
+    "coverage_by_patient",
     "density",
+    "density_by_patient",
     "random_feature_frechet",
     "sliced_wasserstein",
     "sliced_wasserstein_levels",
     "ms_ssim_diversity",
 }
+RECONSTRUCTION_KEYS = {"ssim", "ssim_unit_range", "ms_ssim", "psnr", "psnr_per_slice", "mse", "bits_per_pixel"}
 COPYING_KEYS = {"min_distance", "median_distance", "memorisation_rate", "c_t"}
 
 
@@ -91,7 +94,7 @@ def test_evaluation_json_has_all_metrics_of_all_comparisons(evaluation):
         "refiner_noise": 1.0,
     }
     for part in (results, results["training"]):
-        assert part["reconstructions"].keys() == {"ssim", "ms_ssim", "psnr", "mse", "bits_per_pixel"}
+        assert part["reconstructions"].keys() == RECONSTRUCTION_KEYS
         assert part["codes"].keys() == {"used", "perplexity"}
         assert part["prior"].keys() - {"jpeg2000_bits_per_slice"} == {
             "nats_per_code",
@@ -116,9 +119,11 @@ def test_evaluation_json_has_all_metrics_of_all_comparisons(evaluation):
 def test_printed_table_agrees_with_evaluation_json(evaluation):
     _, results, printed = evaluation
     lines = {line[:32].strip(): line[32:].split() for line in printed.splitlines()}
-    assert lines["SSIM"][:2] == [f"{part['reconstructions']['ssim']:.3f}" for part in (results, results["training"])]
+    ssim = [f"{part['reconstructions']['ssim']:.3f}" for part in (results, results["training"])]
+    assert lines["SSIM, Gaussian window"][:2] == ssim
     parts = [results, results["decoder_alone"], results["prior_alone"], results["baseline"]]
-    assert lines["coverage"][:4] == [f"{part['samples']['coverage']:.3f}" for part in parts]
+    for label, key in (("coverage, as published", "coverage"), ("coverage, by patient", "coverage_by_patient")):
+        assert lines[label][:4] == [f"{part['samples'][key]:.3f}" for part in parts]
     assert lines["data-copying C_T"][:4] == [f"{part['copying']['c_t']:.1f}" for part in parts]
     interval = results["baseline"]["samples"]["c2st_interval"]
     assert lines["95 % interval"][3] == "-".join(f"{end:.2f}" for end in interval)

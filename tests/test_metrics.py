@@ -163,7 +163,7 @@ def test_ms_ssim_uses_as_many_scales_as_fit(size, scales):
     assert np.ptp(np.array(weights) / paper[:scales]) == pytest.approx(0, abs=1e-12)
     pair = random_pair(1, *size)
     values = metrics.all_reconstruction_metrics(size)(*pair)
-    assert values.keys() == {"ssim", "ms_ssim", "psnr", "mse"}
+    assert values.keys() == {"ssim", "ssim_unit_range", "ms_ssim", "psnr", "psnr_per_slice", "mse"}
     assert 0 < values["ms_ssim"] < 1  # no scale is empty
     assert metrics.all_reconstruction_metrics(size)(pair[1], pair[1])["ms_ssim"] == pytest.approx(1, abs=1e-5)
 
@@ -180,6 +180,31 @@ def test_all_reconstruction_metrics_equal_their_definitions():
     assert values["ms_ssim"] == pytest.approx(values["ssim"], abs=1e-5)  # one scale
     assert values["mse"] == pytest.approx(((reconstructions - slices).double() ** 2).mean().item(), rel=1e-5)
     assert values["psnr"] == pytest.approx(10 * math.log10(4 / values["mse"]), abs=1e-3)
+
+
+def test_psnr_per_slice_is_the_mean_of_the_slices():
+    reconstructions, slices = random_pair(6, 32, 16)
+    reconstructions[0] = slices[0] + 0.01  # 20 dB better than the others: the pooled PSNR hardly changes
+    values = metrics.all_reconstruction_metrics((32, 16))(reconstructions, slices)
+    errors = (reconstructions.clamp(-1, 1) - slices.clamp(-1, 1)).double().square().mean((1, 2, 3))
+    assert values["psnr_per_slice"].item() == pytest.approx((10 * (4 / errors).log10()).mean().item(), abs=1e-3)
+    assert values["psnr_per_slice"] > values["psnr"] + 1
+
+
+def test_unit_range_ssim_equals_brute_force():
+    """Window by window with NumPy: values in [0, 1], sample covariance, only windows inside the slice."""
+    pairs = [part.numpy()[:, 0] for part in random_pair(3, 16, 12)]
+    expected = []
+    for x, y in zip(*((part.astype(float).clip(-1, 1) + 1) / 2 for part in pairs)):
+        for row, column in np.ndindex(16 - 6, 12 - 6):
+            a, b = (part[row : row + 7, column : column + 7].ravel() for part in (x, y))
+            (var_a, cov), (_, var_b) = np.cov(a, b)
+            ssim = (2 * a.mean() * b.mean() + 1e-4) * (2 * cov + 9e-4)
+            expected.append(ssim / ((a.mean() ** 2 + b.mean() ** 2 + 1e-4) * (var_a + var_b + 9e-4)))
+    measured = metrics.UnitRangeSSIM()
+    for part in zip(*(torch.from_numpy(part)[:, None].split(2) for part in pairs)):
+        measured.update(*part)
+    assert measured.compute().item() == pytest.approx(np.mean(expected), abs=1e-9)
 
 
 def test_rounding_to_grey_levels_keeps_real_slices():
@@ -201,8 +226,15 @@ def smooth_slices(count, height, width):
     return (2 * coarse - 1 + 0.05 * torch.randn(count, 1, height, width)).clamp(-1, 1)
 
 
-@pytest.mark.parametrize("psnr", [22.0, 35.0])
-def test_jpeg2000_rate_belongs_to_the_requested_psnr(psnr):
+def test_jpeg2000_uses_the_resolutions_that_need_fewest_bits():
+    images = metrics.to_grey_levels(smooth_slices(8, 128, 64))[:, 0].numpy()
+    rates = [metrics.bits_at_psnr(images, 25.0, resolutions) for resolutions in metrics.RESOLUTIONS]
+    slices = torch.from_numpy(images)[:, None] / 127.5 - 1
+    assert metrics.jpeg2000_bits_per_slice(slices, 25.0) == min(rates) < max(rates)
+
+
+@pytest.mark.parametrize(("psnr", "resolutions"), [(22.0, 4), (35.0, 4), (22.0, 6)])
+def test_jpeg2000_rate_belongs_to_the_requested_psnr(psnr, resolutions):
     """The rate lies between the rates at 0.5 dB less and at 0.5 dB more, measured independently with Pillow."""
     slices = smooth_slices(6, 64, 48)
     images = metrics.to_grey_levels(slices)[:, 0].numpy()
@@ -211,14 +243,14 @@ def test_jpeg2000_rate_belongs_to_the_requested_psnr(psnr):
         streams = [io.BytesIO() for _ in images]
         for image, stream in zip(images, streams):
             options = {"irreversible": True, "quality_mode": "dB", "quality_layers": [float(quality)], "no_jp2": True}
-            Image.fromarray(image).save(stream, format="JPEG2000", **options)
+            Image.fromarray(image).save(stream, format="JPEG2000", num_resolutions=resolutions, **options)
         mse = np.mean([(np.asarray(Image.open(s), float) - p) ** 2 for s, p in zip(streams, images)])
         headers = [stream.getvalue().index(b"\xff\x93") + 4 for stream in streams]
         sizes = [len(stream.getvalue()) - header for stream, header in zip(streams, headers)]
         rates[10 * math.log10(255**2 / mse)] = 8 * np.mean(sizes)
     below = max(rate for reached, rate in rates.items() if reached < psnr - 0.5)
     above = min(rate for reached, rate in rates.items() if reached > psnr + 0.5)
-    assert below < metrics.jpeg2000_bits_per_slice(slices, psnr) < above
+    assert below < metrics.bits_at_psnr(images, psnr, resolutions) < above
 
 
 def test_jpeg2000_rate_without_headers_is_near_0_for_constant_slices():

@@ -234,8 +234,8 @@ def evaluated(**samples):
     """The part of evaluation.json that is drawn."""
     names = (
         "c2st_accuracy",
-        "coverage",
-        "density",
+        "coverage_by_patient",
+        "density_by_patient",
         "random_feature_frechet",
         "sliced_wasserstein",
         "ms_ssim_diversity",
@@ -259,7 +259,7 @@ def test_evaluation_figure(tmp_path, coverage):
     rows = {"slices": np.stack([marked_slice(64, 32, 0.0, 1.0)] * 4), "samples": np.full((4, 64, 32), 0.5)}
     distances = {name: np.random.default_rng(0).random(20) for name in ("samples", "reconstructions", "slices")}
     path = tmp_path / "new" / "evaluation.png"
-    plots.evaluation_figure(path, evaluated(coverage=coverage), rows, distances, "a title")
+    plots.evaluation_figure(path, evaluated(coverage_by_patient=coverage), rows, distances, "a title")
     read_png(path, 1440, (2 * 11.6 / 4 / 2 + 5.2) * 120)
 
 
