@@ -2,7 +2,7 @@
 
     python evaluate.py --run runs/default
 
-Prints a table, and writes RUN/evaluation.json and the figures evaluation.png and copying.png.
+Prints a table, and writes RUN/evaluation.json and the figures evaluation.png, copying.png and membership.png.
 """
 
 import math
@@ -15,10 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from augmentation import augment
 from checkpoints import read_config, read_data_files, strict_json
 from config import RunConfig
 from console import Parser, RunError, log_notices, nonempty, number, run_command, say
 from dataset import DataSplits, Slices, describe_changes, load_dataset
+from membership import attack_metrics, attack_scores, pair_patients, roc_curve
 from metrics import (
     MIN_SIDE,
     NearestNeighbours,
@@ -43,7 +45,7 @@ from metrics import (
 )
 from modules import VQVAE
 from nifti import left_right_axis
-from plots import caption, evaluation_figure, evenly_spaced, reconstructions_figure
+from plots import caption, evaluation_figure, evenly_spaced, membership_figure, reconstructions_figure
 from predict import (
     DEFAULT_NUM,
     MAX_NUM,
@@ -59,7 +61,7 @@ from predict import (
     sampling_device,
     warn_if_incomplete,
 )
-from utils import check_folder, make_folder, write_file
+from utils import autocast, check_folder, make_folder, write_file
 
 MIN_SLICES = 4  # slices or samples that can be evaluated
 
@@ -115,6 +117,14 @@ SAMPLE_ROWS = (
     TableRow("copying", "median_distance", "  median", ".3f"),
     TableRow("copying", "memorisation_rate", "memorisation rate", ".3f", "closer than any held-out; 1 for copies"),
     TableRow("copying", "c_t", "data-copying C_T", ".1f", "about 0; far below 0 for copies"),
+)
+MEMBERSHIP_ROWS = (
+    TableRow("attack", "auc", "AUC", ".3f", "0.5 gives nobody away, 1 everybody"),
+    TableRow("attack", "auc_interval", "  95 % interval, by patient", ".2f"),
+    TableRow("attack", "auc_by_patient", "AUC of patients' means", ".3f", "0.5 gives nobody away, 1 everybody"),
+    TableRow("attack", "auc_by_patient_interval", "  95 % interval, by patient", ".2f"),
+    TableRow("attack", "tpr_at_1_percent_fpr", "found, 1 % wrongly accused", ".3f", "0.01 gives nobody away"),
+    TableRow("attack", "tpr_at_0.1_percent_fpr", "found, 0.1 % wrongly accused", ".3f", "0.001 gives nobody away"),
 )
 
 
@@ -190,7 +200,7 @@ def training_data(options: EvaluateOptions, config: RunConfig, vqvae: VQVAE) -> 
 
 
 def evaluate(options: EvaluateOptions, config: RunConfig, networks: Networks, device: torch.device) -> None:
-    """Evaluate a run on held-out slices; print a table, write evaluation.json, evaluation.png and copying.png.
+    """Evaluate a run on held-out slices; print a table, write evaluation.json and three figures.
 
     Samples can differ from real slices because of the decoder and the refiner or because of the prior. To separate
     these errors, each metric of samples is reported for four comparisons, in which reconstructions are refined:
@@ -271,6 +281,8 @@ def evaluate(options: EvaluateOptions, config: RunConfig, networks: Networks, de
         comparison = {"samples": sample_values, "copying": copying_values}
         results |= comparison if name == "samples" else {name: comparison}
 
+    print("asking whether training slices can be told from held-out ones")
+    scores, results["membership"] = infer_membership(networks, data.train, held_out, samples, flip_axis)
     print_table(results)
     write_file(options.run / "evaluation.json", lambda part: part.write_text(strict_json(results)))
     by_position = np.argsort(held_out.positions)[evenly_spaced(len(held_out))]
@@ -290,6 +302,12 @@ def evaluate(options: EvaluateOptions, config: RunConfig, networks: Networks, de
         {label: slices[:, 0].cpu().numpy() for label, slices in rows.items()},
         {label: values.cpu().numpy() for label, values in distances.items()},
         f"{options.run}: {count} samples ({describe_sampling(options)}) and {len(held_out)} {options.split} slices",
+    )
+    membership_figure(
+        options.images / "membership.png",
+        {attack: roc_curve(*own) for attack, own in scores.items()},
+        {attack: values["auc"] for attack, values in results["membership"]["attacks"].items()},
+        f"{options.run}: {results['membership']['slices']} training and as many {options.split} slices",
     )
     closest = {"sample": (samples, nn_samples), f"{options.split} slice": (real, nn_real)}
     write_copying_figure(options.images / "copying.png", data.train, closest, flip_axis)
@@ -382,6 +400,31 @@ def copying_metrics(samples: NearestNeighbours, reference: NearestNeighbours) ->
     }
 
 
+def infer_membership(
+    networks: Networks, train: Slices, held_out: Slices, samples: SliceSet, flip_axis: int | None
+) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Any]]:
+    """Attack the run: which slices was it trained on?
+
+    Besides the attacks on the networks (`attack_scores`), one on samples alone: how near the nearest sample is
+    (Chen et al. 2020, arXiv:1909.03935, section 4.1).
+
+    Returns:
+        Scores of members and non-members (patients, slices), by attack, and the section of evaluation.json.
+    """
+    device = samples.slices.device
+    pairs = pair_patients(train.cases, train.positions, held_out.cases, held_out.positions)
+    shape = pairs.members.shape
+    slices = torch.cat([train.batch(pairs.members.ravel()), held_out.batch(pairs.non_members.ravel())]).to(device)
+    positions = np.concatenate([train.positions[pairs.members.ravel()], held_out.positions[pairs.non_members.ravel()]])
+    with autocast(device):
+        found = attack_scores(slices, torch.from_numpy(positions).to(device), *networks, augment)
+    nearest = nearest_neighbours(slices, lambda chosen: samples.slices[list(chosen)], len(samples.slices), flip_axis)
+    found["samples"] = -nearest.distances
+    scores = {name: tuple(own.cpu().view(2, *shape)) for name, own in found.items()}
+    attacks = {name: attack_metrics(*own) for name, own in scores.items()}
+    return scores, {"patients": shape[0], "slices": pairs.members.size, "attacks": attacks}
+
+
 # ---------------------------------------------------------------- table and figure
 
 
@@ -396,6 +439,15 @@ def print_table(results: Mapping[str, Any]) -> None:
     columns = {name.replace("_", " "): results[name] for name in COMPARISONS[1:]}
     print_rows(SAMPLE_ROWS, {"samples": results} | columns)
     print(LEGEND)
+    membership = results["membership"]
+    print(
+        f"membership inference: {membership['slices']} training slices of {membership['patients']} patients, "
+        f"and as many {settings['split']} slices"
+    )
+    print_rows(
+        MEMBERSHIP_ROWS,
+        {name.replace("_", "-"): {"attack": values} for name, values in membership["attacks"].items()},
+    )
 
 
 def print_rows(rows: Sequence[TableRow], columns: Mapping[str, Mapping[str, Any]]) -> None:

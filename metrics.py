@@ -82,19 +82,14 @@ def all_reconstruction_metrics(slice_size: Sequence[int]) -> MetricCollection:
             "ssim_unit_range": UnitRangeSSIM(),
             "ms_ssim": ms_ssim,
             "psnr": basic["psnr"],
-            "psnr_per_slice": PeakSignalNoiseRatio(data_range=DATA_RANGE, dim=(1, 2, 3), reduction="elementwise_mean"),
+            "psnr_per_slice": MeanPSNR(),
             "mse": MeanSquaredError(),
         }
     )
 
 
-class UnitRangeSSIM(Metric):
-    """Mean SSIM in the convention of most published HipMRI figures: values in [0, 1], scikit-image's default.
-
-    Uniform window of 7x7 pixels with the sample covariance, K1 = 0.01, K2 = 0.03, without the 3 outer pixels at each
-    side (`skimage.metrics.structural_similarity` with data_range 1). SSIM is not invariant to an offset: the same
-    pictures have a higher SSIM with values in [0, 1] than in [-1, 1].
-    """
+class MeanOverSlices(Metric):
+    """The mean over slices of what `per_slice` returns, clipped to [-1, 1] first."""
 
     total: Tensor
     count: Tensor
@@ -106,7 +101,35 @@ class UnitRangeSSIM(Metric):
 
     def update(self, slices: Tensor, reference: Tensor) -> None:
         """Add slices and references, (N, 1, H, W) in [-1, 1]."""
-        x, y = ((part.double().clamp(-1, 1) + 1) / 2 for part in (slices, reference))
+        self.total += self.per_slice(slices.double().clamp(-1, 1), reference.double().clamp(-1, 1)).sum()
+        self.count += len(slices)
+
+    def compute(self) -> Tensor:
+        """Return the mean."""
+        return self.total / self.count
+
+    def per_slice(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the metric of each pair of slices, (N,)."""
+        raise NotImplementedError
+
+
+class MeanPSNR(MeanOverSlices):
+    """Mean of the slices' PSNR, in dB."""
+
+    def per_slice(self, x: Tensor, y: Tensor) -> Tensor:
+        return 10 * (4 / (x - y).square().mean((1, 2, 3)).clamp(min=1e-12)).log10()
+
+
+class UnitRangeSSIM(MeanOverSlices):
+    """Mean SSIM in the convention of most published HipMRI figures: values in [0, 1], scikit-image's default.
+
+    Uniform window of 7x7 pixels with the sample covariance, K1 = 0.01, K2 = 0.03, without the 3 outer pixels at each
+    side (`skimage.metrics.structural_similarity` with data_range 1). SSIM is not invariant to an offset: the same
+    pictures have a higher SSIM with values in [0, 1] than in [-1, 1].
+    """
+
+    def per_slice(self, x: Tensor, y: Tensor) -> Tensor:
+        x, y = (x + 1) / 2, (y + 1) / 2
         mean_x, mean_y, mean_xx, mean_yy, mean_xy = (
             F.avg_pool2d(part, 7, stride=1) for part in (x, y, x * x, y * y, x * y)
         )
@@ -115,13 +138,7 @@ class UnitRangeSSIM(Metric):
         covariance = sample * (mean_xy - mean_x * mean_y)
         c1, c2 = 0.01**2, 0.03**2
         ssim = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
-        ssim = ssim / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))
-        self.total += ssim.mean((1, 2, 3)).sum()
-        self.count += len(slices)
-
-    def compute(self) -> Tensor:
-        """Return the mean over slices."""
-        return self.total / self.count
+        return (ssim / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))).mean((1, 2, 3))
 
 
 def ms_ssim_weights(slice_size: Sequence[int]) -> tuple[float, ...]:

@@ -28,6 +28,7 @@ COMPARISON_COLOURS = {
     "prior alone": "#b59f3b",
     "baseline": "#9aa5b1",
 }
+ATTACK_COLOURS = ("#9aa5b1", "#b59f3b", "#c2410c", "#0f766e", "#4b5563", "#7c3aed")
 MAX_CAPTION_LENGTH = 40  # characters
 
 
@@ -308,6 +309,34 @@ def evaluation_figure(
     colours = (COMPARISON_COLOURS["samples"], COMPARISON_COLOURS["baseline"], COMPARISON_COLOURS["baseline"])
     panel = f"bits per held-out slice at {results['reconstructions']['psnr']:.1f} dB"
     draw_bars(right, bits, colours, ",.0f", panel, "lower is better")
+    save_figure(figure, path)
+
+
+def membership_figure(
+    path: Path, curves: Mapping[str, tuple[np.ndarray, np.ndarray]], areas: Mapping[str, float], title: str
+) -> None:
+    """Plot the ROC curve of each attack, on logarithmic axes: few wrong accusations are what an attacker wants.
+
+    Args:
+        path: Of the PNG.
+        curves: False and true positive rates by attack.
+        areas: Under the curves.
+        title: Of the figure.
+    """
+    figure = Figure(figsize=(7.2, 5.4), layout="constrained")
+    axes = figure.subplots()
+    lowest = min(rates[rates > 0].min() for pair in curves.values() for rates in pair)
+    for (name, (false, true)), colour in zip(curves.items(), ATTACK_COLOURS):
+        label = f"{name.replace('_', '-')}, AUC {areas[name]:.2f}"
+        axes.plot(false.clip(min=lowest), true.clip(min=lowest), drawstyle="steps-post", color=colour, label=label)
+    axes.plot([lowest, 1], [lowest, 1], color="black", linewidth=0.8, linestyle=":", label="gives nobody away")
+    axes.set(xscale="log", yscale="log", xlim=(lowest, 1), ylim=(lowest, 1.05))
+    axes.set_xlabel("share of held-out slices wrongly taken for training slices")
+    axes.set_ylabel("share of training slices found")
+    axes.set_title(f"membership inference\n{printable(title)}", fontsize=10, loc="left", parse_math=False)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9, loc="lower right")
     save_figure(figure, path)
 
 

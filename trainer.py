@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from augmentation import augment, random_flip
 from checkpoints import Checkpoint, Run, check_tensors, save_weights
 from config import TrainConfig
 from console import RunError, logger, say
@@ -35,9 +35,6 @@ VALIDATIONS = 20  # per stage
 LOG_LINES = 250  # of the training losses, per stage
 INTERVAL_SECONDS = 60  # between checkpoints, and between figures
 SPLIT_NAMES = {"train": "training", "validate": "validation"}
-# Standard deviations of the augmentation at strength 1: radians; logarithm; in the coordinates of grid_sample, in which
-# a side is 2 long; logarithm.
-ROTATION, LOG_SCALE, SHIFT, LOG_GAMMA = 0.06, 0.05, 0.03, 0.15
 COPIED_SLICES = 4096  # at a time to a GPU's memory: 128 MB of 256x128
 COLLAPSE_SHARE, COLLAPSE_UPDATES = 0.1, 500  # codebook collapse: a smaller share of codes used for so many updates
 
@@ -508,35 +505,3 @@ def micro_batches(loss_of: Callable[..., Tensor], codes: Tensor, *others: Tensor
         with autocast(codes.device):
             loss = loss_of(*micro_batch) * (len(micro_batch[0]) / len(codes))
         yield loss
-
-
-def random_flip(slices: Tensor, axis: int | None) -> Tensor:
-    """Flip slices (N, 1, H, W) along an axis with probability 1/2 each, as a pelvis is symmetric; None flips none."""
-    if axis is None:
-        return slices
-    flipped = torch.rand(len(slices), 1, 1, 1, device=slices.device) < 0.5
-    return torch.where(flipped, slices.flip(axis), slices)
-
-
-def augment(slices: Tensor, parameters: Tensor) -> Tensor:
-    """Rotate, scale and shift slices and change their contrast a little, as patients differ.
-
-    Pixels from outside the slice are reflected at its edge: the body reaches the edge, and samples should not reproduce
-    black borders.
-
-    Args:
-        slices: (N, 1, H, W) in [-1, 1].
-        parameters: (N, 6): rotation, scale and shift along both axes, gamma. 1 stands for 3.4 degrees, 5 %, 1.5 % of a
-            side, and 15 % of gamma, the exponent of brightness in [0, 1].
-    """
-    height, width = slices.shape[2:]
-    angle = ROTATION * parameters[:, 0]
-    scale = (LOG_SCALE * parameters[:, 1:3]).exp()
-    shift = SHIFT * parameters[:, 3:5]
-    cos, sin = angle.cos(), angle.sin()
-    row_x = torch.stack([cos * scale[:, 0], -sin * scale[:, 0] * height / width, shift[:, 0]], 1)
-    row_y = torch.stack([sin * scale[:, 1] * width / height, cos * scale[:, 1], shift[:, 1]], 1)
-    grid = F.affine_grid(torch.stack([row_x, row_y], 1), list(slices.shape), align_corners=False)
-    brightness = F.grid_sample((slices + 1) / 2, grid, padding_mode="reflection", align_corners=False).clamp(0, 1)
-    gamma = (LOG_GAMMA * parameters[:, 5]).exp()[:, None, None, None]
-    return 2 * brightness**gamma - 1

@@ -57,7 +57,7 @@ def evaluated(tmp_path_factory, trained, quick):
         shutil.copytree(trained.run, folder / "run")
         given = {"run": folder / "run", "images": folder / "images", "device": "cpu"} | options
         with contextlib.redirect_stdout(io.StringIO()) as printed, pytest.MonkeyPatch.context() as patch:
-            for figure in ("evaluation_figure", "write_copying_figure"):
+            for figure in ("evaluation_figure", "write_copying_figure", "membership_figure"):
                 if not draw:  # figures take half of the time
                     patch.setattr(evaluate, figure, lambda *_: None)
             evaluate.main(arguments(**given))
@@ -129,9 +129,28 @@ def test_printed_table_agrees_with_evaluation_json(evaluation):
     assert lines["95 % interval"][3] == "-".join(f"{end:.2f}" for end in interval)
 
 
-def test_evaluation_writes_both_figures(evaluation):
+def test_membership_is_inferred_from_networks_and_samples(evaluation):
+    _, results, printed = evaluation
+    assert (results["membership"]["patients"], results["membership"]["slices"]) == (1, 4)
+    attacks = {"likelihood", "min_k", "neighbourhood", "reconstruction", "refiner", "samples"}
+    assert results["membership"]["attacks"].keys() == attacks
+    for values in results["membership"]["attacks"].values():
+        assert values.keys() == {
+            "auc",
+            "auc_interval",
+            "auc_by_patient",
+            "auc_by_patient_interval",
+            "tpr_at_1_percent_fpr",
+            "tpr_at_0.1_percent_fpr",
+        }
+        assert 0 <= values["auc"] <= 1
+    lines = {line[:32].strip(): line[32:].split() for line in printed.splitlines()}
+    assert lines["AUC"][:6] == [f"{values['auc']:.3f}" for values in results["membership"]["attacks"].values()]
+
+
+def test_evaluation_writes_its_figures(evaluation):
     images, _, _ = evaluation
-    assert sorted(path.name for path in images.iterdir()) == ["copying.png", "evaluation.png"]
+    assert sorted(path.name for path in images.iterdir()) == ["copying.png", "evaluation.png", "membership.png"]
     assert imread(images / "evaluation.png").shape[1] == 1440
     assert imread(images / "copying.png").shape[1] == pytest.approx(6 * 2.4 * 120, rel=0.05)
 
@@ -191,7 +210,7 @@ def test_copying_metrics_detect_a_model_that_copies(evaluated, trained, monkeypa
 
 def test_each_comparison_uses_the_right_sets_of_slices(evaluated, trained, monkeypatch):
     """The sets passed to the C2ST and to the data-copying test, identified by the mean of each slice."""
-    compared, copying = [], []
+    compared, copying, searched = [], [], []
 
     def means(slices):
         return slices.mean((1, 2, 3)).tolist()
@@ -202,7 +221,8 @@ def test_each_comparison_uses_the_right_sets_of_slices(evaluated, trained, monke
         return 1, 2
 
     def nearest_neighbours(slices, load_training, count, flip_axis):
-        assert (count, flip_axis) == (12, 2)
+        assert flip_axis == 2
+        searched.append(count)
         zeros = torch.zeros(len(slices), dtype=torch.int64)
         return metrics.NearestNeighbours(slices.mean((1, 2, 3)), zeros, zeros)
 
@@ -223,6 +243,7 @@ def test_each_comparison_uses_the_right_sets_of_slices(evaluated, trained, monke
         metrics.round_to_grey_levels(refiner.sample(range(10**6, 10**6 + len(codes)), codes, vqvae))
         for codes in map(vqvae.encode, (real, training))
     )
+    assert searched == [12, 12, 12, 14]  # training slices; samples, by the attack on them
     samples, all_samples = compared[0][0], copying[0][0]
     assert (len(samples), len(all_samples)) == (12, 14)
     assert all_samples[:12] == samples

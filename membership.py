@@ -1,0 +1,238 @@
+"""Membership inference: can someone with the weights, or with samples alone, tell who was in the training data?
+
+Every attack gives each slice a score that is higher for slices of the training data. The scores of training slices
+(members) are compared with those of held-out slices (non-members) at the same positions, as many patients and slices of
+each. If weights or samples give nobody away, the scores of both are distributed alike.
+"""
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from modules import VQVAE, GatedPixelCNN, Refiner
+
+MAX_SLICES = 100  # members, and as many non-members
+MIN_K = 0.1  # share of a slice's codes, the least likely ones
+NEIGHBOURS, NEIGHBOUR_STRENGTH = 4, 0.25  # augmented copies per slice; strength of their augmentation
+REFINER_DRAWS = 2  # noises and times per slice
+BATCH_SIZE = 8  # slices per forward pass
+RESAMPLES = 2000  # of the bootstrap
+FALSE_POSITIVE_RATES = (0.01, 0.001)
+
+
+# ---------------------------------------------------------------- members and non-members
+
+
+class Pairs(NamedTuple):
+    """Slices that an attack is tried on: patients in rows, paired, with equally many slices at similar positions."""
+
+    members: np.ndarray  # (patients, slices) int, indices of training slices
+    non_members: np.ndarray  # (patients, slices) int, indices of held-out slices
+
+
+def pair_patients(
+    cases: Sequence[Hashable],
+    positions: np.ndarray,
+    held_out_cases: Sequence[Hashable],
+    held_out_positions: np.ndarray,
+    seed: int = 0,
+) -> Pairs:
+    """Pair each held-out patient with a random training patient, and their slices by position.
+
+    Args:
+        cases: Patients of the training slices (N); None stands for a patient of its own.
+        positions: Of the training slices, (N,) in [0, 1], NaN for unknown.
+        held_out_cases: Patients of the held-out slices (M).
+        held_out_positions: (M,).
+        seed: Of the pairs.
+
+    Returns:
+        At most MAX_SLICES slices of each kind.
+    """
+    random = np.random.default_rng(seed)
+    training, held_out = slices_of_patients(cases), slices_of_patients(held_out_cases)
+    patients = min(len(training), len(held_out), MAX_SLICES)
+    chosen = [held_out[i] for i in np.sort(random.permutation(len(held_out))[:patients])]
+    partners = [training[i] for i in random.permutation(len(training))[:patients]]
+    count = min(MAX_SLICES // patients, *map(len, chosen), *map(len, partners))
+    members, non_members = [], []
+    for own, partner in zip(chosen, partners):
+        kept = own[np.linspace(0, len(own) - 1, count).round().astype(int)]
+        non_members.append(kept)
+        members.append(nearest_positions(held_out_positions[kept], positions, partner))
+    return Pairs(np.array(members), np.array(non_members))
+
+
+def slices_of_patients(cases: Sequence[Hashable]) -> list[np.ndarray]:
+    """Return the indices of each patient's slices."""
+    found: dict[Hashable, list[int]] = {}
+    for index, case in enumerate(cases):
+        found.setdefault(("unknown", index) if case is None else case, []).append(index)
+    return [np.array(indices) for indices in found.values()]
+
+
+def nearest_positions(wanted: np.ndarray, positions: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+    """Return for each wanted position the candidate nearest to it, each candidate once; any where none is known."""
+    left, chosen = list(candidates), []
+    for position in wanted:
+        distances = np.abs(positions[left] - position)
+        chosen.append(left.pop(int(np.nan_to_num(distances, nan=1.0).argmin())))
+    return np.array(chosen)
+
+
+# ---------------------------------------------------------------- attacks
+
+
+@torch.no_grad()
+def code_nll(prior: GatedPixelCNN, codes: Tensor, positions: Tensor) -> Tensor:
+    """Return the negative log-likelihood of each code (N, h * w), in nats, of codes (N, h, w) at positions (N,)."""
+    nll = [
+        F.cross_entropy(prior(*batch).float(), batch[0], reduction="none").flatten(1)
+        for batch in zip(codes.split(BATCH_SIZE), positions.split(BATCH_SIZE))
+    ]
+    return torch.cat(nll)
+
+
+@torch.no_grad()
+def attack_scores(
+    slices: Tensor,
+    positions: Tensor,
+    vqvae: VQVAE,
+    prior: GatedPixelCNN,
+    refiner: Refiner,
+    augment: Callable[[Tensor, Tensor], Tensor],
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Score slices by what the networks say of them; higher for members.
+
+    likelihood       Of the codes under the prior (Yeom et al. 2018, arXiv:1709.01604): minus the mean nats per code.
+    min_k            The same of the least likely MIN_K of the codes (Min-K % Prob, Shi et al. 2024, arXiv:2310.16789).
+    neighbourhood    The calibrated attack: nats per code of NEIGHBOURS slightly augmented copies of the slice, divided
+                     by those of the slice itself (Mattern et al. 2023, arXiv:2305.18462). The copies are as difficult
+                     as the slice, but were not trained on.
+    reconstruction   Minus the squared error of the VQ-VAE.
+    refiner          Minus the flow-matching loss, for fixed noises and times.
+
+    Args:
+        slices: (N, 1, H, W) in [-1, 1].
+        positions: (N,) in [0, 1], NaN for unknown.
+        vqvae: In evaluation mode, as the other networks.
+        prior: The prior.
+        refiner: The refiner.
+        augment: Maps slices and parameters (N, 6) to augmented slices, as training does.
+        seed: Of copies and noises.
+
+    Returns:
+        Scores (N,) by the name of the attack.
+    """
+    random = torch.Generator().manual_seed(seed)
+    codes = encode(vqvae, slices)
+    nll = code_nll(prior, codes, positions)
+    nats = nll.mean(1)
+    neighbours = torch.zeros_like(nats)
+    for _ in range(NEIGHBOURS):
+        parameters = NEIGHBOUR_STRENGTH * torch.randn(len(slices), 6, generator=random).to(slices.device)
+        neighbours += code_nll(prior, encode(vqvae, augment(slices, parameters)), positions).mean(1) / NEIGHBOURS
+    return {
+        "likelihood": -nats,
+        "min_k": -nll.topk(max(1, int(MIN_K * nll.shape[1])), 1).values.mean(1),
+        "neighbourhood": neighbours / nats,
+        "reconstruction": torch.cat(
+            [
+                -(vqvae.decode(own) - batch).square().mean((1, 2, 3))
+                for own, batch in zip(codes.split(BATCH_SIZE), slices.split(BATCH_SIZE))
+            ]
+        ),
+        "refiner": -refiner_losses(slices, codes, vqvae, refiner, seed),
+    }
+
+
+def encode(vqvae: VQVAE, slices: Tensor) -> Tensor:
+    """Return the codes (N, h, w) of slices, in batches."""
+    return torch.cat([vqvae.encode(batch) for batch in slices.split(BATCH_SIZE)])
+
+
+def refiner_losses(slices: Tensor, codes: Tensor, vqvae: VQVAE, refiner: Refiner, seed: int) -> Tensor:
+    """Return the refiner's loss of each slice (N,), a mean over REFINER_DRAWS noises and times, the same for all."""
+    losses = slices.new_zeros(len(slices))
+    for draw in range(REFINER_DRAWS):
+        for i, (own, code) in enumerate(zip(slices.split(1), codes.split(1))):
+            torch.manual_seed(seed + draw)
+            losses[i] += refiner.loss(own, code, vqvae) / REFINER_DRAWS
+    return losses
+
+
+# ---------------------------------------------------------------- success of an attack
+
+
+def attack_metrics(members: Tensor, non_members: Tensor) -> dict[str, float | tuple[float, float]]:
+    """Measure how well scores separate members from non-members.
+
+    Args:
+        members: Scores (patients, slices), higher for members.
+        non_members: Scores (patients, slices).
+
+    Returns:
+        auc: The area under the ROC curve: the probability that a member scores above a non-member; 0.5 without leak.
+        auc_interval: Its 95 % interval, by a bootstrap of patients, since slices of one patient are not independent.
+        auc_by_patient, auc_by_patient_interval: The same of patients' mean scores.
+        tpr_at_1_percent_fpr, tpr_at_0.1_percent_fpr: Share of members found if that share of non-members is accused
+            (Carlini et al. 2022, arXiv:2112.03570). With fewer than 100 or 1000 non-members, none is accused.
+    """
+    by_slice = win_rates(members, non_members)
+    by_patient = win_rates(members.mean(1, keepdim=True), non_members.mean(1, keepdim=True))
+    metrics: dict[str, float | tuple[float, float]] = {
+        "auc": by_slice.mean().item(),
+        "auc_interval": bootstrap_interval(by_slice),
+        "auc_by_patient": by_patient.mean().item(),
+        "auc_by_patient_interval": bootstrap_interval(by_patient),
+    }
+    for rate in FALSE_POSITIVE_RATES:
+        metrics[f"tpr_at_{100 * rate:g}_percent_fpr"] = true_positive_rate(members, non_members, rate)
+    return metrics
+
+
+def win_rates(members: Tensor, non_members: Tensor) -> Tensor:
+    """Return, for each pair of patients, the share of pairs of slices in which the member scores higher; ties half.
+
+    Args:
+        members: Scores (P, n).
+        non_members: Scores (Q, m).
+
+    Returns:
+        (P, Q) float64. With equally many slices per patient, the mean is the area under the ROC curve.
+    """
+    difference = members[:, None, :, None].double() - non_members[None, :, None, :].double()
+    return (difference > 0).double().mean((2, 3)) + (difference == 0).double().mean((2, 3)) / 2
+
+
+def bootstrap_interval(rates: Tensor) -> tuple[float, float]:
+    """Return the 95 % interval of the mean of win rates (P, Q), over resampled patients of both kinds."""
+    random = torch.Generator().manual_seed(0)
+    rows, columns = (torch.randint(size, (RESAMPLES, size), generator=random) for size in rates.shape)
+    rates = rates.cpu()
+    means = torch.stack([rates[row][:, column].mean() for row, column in zip(rows, columns)])
+    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=means.dtype)).tolist()
+    return low, high
+
+
+def true_positive_rate(members: Tensor, non_members: Tensor, rate: float) -> float:
+    """Return the share of members above a threshold that at most a share `rate` of the non-members exceeds."""
+    accused = math.floor(rate * non_members.numel())
+    threshold = non_members.flatten().sort(descending=True).values[accused]
+    return (members > threshold).double().mean().item()
+
+
+def roc_curve(members: Tensor, non_members: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Return false and true positive rates (n,) at each threshold, from (0, 0) to (1, 1)."""
+    thresholds = torch.cat([members.flatten(), non_members.flatten()]).unique().flip(0)
+    false, true = (
+        np.append(0.0, (scores.flatten()[:, None] >= thresholds).double().mean(0).cpu().numpy())
+        for scores in (non_members, members)
+    )
+    return false, true

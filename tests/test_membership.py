@@ -1,0 +1,135 @@
+"""membership.py: pairs of patients, attacks on tiny networks, and how their success is measured."""
+
+import numpy as np
+import pytest
+import torch
+
+import membership
+from augmentation import augment
+from modules import VQVAE, GatedPixelCNN, PriorConfig, Refiner, RefinerConfig, VQVAEConfig
+
+# ---------------------------------------------------------------- members and non-members
+
+
+def test_pairs_have_equally_many_patients_and_slices_at_similar_positions():
+    cases = np.repeat([f"a{n}" for n in range(30)], 20).tolist()
+    held_out_cases = np.repeat([f"b{n}" for n in range(7)], 20).tolist()
+    positions = np.tile(np.linspace(0, 1, 20), 30)
+    held_out_positions = np.tile(np.linspace(0, 1, 20), 7)
+    members, non_members = membership.pair_patients(cases, positions, held_out_cases, held_out_positions)
+    assert members.shape == non_members.shape == (7, 100 // 7)
+    for rows, of in ((members, cases), (non_members, held_out_cases)):
+        patients = [{of[index] for index in row} for row in rows]
+        assert all(len(patient) == 1 for patient in patients)
+        assert len(set.union(*patients)) == 7
+        assert len(np.unique(rows)) == rows.size
+    np.testing.assert_allclose(positions[members], held_out_positions[non_members])
+
+
+def test_slices_without_case_or_position_are_paired_too():
+    unknown = np.full(5, np.nan)
+    pairs = membership.pair_patients([None] * 5, unknown, [None] * 4, unknown[:4])
+    assert pairs.members.shape == pairs.non_members.shape == (4, 1)
+    assert len(np.unique(pairs.members)) == 4
+
+
+# ---------------------------------------------------------------- attacks
+
+
+@pytest.fixture
+def networks():
+    torch.manual_seed(0)
+    vqvae = VQVAE(VQVAEConfig(channels=8, residual_blocks=1, hidden_channels=8, codebook_size=16, embedding_dim=4))
+    prior = GatedPixelCNN(PriorConfig(grid=(8, 4), codebook_size=16, channels=8, dilation_cycles=1, head_channels=16))
+    refiner = Refiner(
+        RefinerConfig(codebook_size=16, embedding_dim=4, channels=8, residual_blocks=1, hidden_channels=8)
+    )
+    return vqvae.eval(), prior.eval(), refiner.eval()
+
+
+def test_code_nll_has_the_priors_own_mean(networks):
+    _, prior, _ = networks
+    codes, positions = torch.randint(16, (11, 8, 4)), torch.rand(11)
+    nll = membership.code_nll(prior, codes, positions)
+    assert nll.shape == (11, 32)
+    assert nll.mean().item() == pytest.approx(prior.nll(codes, positions).item(), rel=1e-5)
+
+
+def test_scores_are_higher_for_slices_that_were_learned(networks):
+    """The prior is trained on half of the slices: every attack on it finds them, those on other networks do not."""
+    vqvae, prior, refiner = networks
+    slices, positions = torch.rand(24, 1, 32, 16) * 2 - 1, torch.rand(24)
+    codes = vqvae.encode(slices)
+    optimiser = torch.optim.Adam(prior.parameters(), lr=1e-2)
+    for _ in range(150):
+        optimiser.zero_grad()
+        prior.nll(codes[:12], positions[:12]).backward()
+        optimiser.step()
+    scores = membership.attack_scores(slices, positions, vqvae, prior, refiner, augment)
+    areas = {name: membership.attack_metrics(own[:12, None], own[12:, None])["auc"] for name, own in scores.items()}
+    assert min(areas[name] for name in ("likelihood", "min_k", "neighbourhood")) > 0.95
+    assert max(abs(areas[name] - 0.5) for name in ("reconstruction", "refiner")) < 0.35
+    again = membership.attack_scores(slices, positions, vqvae, prior, refiner, augment)
+    assert all(torch.equal(scores[name], again[name]) for name in scores)
+
+
+def test_refiner_losses_do_not_depend_on_the_other_slices(networks):
+    vqvae, _, refiner = networks
+    slices = torch.rand(3, 1, 32, 16) * 2 - 1
+    codes = vqvae.encode(slices)
+    losses = membership.refiner_losses(slices, codes, vqvae, refiner, seed=3)
+    alone = membership.refiner_losses(slices[1:2], codes[1:2], vqvae, refiner, seed=3)
+    torch.testing.assert_close(losses[1:2], alone)
+
+
+# ---------------------------------------------------------------- success of an attack
+
+
+def test_auc_and_rates_equal_brute_force():
+    random = np.random.default_rng(0)
+    members, non_members = random.normal(0.7, 1, (6, 5)).round(1), random.normal(0, 1, (8, 5)).round(1)
+    metrics = membership.attack_metrics(torch.from_numpy(members), torch.from_numpy(non_members))
+    wins = [(m > n) + (m == n) / 2 for m in members.ravel() for n in non_members.ravel()]
+    assert metrics["auc"] == pytest.approx(np.mean(wins))
+    wins = [(m > n) + (m == n) / 2 for m in members.mean(1) for n in non_members.mean(1)]
+    assert metrics["auc_by_patient"] == pytest.approx(np.mean(wins))
+    assert metrics["tpr_at_1_percent_fpr"] == (members > non_members.max()).mean()  # 40 non-members: none is accused
+    for rate in (0.05, 0.25, 0.5):
+        found = membership.true_positive_rate(torch.from_numpy(members), torch.from_numpy(non_members), rate)
+        thresholds = [t for t in non_members.ravel() if (non_members > t).mean() <= rate]
+        assert found == (members > min(thresholds)).mean()
+
+
+def test_the_interval_widens_with_dependent_slices():
+    """Slices that repeat their patient's score carry no more information than one per patient."""
+    random = torch.Generator().manual_seed(0)
+    independent = torch.randn(2, 10, 20, generator=random)
+    dependent = torch.randn(2, 10, 1, generator=random).expand(2, 10, 20)
+    widths = []
+    for members, non_members in (independent, dependent):
+        low, high = membership.attack_metrics(members, non_members)["auc_interval"]
+        assert low < high
+        widths.append(high - low)
+    assert widths[1] > 3 * widths[0]
+
+
+def test_the_interval_covers_one_half_for_equal_distributions():
+    """In 40 draws of 10 against 10 patients a 95 % interval misses 1/2 more than 8 times with probability 5e-4."""
+    random = torch.Generator().manual_seed(1)
+    missed = 0
+    for _ in range(40):
+        members, non_members = torch.randn(2, 10, 1, generator=random) + 0.3 * torch.randn(2, 10, 5, generator=random)
+        low, high = membership.attack_metrics(members, non_members)["auc_interval"]
+        missed += not low <= 0.5 <= high
+    assert missed <= 8
+
+
+def test_roc_curve_encloses_the_area():
+    random = torch.Generator().manual_seed(0)
+    members, non_members = torch.randn(5, 8, generator=random) + 1, torch.randn(6, 8, generator=random)
+    false, true = membership.roc_curve(members, non_members)
+    assert (false[0], true[0], false[-1], true[-1]) == (0, 0, 1, 1)
+    assert (np.diff(false) >= 0).all()
+    assert (np.diff(true) >= 0).all()
+    area = np.trapezoid(true, false)
+    assert area == pytest.approx(membership.win_rates(members, non_members).mean().item(), abs=1e-9)
