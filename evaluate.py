@@ -2,7 +2,8 @@
 
     python evaluate.py --run runs/default
 
-Prints a table, and writes RUN/evaluation.json and the figures evaluation.png, copying.png and membership.png.
+Prints a table, and writes RUN/evaluation.json, RUN/MODEL_CARD.md, and the figures evaluation.png, copying.png and
+membership.png.
 """
 
 import math
@@ -16,9 +17,9 @@ import torch
 from torch import Tensor
 
 from augmentation import augment
-from checkpoints import read_config, read_data_files, strict_json
+from checkpoints import read_bytes, read_config, read_data_files, strict_json
 from config import RunConfig
-from console import Parser, RunError, log_notices, nonempty, number, run_command, say
+from console import Parser, RunError, log_notices, logger, nonempty, number, run_command, say
 from dataset import DataSplits, Slices, describe_changes, load_dataset
 from membership import attack_metrics, attack_scores, pair_patients, roc_curve
 from metrics import (
@@ -43,6 +44,7 @@ from metrics import (
     two_fold_split,
     wilson_interval,
 )
+from model_card import TEMPLATE, fill_card
 from modules import VQVAE
 from nifti import left_right_axis
 from plots import caption, evaluation_figure, evenly_spaced, membership_figure, reconstructions_figure
@@ -64,6 +66,7 @@ from predict import (
 from utils import autocast, check_folder, make_folder, write_file
 
 MIN_SLICES = 4  # slices or samples that can be evaluated
+MAX_CARD = 1 << 20  # bytes of a model card that is read
 
 COMPARISONS = ("samples", "decoder_alone", "prior_alone", "baseline")
 LEGEND = """
@@ -238,6 +241,7 @@ def evaluate(options: EvaluateOptions, config: RunConfig, networks: Networks, de
             "heldout_slices": len(held_out),
             "heldout_cases": len(set(real.cases)),
             "training_slices": len(data.train),
+            "training_cases": len(set(data.train.cases)),
             "samples": count,
             "samples_compared": len(chosen),
             "seed": options.seed,
@@ -285,6 +289,7 @@ def evaluate(options: EvaluateOptions, config: RunConfig, networks: Networks, de
     scores, results["membership"] = infer_membership(networks, data.train, held_out, samples, flip_axis)
     print_table(results)
     write_file(options.run / "evaluation.json", lambda part: part.write_text(strict_json(results)))
+    write_model_card(options.run / "MODEL_CARD.md", config, results)
     by_position = np.argsort(held_out.positions)[evenly_spaced(len(held_out))]
     rows = {
         f"{options.split} slices": real.slices[by_position],
@@ -311,7 +316,8 @@ def evaluate(options: EvaluateOptions, config: RunConfig, networks: Networks, de
     )
     closest = {"sample": (samples, nn_samples), f"{options.split} slice": (real, nn_real)}
     write_copying_figure(options.images / "copying.png", data.train, closest, flip_axis)
-    say(f"{time.perf_counter() - started:.0f} s: {options.run / 'evaluation.json'}, figures in {options.images}")
+    written = f"{options.run / 'evaluation.json'} and MODEL_CARD.md, figures in {options.images}"
+    say(f"{time.perf_counter() - started:.0f} s: {written}")
 
 
 def reconstruct_all(
@@ -457,6 +463,17 @@ def print_rows(rows: Sequence[TableRow], columns: Mapping[str, Mapping[str, Any]
         values = (column[row.section].get(row.key, ()) for column in columns.values())
         cells = ("-".join(f"{part:{row.format}}" for part in np.atleast_1d(value)) for value in values)
         print(f"{row.label:32}" + "".join(f"{cell:>15}" for cell in cells) + f"   {row.reading}".rstrip())
+
+
+def write_model_card(path: Path, config: RunConfig, results: Mapping[str, Any]) -> None:
+    """Write a run's model card, or replace the measured part of the one that is there."""
+    try:
+        card = read_bytes(path if path.exists() else TEMPLATE, MAX_CARD).decode()
+        card = fill_card(card, config, results)
+    except (OSError, ValueError) as error:
+        logger.warning(f"{path} is left as it is: {error}")
+        return
+    write_file(path, lambda part: part.write_text(card))
 
 
 def write_copying_figure(

@@ -86,6 +86,7 @@ def test_evaluation_json_has_all_metrics_of_all_comparisons(evaluation):
         "heldout_slices": 4,
         "heldout_cases": 1,
         "training_slices": 12,
+        "training_cases": 3,
         "samples": 6,
         "samples_compared": 6,
         "seed": 0,
@@ -127,6 +128,17 @@ def test_printed_table_agrees_with_evaluation_json(evaluation):
     assert lines["data-copying C_T"][:4] == [f"{part['copying']['c_t']:.1f}" for part in parts]
     interval = results["baseline"]["samples"]["c2st_interval"]
     assert lines["95 % interval"][3] == "-".join(f"{end:.2f}" for end in interval)
+
+
+def test_a_model_card_is_written_and_its_other_parts_are_kept(evaluated, monkeypatch, caplog):
+    images, _, printed = evaluated()
+    card = images.with_name("run") / "MODEL_CARD.md"
+    assert "| training slices, patients | 12, 3 |" in card.read_text()
+    assert "MODEL_CARD.md" in printed
+    card.write_text("mine")
+    evaluate.write_model_card(card, None, {})
+    assert card.read_text() == "mine"
+    assert "MODEL_CARD.md is left as it is: it lacks the lines" in caplog.text
 
 
 def test_membership_is_inferred_from_networks_and_samples(evaluation):

@@ -1,0 +1,157 @@
+"""The model card of a run: what was measured, what may be concluded from it, and the questions that only people answer.
+
+`evaluate.py` writes RUN/MODEL_CARD.md from docs/MODEL_CARD_TEMPLATE.md. Later evaluations replace the measured part,
+between two markers, and leave what people wrote.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from config import PRESETS, RunConfig, TrainConfig
+from console import printable
+
+TEMPLATE = Path(__file__).resolve().parent / "docs" / "MODEL_CARD_TEMPLATE.md"
+BEGIN, END = "<!-- measured by evaluate.py: begin -->", "<!-- measured by evaluate.py: end -->"
+FEW_PATIENTS = 10  # held out; with fewer, metrics of samples vary too much to judge by
+MAX_C2ST = 0.75  # accuracy above which samples are easily told from real slices
+MAX_MEMORISED = 0.05  # share of samples closer to a training slice than any reconstruction of a held-out one
+OVERFITTED = 0.1  # share of bits per code that held-out slices need more than training slices
+SAMPLES_ATTACK = "samples"  # of evaluation.json; the others need the weights
+
+
+def fill_card(card: str, config: RunConfig, results: Mapping[str, Any]) -> str:
+    """Return a card whose measured part is that of an evaluation.
+
+    Args:
+        card: The template, or a card that was written before.
+        config: Of the run.
+        results: The content of evaluation.json.
+
+    Raises:
+        ValueError: The card lacks the markers of the measured part.
+    """
+    before, begin, rest = card.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"it lacks the lines {BEGIN} and {END}")
+    return "\n".join([before + begin, *measured_part(config, results), end + after])
+
+
+def measured_part(config: RunConfig, results: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the lines of the measured part."""
+    yield "\n## Run\n\n| | |\n|---|---|"
+    for name, value in describe_run(config, results).items():
+        yield f"| {name} | {escape(value)} |"
+    yield "\n## Measured\n"
+    settings = results["settings"]
+    yield (
+        f"On {settings['heldout_slices']} {settings['split']} slices of {settings['heldout_cases']} patients and "
+        f"{settings['samples']} samples (`evaluation.json`; definitions in docs/evaluation.md).\n"
+    )
+    yield "| metric | value | baseline or reference |\n|---|---|---|"
+    for row in describe_metrics(results):
+        yield f"| {' | '.join(row)} |"
+    yield "\n## Conclusions from these measurements\n"
+    for warning in quality_warnings(results):
+        yield f"- {warning}"
+    yield f"- **Samples.** {judge_samples(results)}"
+    yield f"- **Weights.** {judge_weights(results)}"
+    yield (
+        "- **Not tested:** attacks with reference models, copies that are rotated, stretched or shifted by more than "
+        "4 pixels, copies of parts of a slice, and anatomy as an expert sees it. No measurement is a proof of privacy."
+    )
+
+
+def escape(value: object) -> str:
+    """Make a value safe for a cell of a table: names may hold any character."""
+    return printable(str(value)).replace("|", "\\|").replace("<", "&lt;")
+
+
+def describe_run(config: RunConfig, results: Mapping[str, Any]) -> dict[str, object]:
+    """Return what config.json says of the run, by its name in the card."""
+    options = config.options.model_dump(mode="json")
+    preset = TrainConfig().model_dump(mode="json") | PRESETS.get(config.options.preset, {})
+    recorded = [name for name in options if name not in ("run", "images", "data", "device", "preset")]
+    changed = [f"{name} {options[name]}" for name in recorded if options[name] != preset[name]]
+    settings = results["settings"]
+    return {
+        "command": " ".join(config.command),
+        "preset; options that differ from it": f"{config.options.preset}; {', '.join(changed) or 'none'}",
+        "git revision": config.git_revision or "unknown",
+        "library versions": ", ".join(f"{name} {version}" for name, version in config.libraries.items()),
+        "training slices, patients": f"{settings['training_slices']}, {settings['training_cases']}",
+        "slice size; fingerprint of the data": f"{'x'.join(map(str, config.slice_size))}; {config.fingerprint}",
+    }
+
+
+def describe_metrics(results: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Yield the rows of the table: metric, value, baseline or reference."""
+    reconstructions, prior, baseline = results["reconstructions"], results["prior"], results["baseline"]
+    yield "SSIM of reconstructions, Gaussian window", f"{reconstructions['ssim']:.3f}", "at most 1"
+    yield "PSNR of reconstructions", f"{reconstructions['psnr']:.2f} dB", ""
+    yield (
+        "perplexity of codes",
+        f"{results['codes']['perplexity']:.0f}",
+        f"{results['codes']['used']:.0%} of codes used",
+    )
+    training_bits = results["training"]["prior"]["bits_per_code"]
+    yield "bits per code", f"{prior['bits_per_code']:.2f}", f"training slices {training_bits:.2f}"
+    for key, name in (
+        ("c2st_accuracy", "C2ST accuracy"),
+        ("coverage_by_patient", "coverage, by patient"),
+        ("ms_ssim_diversity", "MS-SSIM diversity"),
+    ):
+        yield name, f"{results['samples'][key]:.2f}", f"real vs. real {baseline['samples'][key]:.2f}"
+    memorised = results["prior_alone"]["copying"]["memorisation_rate"]
+    yield "memorisation rate, prior alone", f"{memorised:.1%}", f"{baseline['copying']['memorisation_rate']:.1%}"
+    for name, attack in results["membership"]["attacks"].items():
+        low, high = attack["auc_interval"]
+        found = f"{attack['tpr_at_1_percent_fpr']:.0%} found at 1 % wrongly accused"
+        value = f"AUC {attack['auc']:.2f} ({low:.2f} to {high:.2f}); {found}"
+        yield f"membership inference, {name.replace('_', '-')}", value, "0.50; 1 %"
+
+
+def quality_warnings(results: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what speaks against relying on the figures or on the samples."""
+    if results["settings"]["heldout_cases"] < FEW_PATIENTS:
+        yield (
+            f"**Few patients.** Only {results['settings']['heldout_cases']} patients were held out: metrics of samples "
+            "and of membership vary widely."
+        )
+    accuracy = results["samples"]["c2st_accuracy"]
+    if accuracy > MAX_C2ST:
+        yield f"**Quality.** A classifier tells {accuracy:.0%} of samples and real slices apart (chance: 50 %)."
+    more = results["prior"]["bits_per_code"] / results["training"]["prior"]["bits_per_code"] - 1
+    if more > OVERFITTED:
+        yield f"**Overfitting.** The prior needs {more:.0%} more bits for held-out slices than for training slices."
+
+
+def judge_samples(results: Mapping[str, Any]) -> str:
+    """Say what the evidence is against sharing samples."""
+    memorised = results["prior_alone"]["copying"]["memorisation_rate"]
+    attack = results["membership"]["attacks"][SAMPLES_ATTACK]
+    found = []
+    if memorised > MAX_MEMORISED:
+        found.append(f"{memorised:.0%} of them are closer to a training slice than any held-out reconstruction is")
+    if attack["auc_interval"][0] > 0.5:
+        found.append(f"training slices can be told from held-out ones by them (AUC {attack['auc']:.2f})")
+    if found:
+        return f"Do not share: {'; '.join(found)}."
+    return "These tests found no copy and no sign of membership. Look at `copying.png` before you share any."
+
+
+def judge_weights(results: Mapping[str, Any]) -> str:
+    """Say what the evidence is against sharing weights."""
+    attacks = {name: of for name, of in results["membership"]["attacks"].items() if name != SAMPLES_ATTACK}
+    best = max(attacks, key=lambda name: attacks[name]["auc"])
+    if attacks[best]["auc_interval"][0] > 0.5:
+        return (
+            "Do not share: they give training patients away. The best attack tried "
+            f"({best.replace('_', '-')}) has an AUC of {attacks[best]['auc']:.2f}, by patient "
+            f"{attacks[best]['auc_by_patient']:.2f}, where 0.5 gives nobody away."
+        )
+    return (
+        "The attacks tried do not tell training slices from held-out ones. Stronger ones may: weights also allow "
+        "unlimited sampling."
+    )

@@ -1,0 +1,106 @@
+"""model_card.py: what is filled in, what people wrote, and when the card speaks against sharing."""
+
+import copy
+
+import pytest
+
+import model_card
+from config import RunConfig
+
+ATTACK = {
+    "auc": 0.5,
+    "auc_interval": (0.4, 0.6),
+    "auc_by_patient": 0.5,
+    "auc_by_patient_interval": (0.3, 0.7),
+    "tpr_at_1_percent_fpr": 0.01,
+    "tpr_at_0.1_percent_fpr": 0.0,
+}
+SETTINGS = {"split": "test", "heldout_slices": 200, "heldout_cases": 10, "samples": 200}
+SAMPLES = {"c2st_accuracy": 0.6, "coverage_by_patient": 0.9, "ms_ssim_diversity": 0.65}
+COPYING = {"memorisation_rate": 0.01, "c_t": 0.1}
+RESULTS = {
+    "settings": SETTINGS | {"training_slices": 2400, "training_cases": 120},
+    "reconstructions": {"ssim": 0.9, "psnr": 27.0},
+    "codes": {"perplexity": 400.0, "used": 1.0},
+    "prior": {"bits_per_code": 4.0},
+    "training": {"prior": {"bits_per_code": 3.9}},
+    "samples": SAMPLES,
+    "prior_alone": {"samples": SAMPLES, "copying": COPYING},
+    "baseline": {"samples": SAMPLES, "copying": COPYING},
+    "membership": {"attacks": {"likelihood": ATTACK, "neighbourhood": ATTACK, "samples": ATTACK}},
+}
+
+
+def with_value(value, *place):
+    """The results with another value at a place."""
+    results = copy.deepcopy(RESULTS)
+    part = results
+    for key in place[:-1]:
+        part = part[key]
+    part[place[-1]] = value
+    return results
+
+
+def fill(run_config, results=RESULTS, card=None, **options) -> str:
+    return model_card.fill_card(card or model_card.TEMPLATE.read_text(), run_config(**options), results)
+
+
+def test_the_card_has_the_run_the_figures_and_the_questions(run_config):
+    card = fill(run_config, seed=7, learning_rate=2e-3)
+    for part in (
+        "| preset; options that differ from it | full; seed 7, learning_rate 0.002 |",
+        "| training slices, patients | 2400, 120 |",
+        "| bits per code | 4.00 | training slices 3.90 |",
+        "| membership inference, neighbourhood | AUC 0.50 (0.40 to 0.60); 1% found at 1 % wrongly accused |",
+        "Not tested:",
+        "## Training data",
+        "ethics approval, consent",
+        "## What may be shared",
+    ):
+        assert part in card
+    assert card.count(model_card.BEGIN) == card.count(model_card.END) == 1
+
+
+def test_a_later_evaluation_keeps_what_people_wrote(run_config):
+    first = fill(run_config).replace("NAME OF THE RUN", "our run").replace("*...*", "seen by A. B.")
+    second = fill(run_config, with_value(0.31, "reconstructions", "ssim"), first)
+    assert "our run" in second
+    assert "seen by A. B." in second
+    assert "0.310" in second
+    assert "0.900" not in second
+    assert fill(run_config, RESULTS, second) == first
+
+
+def test_a_card_without_markers_is_refused(run_config):
+    with pytest.raises(ValueError, match="lacks the lines"):
+        fill(run_config, card="# mine")
+
+
+@pytest.mark.parametrize(
+    ("results", "sentence"),
+    [
+        (with_value(0.2, "prior_alone", "copying", "memorisation_rate"), "**Samples.** Do not share: 20% of them"),
+        (
+            with_value(ATTACK | {"auc": 0.7, "auc_interval": (0.6, 0.8)}, "membership", "attacks", "samples"),
+            "**Samples.** Do not share: training slices can be told",
+        ),
+        (
+            with_value(ATTACK | {"auc": 0.8, "auc_interval": (0.7, 0.9)}, "membership", "attacks", "neighbourhood"),
+            "**Weights.** Do not share: they give training patients away. The best attack tried (neighbourhood)",
+        ),
+        (with_value(0.99, "samples", "c2st_accuracy"), "**Quality.** A classifier tells 99% of"),
+        (with_value(5.0, "prior", "bits_per_code"), "**Overfitting.** The prior needs 28% more bits"),
+        (with_value(2, "settings", "heldout_cases"), "**Few patients.** Only 2 patients"),
+    ],
+)
+def test_bad_figures_are_said_plainly(run_config, results, sentence):
+    assert sentence not in fill(run_config)
+    assert sentence in fill(run_config, results)
+
+
+def test_values_cannot_break_the_table(run_config):
+    config = run_config().model_copy(update={"command": ["train.py", "a|b", "<b>", "\n# heading"]})
+    assert isinstance(config, RunConfig)
+    card = model_card.fill_card(model_card.TEMPLATE.read_text(), config, RESULTS)
+    (line,) = (line for line in card.splitlines() if line.startswith("| command |"))
+    assert line == "| command | train.py a\\|b &lt;b> \\n# heading |"
