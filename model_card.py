@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from config import PRESETS, RunConfig, TrainConfig
+from config import FREE_OPTIONS, RunConfig, configure
 from console import printable
 
 TEMPLATE = Path(__file__).resolve().parent / "docs" / "MODEL_CARD_TEMPLATE.md"
@@ -71,8 +71,8 @@ def escape(value: object) -> str:
 def describe_run(config: RunConfig, results: Mapping[str, Any]) -> dict[str, object]:
     """Return what config.json says of the run, by its name in the card."""
     options = config.options.model_dump(mode="json")
-    preset = TrainConfig().model_dump(mode="json") | PRESETS.get(config.options.preset, {})
-    recorded = [name for name in options if name not in ("run", "images", "data", "device", "preset")]
+    preset = configure({"preset": config.options.preset}).model_dump(mode="json")
+    recorded = [name for name in options if name not in (*FREE_OPTIONS, "slice_size")]
     changed = [f"{name} {options[name]}" for name in recorded if options[name] != preset[name]]
     settings = results["settings"]
     return {

@@ -46,7 +46,7 @@ def fill(run_config, results=RESULTS, card=None, **options) -> str:
 
 
 def test_the_card_has_the_run_the_figures_and_the_questions(run_config):
-    card = fill(run_config, seed=7, learning_rate=2e-3)
+    card = fill(run_config, seed=7, learning_rate=2e-3, slice_size=[64, 32])
     for part in (
         "| preset; options that differ from it | full; seed 7, learning_rate 0.002 |",
         "| training slices, patients | 2400, 120 |",
