@@ -214,9 +214,11 @@ def win_rates(members: Tensor, non_members: Tensor) -> Tensor:
 def bootstrap_interval(rates: Tensor) -> tuple[float, float]:
     """Return the 95 % interval of the mean of win rates (P, Q), over resampled patients of both kinds."""
     random = torch.Generator().manual_seed(0)
-    rows, columns = (torch.randint(size, (RESAMPLES, size), generator=random) for size in rates.shape)
-    rates = rates.cpu()
-    means = torch.stack([rates[row][:, column].mean() for row, column in zip(rows, columns)])
+    rows, columns = (
+        F.one_hot(torch.randint(size, (RESAMPLES, size), generator=random), size).double().mean(1)
+        for size in rates.shape
+    )  # the weight of each patient in each resample
+    means = (rows @ rates.cpu() * columns).sum(1)
     low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=means.dtype)).tolist()
     return low, high
 
