@@ -410,6 +410,7 @@ MATCHES = (
     (("1f",), ("1b",)),
     (("2f",), ("2b",)),
 )
+SWAPPED = {"1f": "2f", "1b": "2b", "2f": "1f", "2b": "1b"}
 
 
 class Matcher(nn.Module):
@@ -433,8 +434,12 @@ class Matcher(nn.Module):
         self.bias = nn.Parameter(torch.full((len(MATCHES),), -3.0))
 
     def head_of(self, index: int, part: Sequence[str]) -> str:
-        """Return the name of the head of a part: the same for both sides if they are mirror images."""
-        return f"{index}_" + "".join(name if self.flip_axis is None else name[1] for name in part)
+        """Return the name of the head of a part of a match: the same for both sides if they are mirror images."""
+        if self.flip_axis is None:
+            return f"{index}_{''.join(part)}"
+        swapped = tuple(tuple(SWAPPED[name] for name in own) for own in MATCHES[index])
+        first = min([index, *(other for other, match in enumerate(MATCHES) if match == swapped)])
+        return f"{first}_{''.join(name[1] for name in part)}"
 
     def forward(self, slices: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Return the embeddings, (N, EMBEDDING) of length 1, of both parts of each of MATCHES."""
