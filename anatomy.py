@@ -35,10 +35,10 @@ MATCHER_UPDATES, MATCHER_RATE = 600, 2e-3
 MATCHER_BATCH = 64
 WINDOW = 0.15  # share of the slices, sorted by height, that a batch of the matcher is drawn from
 EMBEDDING = 64  # length of a part's embedding
-WEIGHTS = (2.0, 1.0, 1.0, 1.0, 0.5, 0.5, 0.5, 0.5)  # of the judge and of each of MATCHES
+WEIGHTS = (2.0, 1.0, 1.0, 1.0, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5)  # of the judge and of each of MATCHES
 TOO_ALIKE = 4.0  # ranks of matches above 1 - 1 / (TOO_ALIKE + 1) count as low ones
 MIN_TRAINING = 8
-TAIL = 0.05  # share of the reference that counts as its low tail
+TAIL = 0.02  # share of the reference that counts as its low tail
 DRAWS = 4000  # of the test
 BATCH_SIZE = 128  # slices per forward pass
 
@@ -222,13 +222,13 @@ class Collages:
         self.rank = self.by_height.argsort()
         self.rng, self.random = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
         kinds = [
-            (self.quilt, 5),
-            (self.sides, 7),
+            (self.quilt, 6),
+            (self.sides, 3),
             (self.front_and_back, 3),
-            (self.blobs, 3),
+            (self.blobs, 6),
             (self.insert, 3),
-            (self.repeated, 4),
-            (self.upside_down, 1),
+            (self.repeated, 3),
+            (self.upside_down, 2),
             (self.without_organs, 2),
         ]
         self.kinds = [kind for kind, _ in kinds]
@@ -400,23 +400,34 @@ class Judge(nn.Module):
         return self.head(torch.cat([features.mean((2, 3)), features.amax((2, 3))], 1))[:, 0]
 
 
-# Parts of a slice that are matched, by its quadrants: 1 and 2 are the sides, f and b are front and back.
-MATCHES = (
-    (("1f", "1b"), ("2f", "2b")),
-    (("1f", "2f"), ("1b", "2b")),
-    (("1f", "2b"), ("2f", "1b")),
-    (("1f",), ("2f",)),
-    (("1b",), ("2b",)),
-    (("1f",), ("1b",)),
-    (("2f",), ("2b",)),
+# A slice is cut into eight blocks: 1 and 2 are its sides, o and i their outer and inner halves, f and b front and back.
+BLOCKS = tuple(side + depth + end for side in "12" for depth in "oi" for end in "fb")
+
+
+def blocks(letters: str) -> tuple[str, ...]:
+    """Return the names of the blocks that have all of these letters."""
+    return tuple(name for name in BLOCKS if set(letters) <= set(name))
+
+
+OTHER_SIDE = str.maketrans("12", "21")
+MATCHES = (  # parts of a slice that are matched
+    (blocks("1"), blocks("2")),
+    (blocks("f"), blocks("b")),
+    (blocks("1f") + blocks("2b"), blocks("2f") + blocks("1b")),
+    (blocks("1f"), blocks("2f")),
+    (blocks("1b"), blocks("2b")),
+    (blocks("1f"), blocks("1b")),
+    (blocks("2f"), blocks("2b")),
+    (blocks("o"), blocks("i")),
+    (blocks("1o"), blocks("1i")),
+    (blocks("2o"), blocks("2i")),
 )
-SWAPPED = {"1f": "2f", "1b": "2b", "2f": "1f", "2b": "1b"}
 
 
 class Matcher(nn.Module):
     """Embed parts of slices (N, 1, h, w), so that parts of one slice are alike.
 
-    Every quadrant is seen alone. Those of the second side are mirrored, and embedded as those of the first are.
+    Every block is seen alone. Those of the second side are mirrored, and embedded as those of the first are.
     """
 
     def __init__(self, size: Sequence[int], flip_axis: int | None):
@@ -426,7 +437,7 @@ class Matcher(nn.Module):
         self.body = nn.Sequential(
             body(1), nn.Conv2d(CHANNELS[-1], CHANNELS[-1] // 3, 1), nn.ReLU(), nn.Flatten(), nn.Dropout(0.2)
         )
-        grid = [math.ceil(side // 2 / 2 ** len(CHANNELS)) for side in size]
+        grid = [math.ceil(side // parts / 2 ** len(CHANNELS)) for side, parts in zip(size, block_grid(flip_axis))]
         width = math.prod(grid) * (CHANNELS[-1] // 3)
         names = {self.head_of(index, part): len(part) for index, match in enumerate(MATCHES) for part in match}
         self.heads = nn.ModuleDict({name: nn.Linear(count * width, EMBEDDING) for name, count in names.items()})
@@ -437,13 +448,13 @@ class Matcher(nn.Module):
         """Return the name of the head of a part of a match: the same for both sides if they are mirror images."""
         if self.flip_axis is None:
             return f"{index}_{''.join(part)}"
-        swapped = tuple(tuple(SWAPPED[name] for name in own) for own in MATCHES[index])
-        first = min([index, *(other for other, match in enumerate(MATCHES) if match == swapped)])
-        return f"{first}_{''.join(name[1] for name in part)}"
+        swapped = [{name.translate(OTHER_SIDE) for name in own} for own in MATCHES[index]]
+        first = next((i for i, match in enumerate(MATCHES) if [set(own) for own in match] == swapped), index)
+        return f"{min(first, index)}_{''.join(name[1:] for name in part)}"
 
     def forward(self, slices: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Return the embeddings, (N, EMBEDDING) of length 1, of both parts of each of MATCHES."""
-        names, parts = zip(*quadrants(slices, self.flip_axis).items())
+        names, parts = zip(*cut_blocks(slices, self.flip_axis).items())
         features = self.body(torch.cat(parts).contiguous(memory_format=torch.channels_last)).chunk(len(parts))
         by_name = dict(zip(names, features))
 
@@ -459,24 +470,30 @@ class Matcher(nn.Module):
         return cosines * self.scale.exp() + self.bias
 
 
-def quadrants(slices: Tensor, flip_axis: int | None) -> dict[str, Tensor]:
-    """Cut slices (N, 1, h, w) into quadrants of half the size by their names in MATCHES; middle lines are left out.
+def block_grid(flip_axis: int | None) -> tuple[int, int]:
+    """Return the rows and columns of blocks: four along the axis from side to side, which is 2 if there is none."""
+    return (2, 4) if flip_axis == 3 else (4, 2)
 
-    Without a `flip_axis` the sides lie along axis 2, and none is mirrored.
+
+def cut_blocks(slices: Tensor, flip_axis: int | None) -> dict[str, Tensor]:
+    """Cut slices (N, 1, h, w) into BLOCKS of one size, (N, 1, h / 4, w / 2) if sides lie along axis 2.
+
+    A rest is left out at the middle lines. Without a `flip_axis`, blocks of the second side are not mirrored, and the
+    first half of a side is called its outer one.
     """
+    rows, columns = block_grid(flip_axis)
     side_axis = flip_axis or 2
-    sides = list(halves_of(slices, side_axis))
-    if flip_axis is not None:
-        sides[1] = sides[1].flip(flip_axis)
-    return {
-        side + end: part for side, own in zip("12", sides) for end, part in zip("fb", halves_of(own, 5 - side_axis))
-    }
-
-
-def halves_of(slices: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    """Return both halves of slices along an axis; a middle line is left out."""
-    size = slices.shape[axis]
-    return slices.narrow(axis, 0, size // 2), slices.narrow(axis, size - size // 2, size // 2)
+    side_count, end_count = (slices.shape[2] // rows, slices.shape[3] // columns)
+    if side_axis == 3:
+        side_count, end_count = end_count, side_count
+    parts = {}
+    for side in "12":
+        own = slices if side == "1" else slices.flip(side_axis)
+        for place, depth in enumerate("oi"):
+            column = own.narrow(side_axis, place * side_count, side_count)
+            for end, start in (("f", 0), ("b", slices.shape[5 - side_axis] - end_count)):
+                parts[side + depth + end] = column.narrow(5 - side_axis, start, end_count)
+    return parts
 
 
 # ---------------------------------------------------------------- training
@@ -554,12 +571,12 @@ def matching_loss(matcher: Matcher, pairs: Sequence[tuple[Tensor, Tensor]], diff
 
 @torch.no_grad()
 def evidence(judge: Judge, matcher: Matcher, slices: Tensor) -> Tensor:
-    """Return logits (N, 1 + len(MATCHES)) of slices (N, 1, h, w) uint8, means over a slice and its mirror image."""
+    """Return logits (N, 1 + len(MATCHES)) of slices (N, 1, h, w) uint8, the judge's a mean over both mirror images."""
     rows = []
     for batch in slices.split(BATCH_SIZE):
         view = batch.float() / 127.5 - 1
-        views = [view] if judge.flip_axis is None else [view, view.flip(judge.flip_axis)]
-        rows.append(torch.stack([torch.cat([judge(v)[:, None], matcher.logits(v)], 1) for v in views]).mean(0))
+        judged = judge(view) if judge.flip_axis is None else (judge(view) + judge(view.flip(judge.flip_axis))) / 2
+        rows.append(torch.cat([judged[:, None], matcher.logits(view)], 1))
     return torch.cat(rows)
 
 
