@@ -25,13 +25,13 @@ from torch import Tensor, nn
 from metrics import two_fold_split
 from utils import autocast, channels_last
 
-WORKING_PIXELS = 3200  # per slice, such as 128x64; larger slices are reduced
+WORKING_PIXELS = 3200  # per slice, such as 80x40; larger slices are reduced
 MAX_TRAINING = 3000  # slices kept in memory, as uint8
-CHANNELS = (24, 48, 96)
-JUDGE_UPDATES, JUDGE_RATE = 400, 3e-3
+CHANNELS = (16, 48, 96)
+JUDGE_UPDATES, JUDGE_RATE = 320, 3e-3
 HALF_BATCH = 32  # slices, and as many collages, per update
 DONORS = 6  # slices that a collage is made of, at most
-MATCHER_UPDATES, MATCHER_RATE = 600, 2e-3
+MATCHER_UPDATES, MATCHER_RATE = 480, 2e-3
 MATCHER_BATCH = 64
 WINDOW = 0.15  # share of the slices, sorted by height, that a batch of the matcher is drawn from
 EMBEDDING = 64  # length of a part's embedding
@@ -168,7 +168,7 @@ def randomise_phases(slices: Tensor, random: torch.Generator) -> Tensor:
     texture = torch.fft.irfft2(torch.polar(spectrum.abs(), phases), s=slices.shape[2:])
     std, mean = torch.std_mean(texture, (2, 3), keepdim=True)
     own_std, own_mean = torch.std_mean(slices, (2, 3), keepdim=True)
-    return ((texture - mean) / std * own_std + own_mean).clamp(-1, 1)
+    return ((texture - mean) / std.clamp(min=1e-6) * own_std + own_mean).clamp(-1, 1)
 
 
 # ---------------------------------------------------------------- training data
@@ -217,7 +217,7 @@ class Collages:
 
     def __init__(self, pool: Pool, flip_axis: int | None, seed: int):
         """Prepare to draw. `flip_axis` is the axis, 2 or 3, from left to right; None if there is none."""
-        self.pool, self.axis, self.side_axis = pool, flip_axis, flip_axis or 2
+        self.pool, self.side_axis = pool, flip_axis or 2
         self.by_height = pool.heights.argsort(kind="stable")
         self.rank = self.by_height.argsort()
         self.rng, self.random = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
@@ -265,14 +265,16 @@ class Collages:
         if self.rng.random() < 0.6:
             return donors
         std, mean = torch.std_mean(donors, (2, 3), keepdim=True)
-        return ((donors - mean) / std * std[:, :1] + mean[:, :1]).clamp(-1, 1)
+        return ((donors - mean) / std.clamp(min=0.01) * std[:, :1] + mean[:, :1]).clamp(-1, 1)
 
     def quilt(self, count: int) -> Tensor:
+        """Join square patches of several slices of like height."""
         donors = self.matched(self.donors(count, int(self.rng.integers(2, DONORS + 1))))
         side = int(self.rng.choice([4, 6, 8, 12, 16, 24, 32, 40]))
         return blend(donors, quilt_fields(donors.shape, side, self.random), self.softness())
 
     def cut(self, count: int, axis: int, spread: float) -> Tensor:
+        """Join two slices along a line across an axis, often in the middle; at times of any two heights."""
         donors = self.matched(self.donors(count, 2))
         if self.rng.random() < 0.25:
             donors[:, 1:] = self.single(count)
@@ -282,27 +284,34 @@ class Collages:
         return blend(donors, fields, self.softness())
 
     def sides(self, count: int) -> Tensor:
+        """Join the left of one slice with the right of another."""
         return self.cut(count, self.side_axis, 0.15)
 
     def front_and_back(self, count: int) -> Tensor:
+        """Join the front of one slice with the back of another."""
         return self.cut(count, 5 - self.side_axis, 0.25)
 
     def blobs(self, count: int) -> Tensor:
+        """Join smooth areas of several slices of like height."""
         donors = self.matched(self.donors(count, int(self.rng.integers(2, 5))))
         cells = self.rng.integers(2, 7, 2).tolist()
         return blend(donors, blob_fields(donors.shape, cells, self.random), self.softness())
 
     def insert(self, count: int) -> Tensor:
+        """Put a region of one slice into another of like height."""
         donors = self.matched(self.donors(count, 2))
         return blend(donors, insert_fields(donors.shape, self.random), self.softness())
 
     def repeated(self, count: int) -> Tensor:
+        """Copy one side to the other."""
         return repeat_side(self.single(count), self.side_axis, bool(self.rng.random() < 0.7))
 
     def upside_down(self, count: int) -> Tensor:
+        """Exchange front and back."""
         return self.single(count).flip(5 - self.side_axis)
 
     def without_organs(self, count: int) -> Tensor:
+        """Replace a slice, or what is inside its body, by its texture."""
         slices = self.single(count)
         choice = self.rng.integers(3)
         if choice == 0:
@@ -512,7 +521,7 @@ def train_judge(pool: Pool, flip_axis: int | None, seed: int) -> Judge:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         judge = channels_last(Judge(flip_axis), torch.device("cpu"))
-    optimiser = torch.optim.AdamW(judge.parameters(), weight_decay=1e-2)
+    optimiser = torch.optim.AdamW(judge.parameters(), weight_decay=1e-2, fused=True)
     labels = torch.cat([torch.ones(HALF_BATCH), torch.zeros(HALF_BATCH)])
     for update in range(JUDGE_UPDATES):
         set_rate(optimiser, JUDGE_RATE, update / JUDGE_UPDATES)
@@ -538,7 +547,7 @@ def train_matcher(pool: Pool, flip_axis: int | None, seed: int) -> Matcher:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # of the weights and of dropout
         matcher = channels_last(Matcher(pool.slices.shape[2:], flip_axis), torch.device("cpu"))
-        optimiser = torch.optim.AdamW(matcher.parameters(), weight_decay=5e-2)
+        optimiser = torch.optim.AdamW(matcher.parameters(), weight_decay=5e-2, fused=True)
         for update in range(MATCHER_UPDATES):
             set_rate(optimiser, MATCHER_RATE, update / MATCHER_UPDATES)
             start = int((rng.integers(total) - window // 2).clip(0, total - window))
@@ -565,7 +574,8 @@ def matching_loss(matcher: Matcher, pairs: Sequence[tuple[Tensor, Tensor]], diff
     loss = torch.zeros(())
     for (first, second), scale, bias in zip(pairs, matcher.scale.exp(), matcher.bias):
         logits = first @ second.T * scale + bias
-        loss = loss + F.softplus(-logits.diagonal()).mean() + F.softplus(logits)[different].mean()
+        loss = loss + F.softplus(-logits.diagonal()).mean()
+        loss = loss + (F.softplus(logits) * different).sum() / different.sum().clamp(min=1)
     return loss
 
 
@@ -602,6 +612,8 @@ class Reference(NamedTuple):
 def make_reference(pool: Pool, learned: np.ndarray, flip_axis: int | None, seed: int) -> Reference:
     """Learn from the slices where `learned` (N,) is true; the others are the reference."""
     own, unseen = pool.select(learned), pool.select(~learned)
+    if len(set(own.patients.tolist())) == 1:
+        own = own._replace(patients=np.arange(len(own.patients)))  # slices of one patient are better than no others
     judge, matcher = train_judge(own, flip_axis, seed), train_matcher(own, flip_axis, seed)
     found = evidence(judge, matcher, unseen.slices)
     by_kind = found.sort(0).values
@@ -669,8 +681,6 @@ def coherence(
     patients = np.array([numbers[case] for case in cases])
     pool = gather_pool(training, positions, patients)
     half = two_fold_split(pool.patients.tolist())
-    if len(numbers) == 1:
-        pool = pool._replace(patients=np.arange(len(half)))  # nothing better is known
     references = [make_reference(pool, learned, flip_axis, seed + i) for i, learned in enumerate((half, ~half))]
     scores, shares, p_values = {}, {}, {}
     for name, slices in groups.items():
