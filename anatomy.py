@@ -27,15 +27,15 @@ from utils import autocast, channels_last
 
 WORKING_PIXELS = 3200  # per slice, such as 80x40; larger slices are reduced
 MAX_TRAINING = 3000  # slices kept in memory, as uint8
-CHANNELS = (16, 48, 96)
-JUDGE_UPDATES, JUDGE_RATE = 320, 3e-3
+CHANNELS = (24, 48, 96)
+JUDGE_UPDATES, JUDGE_RATE = 240, 3e-3
 HALF_BATCH = 32  # slices, and as many collages, per update
 DONORS = 6  # slices that a collage is made of, at most
-MATCHER_UPDATES, MATCHER_RATE = 480, 2e-3
+MATCHER_UPDATES, MATCHER_RATE = 540, 2e-3
 MATCHER_BATCH = 64
 WINDOW = 0.15  # share of the slices, sorted by height, that a batch of the matcher is drawn from
 EMBEDDING = 64  # length of a part's embedding
-WEIGHTS = (2.0, 1.0, 1.0, 1.0, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5)  # of the judge and of each of MATCHES
+WEIGHTS = (2.0, 1.5, 1.0, 1.0, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5)  # of the judge and of each of MATCHES
 TOO_ALIKE = 4.0  # ranks of matches above 1 - 1 / (TOO_ALIKE + 1) count as low ones
 MIN_TRAINING = 8
 TAIL = 0.02  # share of the reference that counts as its low tail
