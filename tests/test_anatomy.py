@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import anatomy
-import faults
+import anatomy_faults as faults
 from anatomy import Collages, Matcher, Reference, blend, blur, cut_blocks, gather_pool, tail_test
 
 SIZE = (32, 16)
