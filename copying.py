@@ -1,17 +1,16 @@
-"""Search for copies of training slices among samples: moved, turned, stretched, altered, or of a part only.
+"""Search for copies of training slices: moved, turned, stretched, mirrored, altered in intensity, or of a part only.
 
-The search has three steps, on slices downsampled to about 64x32 pixels and normalised by their local mean and contrast,
-so that brightness and gamma do not matter.
+The search works on small slices, divided by their local contrast so that brightness and gamma do not matter.
 
-1. Candidates: blocks of a sample are compared with the blocks near the same place of every training slice. The training
-   slices whose blocks agree best, in the whole slice or in a half or a quarter of it, are candidates.
+1. Candidates: blocks of a sample are compared with the blocks near the same place of every training slice. Those
+   training slices are candidates whose blocks agree best, in the whole slice or in a window of it (SPANS).
 2. Registration: each candidate is laid over the sample by block matching. Blocks vote for an affine map, so that a part
-   of a slice finds its map too, and blocks that disagree are left out.
-3. Score: the correlation of sample and candidate within the whole slice, its halves and its quarters, compared with
-   the same correlations of training patients with other training patients.
+   of a slice finds its map too; blocks that disagree have no say.
+3. Score: the correlation of sample and candidate within each window, in standard deviations of the same correlation
+   between different training patients. The highest window counts.
 
-A sample is called a copy if it resembles a training slice more than slices of one patient resemble those of others.
-That threshold is calibrated so that slices of a new patient exceed it at most at a stated rate (`calibrate`).
+A sample is called a copy if its score exceeds a threshold, which slices of a new patient exceed at most at a stated
+rate (`calibrate`). Blur makes patients more alike: compare samples with reconstructions of held-out slices too.
 
 Slices are (N, 1, H, W) in [-1, 1]. Everything is deterministic.
 """
@@ -24,23 +23,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-RATE = 0.01  # at most this share of the slices of a new patient is called a copy
+RATE = 0.01  # share of the slices of new patients that may be called copies
 CALIBRATION_SLICES = 240  # training slices compared with the other patients', about
 FINE_PIXELS, COARSE_PIXELS = 4608, 512  # of a downsampled slice: 96x48 and 32x16 for sides of 2:1
-FINE_BLOCK, COARSE_BLOCK = 8, 8  # side in pixels of those slices
+FINE_BLOCK, COARSE_BLOCK = 8, 8  # side of a block in those pixels
 FINE_STRIDE, COARSE_STRIDE = 4, 2  # pixels between neighbouring blocks
 SEARCH_STRIDE = (4, 3)  # pixels between the blocks of a sample, of 32x16 pixels, that search for candidates
 SEARCH_REACH = 3  # pixels of 32x16 that a block may lie away from its place in the training slice
-CANDIDATES = 12  # training slices registered with each sample
+CANDIDATES = 20  # training slices registered with each sample
 REACHES = ((4, 2, 1), (2, 1))  # pixels that blocks are searched over, in the rounds at 32x16 and at 96x48
 ELASTIC_REACH = 1  # pixels of 96x48 that blocks may deviate from the affine map
 BACKGROUND = 256  # training slices that the blocks' agreement is compared with
 FINE_SIGMAS, COARSE_SIGMAS = (0.8, 4.0), (0.6, 2.0)  # pixels: of the slight blur, and of the local mean and contrast
 MIN_CORRELATION = 0.3  # of blocks that vote
-POWER = 6  # of a vote
-SPANS = ((0.0, 1.0), (0.0, 0.5), (0.5, 1.0), (0.25, 0.75), (0.35, 0.65))  # of windows, in shares of a side
+POWER = 6  # of a vote: well above a random block's correlation, about 0.8 at best, copies count far more
+SPANS = ((0.0, 1.0), (0.0, 0.5), (0.5, 1.0), (0.25, 0.75), (0.35, 0.65))  # of windows along a side: each with each
 SLOPE = 0.12  # by which displacements may differ per distance of blocks: turns and stretches
-BATCH_SIZE, PAIR_BATCH = 128, 64  # slices; pairs of slices
+BATCH_SIZE, PAIR_BATCH = 128, 60  # slices; pairs of slices
 MAX_SIMILARITY = 0.99  # so that Fisher's transform stays finite
 MIN_STD = 0.02  # of Fisher's z between patients
 VARIANCE_FLOOR = 0.02  # added to the variance of blocks; normalised slices have about 1
@@ -411,10 +410,13 @@ def fit_transform(blocks: Blocks, transforms: Tensor, shape: torch.Size) -> Tens
     agree = distances < tolerance
     leader = ((agree * weights[:, None]).sum(2) * (weights > 0)).argmax(1)
     weights = weights * agree[torch.arange(len(leader), device=leader.device), leader]
+    weights = weights / (weights.sum(1, keepdim=True) + 1e-9)
     ones = torch.ones_like(blocks.centres[:, :1])
     inputs = torch.cat([blocks.centres, ones], 1)
     targets = torch.cat([blocks.centres + blocks.displacements, ones.expand(len(weights), -1, -1)], 2) @ current.mT
-    prior = torch.diag(inputs.new_tensor([0.1, 0.1, 0.001]))  # towards no turn and no stretch, where few blocks agree
+    prior = torch.diag(
+        inputs.new_tensor([0.003, 0.003, 1e-5])
+    )  # towards no turn and no stretch, where few blocks agree
     identity = torch.eye(3, 2, device=inputs.device)
     solution = identity.expand(len(weights), -1, -1)
     robust = weights

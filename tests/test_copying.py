@@ -206,7 +206,7 @@ def test_block_means_are_those_of_pooling():
 
 
 def test_a_window_holds_the_blocks_inside_it():
-    # Ten rows and three columns of blocks that are a quarter and a half of the sides; a third of one may stand out.
+    # Four rows and three columns of blocks that are a quarter and a half of the sides; a third of one may stand out.
     members = copying.window_members((4, 3), (0.25, 0.5), torch.device("cpu")).unflatten(1, (4, 3))
     bounds = copying.window_bounds(torch.device("cpu")).tolist()
     assert members[0].all()
