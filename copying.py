@@ -1,0 +1,487 @@
+"""Search for copies of training slices: moved, turned, stretched, mirrored, altered in intensity, or of a part only.
+
+The search works on small slices, divided by their local contrast so that brightness and gamma do not matter.
+
+1. Candidates: blocks of a sample are compared with the blocks near the same place of every training slice. Those
+   training slices are candidates whose blocks agree best, in the whole slice or in a window of it (SPANS).
+2. Registration: each candidate is laid over the sample by block matching. Blocks vote for an affine map, so that a part
+   of a slice finds its map too; blocks that disagree have no say.
+3. Score: the correlation of sample and candidate within each window, in standard deviations of the same correlation
+   between different training patients. The highest window counts.
+
+A sample is called a copy if its score exceeds a threshold, which slices of a new patient exceed at most at a stated
+rate (`calibrate`). Blur makes patients more alike: compare samples with reconstructions of held-out slices too.
+
+Slices are (N, 1, H, W) in [-1, 1]. Everything is deterministic.
+"""
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+RATE = 0.01  # share of the slices of new patients that may be called copies
+CALIBRATION_SLICES = 240  # training slices compared with the other patients', about
+FINE_PIXELS, COARSE_PIXELS = 4608, 512  # of a downsampled slice: 96x48 and 32x16 for sides of 2:1
+FINE_BLOCK, COARSE_BLOCK = 8, 8  # side of a block in those pixels
+FINE_STRIDE, COARSE_STRIDE = 4, 2  # pixels between neighbouring blocks
+SEARCH_STRIDE = (4, 3)  # pixels between the blocks of a sample, of 32x16 pixels, that search for candidates
+SEARCH_REACH = 3  # pixels of 32x16 that a block may lie away from its place in the training slice
+CANDIDATES = 20  # training slices registered with each sample
+REACHES = ((4, 2, 1), (2, 1))  # pixels that blocks are searched over, in the rounds at 32x16 and at 96x48
+ELASTIC_REACH = 1  # pixels of 96x48 that blocks may deviate from the affine map
+BACKGROUND = 256  # training slices that the blocks' agreement is compared with
+FINE_SIGMAS, COARSE_SIGMAS = (0.8, 4.0), (0.6, 2.0)  # pixels: of the slight blur, and of the local mean and contrast
+MIN_CORRELATION = 0.3  # of blocks that vote
+POWER = 6  # of a vote: well above a random block's correlation, about 0.8 at best, copies count far more
+SPANS = ((0.0, 1.0), (0.0, 0.5), (0.5, 1.0), (0.25, 0.75), (0.35, 0.65))  # of windows along a side: each with each
+SLOPE = 0.12  # by which displacements may differ per distance of blocks: turns and stretches
+BATCH_SIZE, PAIR_BATCH = 128, 60  # slices; pairs of slices
+MAX_SIMILARITY = 0.99  # so that Fisher's transform stays finite
+MIN_STD = 0.02  # of Fisher's z between patients
+VARIANCE_FLOOR = 0.02  # added to the variance of blocks; normalised slices have about 1
+MIN_VARIANCE = 0.3  # of a window; the score of windows with less structure is reduced in proportion
+
+
+class Copies(NamedTuple):
+    """The most similar training slice of each of N samples."""
+
+    scores: Tensor  # (N,): similarity, in standard deviations above the mean similarity of different patients
+    indices: Tensor  # (N,) int64: of the training slice
+    copied: Tensor  # (N,) bool: whether the score exceeds the threshold
+    threshold: float  # infinite if the training slices have one case: then scores are Fisher's z
+    rate: float  # expected share of a new patient's slices above the threshold, at most
+    transforms: Tensor  # (N, 2, 3): theta of affine_grid; lays the training slice over the sample (`align`)
+    boxes: Tensor  # (N, 4): the part of the sample that matched: top, bottom, left, right, in shares of the sides
+
+
+class Pyramid(NamedTuple):
+    """Normalised slices at two resolutions."""
+
+    fine: Tensor  # (N, 1, h, w), h * w about FINE_PIXELS
+    coarse: Tensor  # (N, 1, h, w), h * w about COARSE_PIXELS
+
+
+class Blocks(NamedTuple):
+    """Where the S blocks of N slices match in another slice, and how well."""
+
+    centres: Tensor  # (S, 2): x and y, in units of half of sqrt(h * w) pixels from the centre of the slice
+    displacements: Tensor  # (N, S, 2): to the best match, in the same units
+    covariances: Tensor  # (N, S): of a block and its match
+    variances: Tensor  # (N, S): of the block
+    matched_variances: Tensor  # (N, S): of its match
+    shape: tuple[int, int]  # rows and columns of blocks
+    share: tuple[float, float]  # height and width of a block in shares of the sides
+
+    @property
+    def correlations(self) -> Tensor:
+        """Return the correlations (N, S) of blocks and matches, in [-1, 1]; near 0 without structure."""
+        floored = (self.variances + VARIANCE_FLOOR) * (self.matched_variances + VARIANCE_FLOOR)
+        return self.covariances / floored.sqrt()
+
+
+class Matches(NamedTuple):
+    """The best candidate of N slices for each of the W windows."""
+
+    similarities: Tensor  # (N, W), in [-1, 1]
+    indices: Tensor  # (N, W) int64: of the training slice
+    transforms: Tensor  # (N, W, 2, 3): theta of affine_grid, flip included
+
+
+def find_copies(
+    samples: Tensor,
+    load_training: Callable[[Sequence[int]], Tensor],
+    count: int,
+    cases: Sequence[Hashable],
+    flip_axis: int | None = None,
+    rate: float = RATE,
+) -> Copies:
+    """Find the training slice that each sample resembles most, and decide whether the sample is a copy of it.
+
+    Args:
+        samples: (N, 1, H, W) in [-1, 1].
+        load_training: Returns the training slices (n, 1, H, W) of n indices. Each slice is loaded once.
+        count: Number of training slices.
+        cases: Their patients (count). Slices of unknown patients count as one patient's.
+        flip_axis: The axis, 2 or 3, along which copies may be mirrored; None if they may not.
+        rate: Share of the slices of a new patient that may be called copies. With K patients it is at least
+            1 / (K + 1).
+    """
+    batches = (range(start, min(start + BATCH_SIZE, count)) for start in range(0, count, BATCH_SIZE))
+    training = join([build_pyramid(load_training(batch).to(samples.device)) for batch in batches])
+    numbers = {case: number for number, case in enumerate(dict.fromkeys(cases))}
+    labels = torch.tensor([numbers[case] for case in cases], device=samples.device)
+    calibrators = choose_calibrators(labels)
+    queries = join([*(build_pyramid(batch) for batch in samples.split(BATCH_SIZE)), select(training, calibrators)])
+    query_labels = torch.cat([labels.new_full((len(samples),), -1), labels[calibrators]])
+    matches = match(queries, query_labels, training, labels, flip_axis)
+    similarities = matches.similarities.split([len(samples), len(calibrators)])
+    scores, others = (window_scores(own, similarities[1]) for own in similarities)
+    threshold, rate = calibrate(others.amax(1), labels[calibrators], rate) if len(calibrators) else (math.inf, 0.0)
+    best, window = scores.max(1)
+    rows = torch.arange(len(samples), device=samples.device)
+    transforms = matches.transforms[rows, window]
+    return Copies(
+        scores=best,
+        indices=matches.indices[rows, window],
+        copied=best > threshold,
+        threshold=threshold,
+        rate=rate,
+        transforms=transforms,
+        boxes=matched_boxes(window, transforms),
+    )
+
+
+def align(training: Tensor, transforms: Tensor) -> Tensor:
+    """Lay training slices (N, 1, H, W) over their samples, by the transforms (N, 2, 3) of `Copies`."""
+    grid = F.affine_grid(transforms, list(training.shape), align_corners=False)
+    return F.grid_sample(training, grid, padding_mode="reflection", align_corners=False)
+
+
+# ---------------------------------------------------------------- downsampling and normalisation
+
+
+def resize(slices: Tensor, pixels: int) -> Tensor:
+    """Average slices (N, 1, H, W) to a size of about so many pixels with the same ratio of sides."""
+    factor = math.sqrt(pixels / math.prod(slices.shape[2:]))
+    return F.interpolate(slices, size=[round(factor * side) for side in slices.shape[2:]], mode="area")
+
+
+def gaussian_blur(slices: Tensor, sigma: float) -> Tensor:
+    """Convolve slices with a Gaussian of a standard deviation in pixels."""
+    reach = math.ceil(2.5 * sigma)
+    line = torch.exp(-(torch.arange(-reach, reach + 1, device=slices.device) ** 2) / (2 * sigma**2))
+    line = line / line.sum()
+    padded = F.pad(slices, (reach, reach, reach, reach), mode="reflect")
+    return F.conv2d(F.conv2d(padded, line.view(1, 1, -1, 1)), line.view(1, 1, 1, -1))
+
+
+def normalise(slices: Tensor, blur: float, sigma: float) -> Tensor:
+    """Subtract the local mean and divide by the local contrast, both within a Gaussian of a standard deviation.
+
+    Half of the mean contrast of the slice is added to the local one, so that noise in dark areas is not amplified. A
+    slight blur comes first.
+    """
+    slices = gaussian_blur(slices, blur)
+    details = slices - gaussian_blur(slices, sigma)
+    energy = details.square()
+    return details / (gaussian_blur(energy, sigma) + energy.mean((2, 3), keepdim=True) / 4 + 1e-6).sqrt()
+
+
+def build_pyramid(slices: Tensor) -> Pyramid:
+    """Downsample and normalise slices (N, 1, H, W); half precision halves the memory."""
+    fine, coarse = resize(slices, FINE_PIXELS), resize(slices, COARSE_PIXELS)
+    return Pyramid(normalise(fine, *FINE_SIGMAS).half(), normalise(coarse, *COARSE_SIGMAS).half())
+
+
+def join(pyramids: Sequence[Pyramid]) -> Pyramid:
+    """Concatenate pyramids."""
+    return Pyramid(*map(torch.cat, zip(*pyramids)))
+
+
+def select(pyramid: Pyramid, indices: Tensor) -> Pyramid:
+    """Return the slices at indices (n,)."""
+    return Pyramid(pyramid.fine[indices], pyramid.coarse[indices])
+
+
+# ---------------------------------------------------------------- windows
+
+
+def window_bounds(device: torch.device) -> Tensor:
+    """Return the windows (W, 4): top, bottom, left, right, in shares of the sides. The first is the whole slice."""
+    return torch.tensor([(*rows, *columns) for rows in SPANS for columns in SPANS], device=device)
+
+
+def window_members(shape: Sequence[int], block_share: Sequence[float], device: torch.device) -> Tensor:
+    """Return which blocks lie in each window: (W, rows * columns), 0 or 1. A third of a block may stand out.
+
+    Args:
+        shape: Rows and columns of blocks, which are evenly spaced from edge to edge.
+        block_share: Height and width of a block in shares of the sides.
+        device: Of the result.
+    """
+    inside = []
+    bounds = window_bounds(device)[..., None]
+    for count, share, low, high in zip(shape, block_share, bounds[:, ::2].unbind(1), bounds[:, 1::2].unbind(1)):
+        starts = torch.arange(count, device=device) / max(count - 1, 1) * (1 - share)
+        inside.append((starts >= low - share / 3) & (starts + share <= high + share / 3))
+    return (inside[0][:, :, None] & inside[1][:, None]).flatten(1).float()
+
+
+def matched_boxes(windows: Tensor, transforms: Tensor) -> Tensor:
+    """Return the boxes (N, 4) of windows (N,), which were found in the mirrored sample if the transform mirrors."""
+    boxes = window_bounds(windows.device)[windows]
+    mirrored_x, mirrored_y = transforms[:, 0, 0] < 0, transforms[:, 1, 1] < 0
+    top, bottom, left, right = boxes.unbind(1)
+    top, bottom = torch.where(mirrored_y, 1 - bottom, top), torch.where(mirrored_y, 1 - top, bottom)
+    left, right = torch.where(mirrored_x, 1 - right, left), torch.where(mirrored_x, 1 - left, right)
+    return torch.stack([top, bottom, left, right], 1)
+
+
+# ---------------------------------------------------------------- candidates
+
+
+def match(queries: Pyramid, query_labels: Tensor, training: Pyramid, labels: Tensor, flip_axis: int | None) -> Matches:
+    """Find the training slices that queries resemble most, window by window.
+
+    Args:
+        queries: Q slices.
+        query_labels: Their patients (Q,), as numbers; slices of the same patient are not searched. -1 is none.
+        training: M training slices.
+        labels: Their patients (M,).
+        flip_axis: As in `find_copies`.
+    """
+    mirror = torch.eye(3, device=labels.device)
+    views = [queries]
+    if flip_axis is not None:
+        views.append(Pyramid(*(of.flip(flip_axis) for of in queries)))
+        mirror[3 - flip_axis, 3 - flip_axis] = -1
+    candidates, flipped, valid = find_candidates([view.coarse for view in views], query_labels, training.coarse, labels)
+    count = candidates.shape[1]
+    both = join(views)
+    parts = []
+    for rows in torch.arange(len(candidates), device=labels.device).split(max(1, PAIR_BATCH // count)):
+        indices, turned = candidates[rows].flatten(), flipped[rows].flatten()
+        pairs = rows.repeat_interleave(count) + len(candidates) * turned
+        transforms, similarities = register(select(both, pairs), select(training, indices))
+        transforms = torch.where(turned[:, None, None], transforms @ mirror, transforms)
+        similarities = similarities.masked_fill(~valid[rows].flatten()[:, None], -MAX_SIMILARITY)
+        similarities, best = similarities.unflatten(0, (len(rows), count)).max(1)
+        best = best + count * torch.arange(len(rows), device=best.device)[:, None]
+        parts.append(Matches(similarities, indices[best], transforms[best]))
+    return Matches(*map(torch.cat, zip(*parts)))
+
+
+def find_candidates(
+    views: Sequence[Tensor], query_labels: Tensor, training: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Find the training slices whose blocks agree best with those of queries.
+
+    Args:
+        views: The coarse queries and, where searched, the mirrored ones: (Q, 1, h, w) each.
+        query_labels: As in `match`.
+        training: Coarse training slices (M, 1, h, w).
+        labels: As in `match`.
+
+    Returns:
+        Indices of k training slices (Q, k); whether they were found by the mirrored query; and whether they are of
+        another patient, as those of few patients may not suffice.
+    """
+    blocks, places = query_blocks(torch.cat(list(views)))
+    background = block_agreement(blocks, places, training[:: max(1, len(training) // BACKGROUND)])
+    # Of both views together: views without any likeness must not be preferred for being even.
+    background = torch.cat(background.chunk(len(views)), 1)
+    std, mean = (of.repeat(len(views), 1, 1) for of in torch.std_mean(background, 1, keepdim=True, correction=0))
+    own = query_labels.repeat(len(views))[:, None]
+    kept = min(CANDIDATES, len(training))
+    best, indices = blocks.new_zeros(len(own), 0), labels.new_zeros(len(own), 0)
+    for part in torch.arange(len(training), device=training.device).split(BATCH_SIZE):
+        scores = ((block_agreement(blocks, places, training[part]) - mean) / (std + 1e-6)).amax(2)
+        scores = scores.masked_fill(own == labels[part], -torch.inf)
+        best, order = torch.cat([best, scores], 1).topk(min(kept, best.shape[1] + len(part)))
+        indices = torch.cat([indices, part.expand(len(own), -1)], 1).gather(1, order)
+    best, indices = (torch.cat(of.chunk(len(views)), 1) for of in (best, indices))
+    best, order = best.topk(kept)
+    return indices.gather(1, order), order >= kept, best > -torch.inf
+
+
+def unit_blocks(slices: Tensor) -> Tensor:
+    """Return all blocks of coarse slices (N, 1, h, w) as unit vectors of mean 0: (N, D, rows, columns)."""
+    blocks = F.unfold(slices.float(), COARSE_BLOCK)
+    blocks = blocks - blocks.mean(1, keepdim=True)
+    blocks = blocks / (blocks.square().sum(1, keepdim=True) + VARIANCE_FLOOR * COARSE_BLOCK**2).sqrt()
+    return blocks.unflatten(2, [side - COARSE_BLOCK + 1 for side in slices.shape[2:]])
+
+
+def query_blocks(queries: Tensor) -> tuple[Tensor, list[list[int]]]:
+    """Return the blocks (S, N, D) of queries that search, and their rows and columns."""
+    blocks = unit_blocks(queries)
+    places = [
+        list(range((count - 1) % stride // 2, count, stride)) for count, stride in zip(blocks.shape[2:], SEARCH_STRIDE)
+    ]
+    return blocks[:, :, places[0]][:, :, :, places[1]].permute(2, 3, 0, 1).flatten(0, 1).contiguous(), places
+
+
+def block_agreement(blocks: Tensor, places: list[list[int]], training: Tensor) -> Tensor:
+    """Return how well the blocks of Q queries agree with those of n training slices in each window: (Q, n, W).
+
+    The agreement is the mean cube of the blocks' correlations with the best block near their place.
+    """
+    targets = unit_blocks(training)
+    agreement: list[Tensor] = []
+    for row in places[0]:
+        for column in places[1]:
+            rows, columns = (slice(max(0, at - SEARCH_REACH), at + SEARCH_REACH + 1) for at in (row, column))
+            near = targets[:, :, rows, columns].flatten(2).permute(1, 0, 2)
+            correlations = (blocks[len(agreement)] @ near.flatten(1)).unflatten(1, near.shape[1:])
+            agreement.append(correlations.amax(2).clamp(min=0) ** 3)
+    shares = [COARSE_BLOCK / side for side in training.shape[2:]]
+    members = window_members([len(places[0]), len(places[1])], shares, blocks.device)
+    return torch.stack(agreement, 2) @ (members / members.sum(1, keepdim=True).clamp(min=1)).T
+
+
+# ---------------------------------------------------------------- registration
+
+
+def register(fixed: Pyramid, moving: Pyramid) -> tuple[Tensor, Tensor]:
+    """Lay slices over others by block matching (Ourselin et al. 2001, Image Vis. Comput. 19:25), from coarse to fine.
+
+    Args:
+        fixed: N slices.
+        moving: The N slices that are laid over them.
+
+    Returns:
+        Theta of affine_grid (N, 2, 3), and the similarity of the two within each window (N, W).
+    """
+    fixed, moving = (Pyramid(pyramid.fine.float(), pyramid.coarse.float()) for pyramid in (fixed, moving))
+    transforms = torch.eye(2, 3, device=fixed.fine.device).repeat(len(fixed.fine), 1, 1)
+    for a, b, block, stride, reaches in (
+        (fixed.coarse, moving.coarse, COARSE_BLOCK, COARSE_STRIDE, REACHES[0]),
+        (fixed.fine, moving.fine, FINE_BLOCK, FINE_STRIDE, REACHES[1]),
+    ):
+        for reach in reaches:
+            transforms = fit_transform(match_blocks(a, align(b, transforms), block, stride, reach), transforms, a.shape)
+    blocks = match_blocks(fixed.fine, align(moving.fine, transforms), FINE_BLOCK, FINE_STRIDE, ELASTIC_REACH)
+    return transforms, window_similarities(blocks)
+
+
+def match_blocks(fixed: Tensor, moving: Tensor, side: int, stride: int, reach: int) -> Blocks:
+    """Find where each block of slices (N, 1, h, w) correlates best with others, up to `reach` pixels away."""
+    height, width = fixed.shape[2:]
+    padded = F.pad(moving, (reach, reach, reach, reach), mode="reflect")
+    moving_means, moving_squares = (
+        shifted_views(block_means(of, side, 1), reach)[..., ::stride, ::stride] for of in (padded, padded.square())
+    )
+    moving_variances = moving_squares - moving_means.square()
+    means = block_means(fixed, side, stride)
+    variances = block_means(fixed.square(), side, stride) - means.square()
+    covariances = block_means(fixed * shifted_views(padded, reach), side, stride) - means * moving_means
+    floored = (variances + VARIANCE_FLOOR) * (moving_variances + VARIANCE_FLOOR)
+    best = (covariances * floored.rsqrt()).argmax(1, keepdim=True)
+    y, x = best[:, 0].flatten(1) // (2 * reach + 1) - reach, best[:, 0].flatten(1) % (2 * reach + 1) - reach
+    pixel = 2 / math.sqrt(height * width)
+    rows, columns = means.shape[2:]
+    ends = torch.meshgrid(
+        *(stride * torch.arange(count, device=fixed.device) + (side - 1) / 2 for count in (rows, columns)),
+        indexing="ij",
+    )
+    centres = torch.stack([ends[1] - (width - 1) / 2, ends[0] - (height - 1) / 2], -1).flatten(0, 1)
+    return Blocks(
+        centres=pixel * centres,
+        displacements=pixel * torch.stack([x, y], -1),
+        covariances=covariances.gather(1, best).flatten(1),
+        variances=variances.flatten(1),
+        matched_variances=moving_variances.gather(1, best).flatten(1),
+        shape=(rows, columns),
+        share=(side / height, side / width),
+    )
+
+
+def shifted_views(padded: Tensor, reach: int) -> Tensor:
+    """Return the crops of padded images (N, 1, h + 2 * reach, w + 2 * reach) at each shift: (N, shifts, h, w)."""
+    height, width = (side - 2 * reach for side in padded.shape[2:])
+    return padded.unfold(2, height, 1).unfold(3, width, 1)[:, 0].flatten(1, 2)
+
+
+def block_means(images: Tensor, side: int, stride: int) -> Tensor:
+    """Return the means of the blocks of images (N, C, h, w): (N, C, rows, columns)."""
+    starts = torch.arange(0, images.shape[3] - side + 1, stride, device=images.device)
+    offsets = torch.arange(images.shape[3], device=images.device)[:, None] - starts
+    columns = ((offsets >= 0) & (offsets < side)).float() / side  # a product is faster than pooling along rows
+    return F.avg_pool2d(images @ columns, (side, 1), (stride, 1))
+
+
+def fit_transform(blocks: Blocks, transforms: Tensor, shape: torch.Size) -> Tensor:
+    """Update transforms (N, 2, 3) by the affine map that most blocks agree on.
+
+    Each block votes for its displacement; the largest group of blocks with displacements that one affine map could have
+    made is kept, and the map is fitted by reweighted least squares.
+    """
+    pixel = 2 / math.sqrt(math.prod(shape[2:]))
+    sides = transforms.new_tensor([shape[3], shape[2]]) * pixel / 2  # half sides of the slice, x and y
+    to_units = sides[:, None] / torch.cat([sides, sides.new_ones(1)])
+    current = transforms * to_units  # in the units of `centres`, which are the same along x and y
+    distances = (blocks.displacements[:, :, None] - blocks.displacements[:, None]).norm(dim=-1)
+    tolerance = pixel + SLOPE * torch.cdist(blocks.centres, blocks.centres)
+    weights = (blocks.correlations - MIN_CORRELATION).clamp(min=0) ** POWER
+    agree = distances < tolerance
+    leader = ((agree * weights[:, None]).sum(2) * (weights > 0)).argmax(1)
+    weights = weights * agree[torch.arange(len(leader), device=leader.device), leader]
+    weights = weights / (weights.sum(1, keepdim=True) + 1e-9)
+    ones = torch.ones_like(blocks.centres[:, :1])
+    inputs = torch.cat([blocks.centres, ones], 1)
+    targets = torch.cat([blocks.centres + blocks.displacements, ones.expand(len(weights), -1, -1)], 2) @ current.mT
+    prior = torch.diag(
+        inputs.new_tensor([0.003, 0.003, 1e-5])
+    )  # towards no turn and no stretch, where few blocks agree
+    identity = torch.eye(3, 2, device=inputs.device)
+    solution = identity.expand(len(weights), -1, -1)
+    robust = weights
+    for _ in range(3):
+        weighted = inputs.mT * robust[:, None]
+        solution = torch.linalg.solve(weighted @ inputs + prior, weighted @ targets + prior @ identity)
+        robust = weights / (1 + ((inputs @ solution - targets).norm(dim=-1) / pixel).square())
+    return solution.mT / to_units
+
+
+# ---------------------------------------------------------------- scores and calibration
+
+
+def window_similarities(blocks: Blocks) -> Tensor:
+    """Return the correlation of two slices within each window (N, W), each block at its best displacement."""
+    members = window_members(blocks.shape, blocks.share, blocks.centres.device)
+    covariance, own, other = (
+        of @ members.T / members.sum(1).clamp(min=1)
+        for of in (blocks.covariances, blocks.variances, blocks.matched_variances)
+    )
+    structure = (torch.minimum(own, other) / MIN_VARIANCE).clamp(0, 1)
+    return (structure * covariance / (own * other).clamp(min=1e-6).sqrt()).clamp(-MAX_SIMILARITY, MAX_SIMILARITY)
+
+
+def window_scores(similarities: Tensor, others: Tensor) -> Tensor:
+    """Standardise similarities (N, W), by Fisher's transform, with those of slices of different patients (M, W).
+
+    Without others, Fisher's z is returned.
+    """
+    if len(others) == 0:
+        return similarities.atanh()
+    std, mean = torch.std_mean(others.atanh(), 0, correction=0)
+    return (similarities.atanh() - mean) / std.clamp(min=MIN_STD)
+
+
+def choose_calibrators(labels: Tensor) -> Tensor:
+    """Return the indices of about CALIBRATION_SLICES training slices: as many of each patient, at random heights.
+
+    None if there is one patient, who cannot be compared with others.
+    """
+    random = torch.Generator().manual_seed(0)
+    cases = int(labels.max()) + 1
+    if cases == 1:
+        return labels[:0]
+    each = math.ceil(CALIBRATION_SLICES / cases)
+    members = [(labels == case).nonzero()[:, 0] for case in range(cases)]
+    chosen = [own[torch.randperm(len(own), generator=random)[:each].to(own.device)] for own in members]
+    return torch.cat(chosen)
+
+
+def calibrate(scores: Tensor, labels: Tensor, rate: float) -> tuple[float, float]:
+    """Return a threshold that a slice of a new patient exceeds with at most a certain probability, and that rate.
+
+    Slices of one patient are not independent, but patients are exchangeable. The threshold is the conformal one for
+    hierarchical data (Lee, Barber and Willett 2023, arXiv:2306.06342): each of K patients has the weight 1 / (K + 1),
+    divided among its slices, and the new patient has the rest.
+
+    Args:
+        scores: Of slices of K patients compared with the other patients (C,).
+        labels: Their patients (C,), numbers from 0 to K - 1.
+        rate: Raised to 1 / (K + 1) if lower; the threshold is then the highest score.
+    """
+    counts = torch.bincount(labels)
+    cases = int((counts > 0).sum())
+    order = scores.argsort(descending=True)
+    exceeding = (1 / (cases + 1) / counts[labels[order]].double()).cumsum(0) + 1 / (cases + 1)
+    allowed = int((exceeding <= rate + 1e-9).sum())
+    return scores[order[min(allowed, len(order) - 1)]].item(), max(rate, 1 / (cases + 1))

@@ -1,0 +1,265 @@
+"""The search for copies on drawn patients: smooth random fields that share a part, as anatomy does."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import copying
+import faults
+from copying import align, calibrate, find_copies
+
+CASES, SLICES, SIZE = 12, 3, (64, 32)
+COPIED = 5  # a training slice of each patient from the second on is altered
+
+
+def field(count, seed):
+    """Smooth random slices (count, 1, H, W) of standard deviation 1."""
+    noise = torch.randn(count, 1, *SIZE, generator=torch.Generator().manual_seed(seed))
+    smooth = copying.gaussian_blur(noise, 1.5)
+    return smooth / smooth.std()
+
+
+def draw_patients(count, seed):
+    """Slices (count * SLICES, 1, H, W) in [-1, 1]: half of the variance is common to all, a third to a patient."""
+    patients = field(count, seed).repeat_interleave(SLICES, 0)
+    return (0.5 * (0.5**0.5 * field(1, 0) + 0.58 * patients + 0.4 * field(count * SLICES, seed + 1))).clamp(-1, 1)
+
+
+class Searched(NamedTuple):
+    """The samples, by the kind of alteration, and what was found."""
+
+    training: torch.Tensor
+    sources: torch.Tensor
+    samples: dict
+    copies: dict
+
+
+@pytest.fixture(scope="module")
+def searched():
+    """Alter COPIED training slices in many ways, add slices of new patients, and search for all at once."""
+    training = draw_patients(CASES, 1)
+    sources = torch.arange(1, 1 + COPIED) * SLICES
+    own, others = training[sources], training[sources + 5 * SLICES + 1]
+    samples = {
+        "exact": own,
+        "mirrored": own.flip(2),
+        "shifted": faults.move(own, (4, -3)),
+        "turned": faults.move(own, degrees=8),
+        "turned back": faults.move(own, degrees=-8),
+        "stretched": faults.move(own, stretch=(1.08, 0.93)),
+        "varied": faults.vary(own, 1),
+        "mirrored and varied": faults.vary(own.flip(2), 1, seed=1),
+        "gamma": faults.change_gamma(own, 0.6),
+        "darker": faults.brighten(own, 0.6),
+        "noisy": faults.add_noise(own, 0.1),
+        "blurred": faults.blur(own, 1),
+        "bent": faults.bend(own, 0.7),
+        "first half of H": faults.join_halves(own, others, 2),
+        "first half of W": faults.join_halves(own, others, 3),
+        "new": draw_patients(COPIED, 100)[::SLICES],
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(copying, "CANDIDATES", 4)
+        patch.setattr(copying, "CALIBRATION_SLICES", 2 * CASES)
+        cases = [f"case_{i // SLICES}" for i in range(len(training))]
+        found = find_copies(torch.cat(list(samples.values())), lambda i: training[list(i)], len(training), cases, 2)
+    parts = zip(found.scores.split(COPIED), found.indices.split(COPIED), found.copied.split(COPIED))
+    maps = zip(found.transforms.split(COPIED), found.boxes.split(COPIED))
+    copies = {
+        kind: found._replace(scores=scores, indices=indices, copied=copied, transforms=transforms, boxes=boxes)
+        for kind, (scores, indices, copied), (transforms, boxes) in zip(samples, parts, maps)
+    }
+    return Searched(training, sources, samples, copies)
+
+
+def correlation(a, b):
+    a, b = (of.flatten(1) - of.flatten(1).mean(1, keepdim=True) for of in (a, b))
+    return F.cosine_similarity(a, b)
+
+
+WHOLE = ("exact", "mirrored", "shifted", "turned", "turned back", "stretched", "varied", "mirrored and varied", "gamma")
+WHOLE += ("darker", "noisy", "blurred", "bent")
+HALVES = ("first half of H", "first half of W")
+
+
+@pytest.mark.parametrize("kind", WHOLE + HALVES)
+def test_altered_copies_are_seen_and_their_sources_named(searched, kind):
+    assert searched.copies[kind].copied.all()
+    if kind in HALVES:  # the other half is a copy too
+        assert all(i - j in (0, 5 * SLICES + 1) for i, j in zip(searched.copies[kind].indices, searched.sources))
+    else:
+        assert (searched.copies[kind].indices == searched.sources).all()
+
+
+def test_slices_of_new_patients_are_no_copies(searched):
+    """With 12 patients, one slice in 13 may be called a copy; these five are drawn with fixed seeds."""
+    assert searched.copies["new"].rate == pytest.approx(1 / (CASES + 1))
+    assert not searched.copies["new"].copied.any()
+
+
+def test_an_exact_copy_scores_highest(searched):
+    exact = searched.copies["exact"].scores
+    assert all((of.scores <= exact + 1e-4).all() for of in searched.copies.values())
+
+
+@pytest.mark.parametrize("kind", ["exact", "mirrored", "shifted", "turned", "stretched", "mirrored and varied"])
+def test_the_training_slice_is_laid_over_the_sample(searched, kind):
+    found = searched.copies[kind]
+    aligned = align(searched.training[found.indices], found.transforms)
+    inner = (slice(None), slice(None), slice(8, -8), slice(6, -6))
+    assert (correlation(aligned[inner], searched.samples[kind][inner]) > 0.95).all()
+
+
+def test_the_box_shows_the_half_that_was_copied(searched):
+    found = searched.copies["first half of H"]
+    first = found.indices == searched.sources
+    top, bottom, left, right = found.boxes.unbind(1)
+    assert (bottom[first] <= 0.65).all() and (top[~first] >= 0.35).all()
+    assert ((top < bottom) & (left < right)).all()
+
+
+def test_boxes_of_mirrored_samples_are_mirrored_back():
+    half = int((copying.window_bounds(torch.device("cpu")) == torch.tensor([0, 0.5, 0, 1])).all(1).nonzero())
+    transforms = torch.stack([torch.eye(2, 3), torch.tensor([[1.0, 0, 0], [0, -1, 0]])])  # the second flips axis 2
+    boxes = copying.matched_boxes(torch.tensor([half, half]), transforms)
+    assert boxes.tolist() == [[0, 0.5, 0, 1], [0.5, 1, 0, 1]]
+
+
+def test_each_training_slice_is_loaded_once_and_in_batches(monkeypatch):
+    monkeypatch.setattr(copying, "CANDIDATES", 2)
+    monkeypatch.setattr(copying, "BATCH_SIZE", 4)
+    training, loaded = draw_patients(3, 1), []
+
+    def load(indices):
+        loaded.append(list(indices))
+        return training[loaded[-1]]
+
+    find_copies(training[:1], load, len(training), [i // SLICES for i in range(len(training))])
+    assert loaded == [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
+
+
+def test_mirrored_copies_are_searched_only_along_the_given_axis(monkeypatch):
+    monkeypatch.setattr(copying, "CANDIDATES", 4)
+    training = draw_patients(6, 1)
+    cases = [i // SLICES for i in range(len(training))]
+    scores = [
+        find_copies(training[:1].flip(3), lambda i: training[list(i)], len(training), cases, axis).scores
+        for axis in (3, 2, None)
+    ]
+    assert scores[0] > max(scores[1:]) + 5
+
+
+def test_patients_are_not_compared_with_their_own_slices():
+    """The training slices are all equal within a patient: compared with themselves they would be exact copies."""
+    training = copying.build_pyramid(draw_patients(4, 1)[::SLICES].repeat_interleave(2, 0))
+    labels = torch.arange(4).repeat_interleave(2)
+    matches = copying.match(copying.select(training, torch.tensor([0, 2])), labels[[0, 2]], training, labels, 2)
+    assert (labels[matches.indices] != labels[[0, 2], None]).all()
+    assert matches.similarities.max() < copying.MAX_SIMILARITY
+
+
+def test_one_patient_gives_no_threshold():
+    training = draw_patients(1, 1)
+    found = find_copies(training, lambda i: training[list(i)], len(training), [None] * SLICES)
+    assert found.threshold == torch.inf and found.rate == 0 and not found.copied.any()
+    assert found.indices.tolist() == [0, 1, 2]
+
+
+def test_slices_without_structure_resemble_nothing():
+    training = draw_patients(3, 1)
+    cases = [i // SLICES for i in range(len(training))]
+    found = find_copies(-torch.ones(2, 1, *SIZE), lambda i: training[list(i)], len(training), cases, 2)
+    assert found.scores.isfinite().all() and not found.copied.any()
+
+
+# ---------------------------------------------------------------- parts
+
+
+def test_the_threshold_leaves_the_rate_by_hand():
+    # 99 patients of one slice: each weighs 1/100, the new patient too. At 5 %, four may exceed the threshold.
+    scores = torch.arange(99.0)
+    assert calibrate(scores, torch.arange(99), 0.05) == (94.0, 0.05)
+    # Three patients: no less than 1/4 can be promised, at the highest score.
+    assert calibrate(torch.tensor([1.0, 5, 2, 3]), torch.tensor([0, 0, 1, 2]), 0.01) == (5.0, 0.25)
+    # Two slices of one patient weigh 1/8 each: at 3/8 the highest may be exceeded.
+    assert calibrate(torch.tensor([1.0, 5, 2, 3]), torch.tensor([0, 0, 1, 2]), 0.375) == (3.0, 0.375)
+
+
+def test_new_patients_exceed_the_threshold_at_most_at_the_rate():
+    """Scores that depend on the patient: 400 draws of 20 patients, 10 new slices each; 4 standard errors allowed."""
+    random = torch.Generator().manual_seed(0)
+    exceeded = []
+    for _ in range(400):
+        scores = torch.randn(21, 1, generator=random) + 0.5 * torch.randn(21, 10, generator=random)
+        threshold, rate = calibrate(scores[:20].flatten(), torch.arange(20).repeat_interleave(10), 0.1)
+        exceeded.append((scores[20] > threshold).float().mean())
+    shares = torch.stack(exceeded)
+    assert rate == 0.1
+    assert 0.03 < shares.mean() < 0.1 + 4 * shares.std() / 20
+
+
+def test_block_means_are_those_of_pooling():
+    images = torch.rand(2, 3, 21, 14, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(copying.block_means(images, 8, 3), F.avg_pool2d(images, 8, 3))
+
+
+def test_a_window_holds_the_blocks_inside_it():
+    # Four rows and three columns of blocks that are a quarter and a half of the sides; a third of one may stand out.
+    members = copying.window_members((4, 3), (0.25, 0.5), torch.device("cpu")).unflatten(1, (4, 3))
+    bounds = copying.window_bounds(torch.device("cpu")).tolist()
+    assert members[0].all()
+    upper_left = members[bounds.index([0, 0.5, 0, 0.5])]
+    assert upper_left.nonzero().tolist() == [[0, 0], [1, 0]]
+
+
+@pytest.mark.parametrize("size", [(96, 48), (48, 96), (64, 64), (40, 20), (256, 40)])
+def test_registration_recovers_an_affine_map(size):
+    random = torch.Generator().manual_seed(3)
+    moving = copying.gaussian_blur(torch.randn(2, 1, *size, generator=random), 2)
+    angle, height, width = torch.tensor(0.08), *size
+    true = torch.stack(
+        [
+            torch.stack([1.05 * angle.cos(), -angle.sin() * height / width, torch.tensor(0.04)]),
+            torch.stack([angle.sin() * width / height, 0.97 * angle.cos(), torch.tensor(-0.03)]),
+        ]
+    ).expand(2, -1, -1)
+    found, _ = copying.register(copying.build_pyramid(align(moving, true)), copying.build_pyramid(moving))
+    places = F.affine_grid(found, [2, 1, 9, 9], align_corners=False) - F.affine_grid(
+        true, [2, 1, 9, 9], align_corners=False
+    )
+    pixels = places * torch.tensor([width, height]) / 2
+    assert pixels.norm(dim=-1).mean() < 1
+
+
+# ---------------------------------------------------------------- alterations
+
+
+def test_move_shifts_turns_and_stretches_about_the_centre():
+    slices = field(1, 5)
+    assert torch.allclose(
+        faults.move(slices, (3, -2))[..., 8:-8, 8:-8], slices.roll((3, -2), (2, 3))[..., 8:-8, 8:-8], atol=1e-4
+    )
+    assert torch.allclose(faults.move(slices, degrees=180), slices.flip(2, 3), atol=1e-4)
+    y = torch.linspace(-1, 1, SIZE[0]).view(1, 1, -1, 1).expand(1, 1, *SIZE)
+    assert torch.allclose(faults.move(y, stretch=(1.25, 1))[..., 8:-8, :], y[..., 8:-8, :] / 1.25, atol=1e-2)
+
+
+def test_parts_come_from_the_slices_named():
+    slices, others = torch.zeros(1, 1, *SIZE), torch.ones(1, 1, *SIZE)
+    assert faults.join_halves(slices, others, 2)[0, 0, :, 0].tolist() == [0] * 32 + [1] * 32
+    assert faults.join_halves(slices, others, 3)[0, 0, 0].tolist() == [0] * 16 + [1] * 16
+    disc = faults.paste_disc(slices, others, 10)
+    assert (SIZE[0] * SIZE[1] - disc.sum()).item() == pytest.approx(torch.pi * 100, rel=0.02)
+
+
+def test_alterations_of_intensity():
+    slices = field(1, 5).clamp(-1, 1)
+    assert torch.allclose(faults.change_gamma(slices, 1), slices, atol=1e-6)
+    assert faults.brighten(torch.zeros(1, 1, 4, 4), 0.5).unique().item() == -0.5
+    assert (faults.add_noise(torch.zeros(1, 1, 64, 64), 0.1).std() - 0.1).abs() < 0.005
+    assert faults.blur(slices, 2).std() < 0.8 * slices.std()
+    assert torch.equal(faults.bend(slices, 1, seed=2), faults.bend(slices, 1, seed=2))
+    assert not torch.allclose(faults.bend(slices, 1, seed=2), faults.bend(slices, 1, seed=3), atol=0.01)
+    assert torch.allclose(faults.bend(slices, 0), slices, atol=1e-5)
