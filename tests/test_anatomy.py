@@ -1,12 +1,12 @@
 """Coherence on toy bodies, its parts against values derived by hand, and the planted faults."""
 
+import anatomy_faults as faults
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 import anatomy
-import anatomy_faults as faults
 from anatomy import Collages, Matcher, Reference, blend, blur, cut_blocks, gather_pool, tail_test
 
 SIZE = (32, 16)

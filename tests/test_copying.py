@@ -2,12 +2,12 @@
 
 from typing import NamedTuple
 
+import copy_faults as faults
 import pytest
 import torch
 import torch.nn.functional as F
 
 import copying
-import faults
 from copying import align, calibrate, find_copies
 
 CASES, SLICES, SIZE = 12, 3, (64, 32)
