@@ -2,8 +2,8 @@
 
     python evaluate.py --run runs/default
 
-Prints a table, and writes RUN/evaluation.json, RUN/MODEL_CARD.md, and the figures evaluation.png, copying.png and
-membership.png.
+Prints a table, and writes RUN/evaluation.json, RUN/MODEL_CARD.md, and the figures evaluation.png, copying.png,
+membership.png and outliers.png.
 """
 
 import math
@@ -16,10 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from anatomy import MIN_TRAINING, TAIL, Coherence, coherence
 from augmentation import augment
 from checkpoints import read_bytes, read_config, read_data_files, strict_json
 from config import RunConfig
 from console import Parser, RunError, log_notices, logger, nonempty, number, run_command, say
+from copying import Copies, align, find_copies
 from dataset import DataSplits, Slices, describe_changes, load_dataset
 from membership import attack_metrics, attack_scores, pair_patients, roc_curve
 from metrics import (
@@ -27,7 +29,6 @@ from metrics import (
     NearestNeighbours,
     RandomFeatures,
     all_reconstruction_metrics,
-    best_aligned_pair,
     bits_per_pixel,
     c2st,
     code_counts,
@@ -47,7 +48,14 @@ from metrics import (
 from model_card import TEMPLATE, fill_card
 from modules import VQVAE
 from nifti import left_right_axis
-from plots import caption, evaluation_figure, evenly_spaced, membership_figure, reconstructions_figure
+from plots import (
+    caption,
+    evaluation_figure,
+    evenly_spaced,
+    membership_figure,
+    outliers_figure,
+    reconstructions_figure,
+)
 from predict import (
     DEFAULT_NUM,
     MAX_NUM,
@@ -66,6 +74,9 @@ from predict import (
 from utils import autocast, check_folder, make_folder, write_file
 
 MIN_SLICES = 4  # slices or samples that can be evaluated
+BATCH_SIZE = 64  # training slices loaded at a time
+MAX_LISTED = 100  # samples in evaluation.json
+OUTLIERS = 8  # slices of a set in outliers.png
 MAX_CARD = 1 << 20  # bytes of a model card that is read
 
 COMPARISONS = ("samples", "decoder_alone", "prior_alone", "baseline")
@@ -120,6 +131,12 @@ SAMPLE_ROWS = (
     TableRow("copying", "median_distance", "  median", ".3f"),
     TableRow("copying", "memorisation_rate", "memorisation rate", ".3f", "closer than any held-out; 1 for copies"),
     TableRow("copying", "c_t", "data-copying C_T", ".1f", "about 0; far below 0 for copies"),
+)
+SLICE_ROWS = (
+    TableRow("slices", "copied", "called copies", ".3f", "the expected share is best"),
+    TableRow("slices", "copied_expected", "  expected of new patients", ".3f", "at most"),
+    TableRow("slices", "tail_share", "incoherent anatomy", ".3f", f"{TAIL:g} is expected of new patients"),
+    TableRow("slices", "tail_p_value", "  p-value", ".4f", "below 0.01: more than new patients have"),
 )
 MEMBERSHIP_ROWS = (
     TableRow("attack", "auc", "AUC", ".3f", "0.5 gives nobody away, 1 everybody"),
@@ -190,9 +207,10 @@ def training_data(options: EvaluateOptions, config: RunConfig, vqvae: VQVAE) -> 
         raise RunError(
             f"{folder} does not hold the data {options.run} was trained on ({changes}): name their folder with --data"
         )
-    if len(getattr(data, options.split)) < MIN_SLICES or len(data.train) < MIN_SLICES:
+    if len(getattr(data, options.split)) < MIN_SLICES or len(data.train) < MIN_TRAINING:
         raise RunError(
-            f"{folder} has fewer than {MIN_SLICES} training or {options.split} slices: choose another --split"
+            f"{folder} has fewer than {MIN_TRAINING} training or {MIN_SLICES} {options.split} slices: choose another "
+            "--split"
         )
     if min(data.slice_size) < MIN_SIDE:
         raise RunError(f"slices of {data.slice_size} pixels cannot be evaluated: a side needs at least {MIN_SIDE}")
@@ -203,7 +221,7 @@ def training_data(options: EvaluateOptions, config: RunConfig, vqvae: VQVAE) -> 
 
 
 def evaluate(options: EvaluateOptions, config: RunConfig, networks: Networks, device: torch.device) -> None:
-    """Evaluate a run on held-out slices; print a table, write evaluation.json and three figures.
+    """Evaluate a run on held-out slices; print a table, write evaluation.json, a model card and four figures.
 
     Samples can differ from real slices because of the decoder and the refiner or because of the prior. To separate
     these errors, each metric of samples is reported for four comparisons, in which reconstructions are refined:
@@ -285,6 +303,14 @@ def evaluate(options: EvaluateOptions, config: RunConfig, networks: Networks, de
         comparison = {"samples": sample_values, "copying": copying_values}
         results |= comparison if name == "samples" else {name: comparison}
 
+    print("judging single slices: copies and anatomy")
+    sets = {"samples": samples, "reconstructions": reconstructions, f"{options.split} slices": real}
+    copies, anatomy = find_set_copies(sets, data.train, flip_axis), judge_anatomy(sets, data.train, flip_axis)
+    results["slices"] = {
+        name.replace(f"{options.split} ", "heldout_"): of for name, of in slice_metrics(copies, anatomy).items()
+    }
+    results["called_copies"] = describe_copies(copies["samples"], data.train)
+
     print("asking whether training slices can be told from held-out ones")
     scores, results["membership"] = infer_membership(networks, data.train, held_out, samples, flip_axis)
     print_table(results)
@@ -314,8 +340,13 @@ def evaluate(options: EvaluateOptions, config: RunConfig, networks: Networks, de
         {attack: values["auc"] for attack, values in results["membership"]["attacks"].items()},
         f"{options.run}: {results['membership']['slices']} training and as many {options.split} slices",
     )
-    closest = {"sample": (samples, nn_samples), f"{options.split} slice": (real, nn_real)}
-    write_copying_figure(options.images / "copying.png", data.train, closest, flip_axis)
+    both = ("samples", f"{options.split} slices")
+    write_copying_figure(
+        options.images / "copying.png", data.train, {name: (sets[name], copies[name]) for name in both}
+    )
+    outliers_figure(
+        options.images / "outliers.png", {name: lowest(sets[name].slices, anatomy.scores[name]) for name in both}
+    )
     written = f"{options.run / 'evaluation.json'} and MODEL_CARD.md, figures in {options.images}"
     say(f"{time.perf_counter() - started:.0f} s: {written}")
 
@@ -406,6 +437,49 @@ def copying_metrics(samples: NearestNeighbours, reference: NearestNeighbours) ->
     }
 
 
+def find_set_copies(sets: Mapping[str, SliceSet], train: Slices, flip_axis: int | None) -> dict[str, Copies]:
+    """Search the training slices for what each set may have copied, in one pass over them."""
+    slices = torch.cat([own.slices for own in sets.values()])
+    found = find_copies(slices, train.batch, len(train), train.cases, flip_axis)
+    sizes = [len(own.slices) for own in sets.values()]
+    fields = [field.split(sizes) if isinstance(field, Tensor) else [field] * len(sizes) for field in found]
+    return {name: Copies(*own) for name, own in zip(sets, zip(*fields))}
+
+
+def judge_anatomy(sets: Mapping[str, SliceSet], train: Slices, flip_axis: int | None) -> Coherence:
+    """Score the anatomical coherence of the slices of each set."""
+    return coherence(
+        train.batches(BATCH_SIZE),
+        train.positions,
+        train.cases,
+        {name: own.slices for name, own in sets.items()},
+        flip_axis,
+        {name: own.cases for name, own in sets.items()},
+    )
+
+
+def slice_metrics(copies: Mapping[str, Copies], anatomy: Coherence) -> dict[str, dict[str, float]]:
+    """Return the share of each set that is called a copy, and its share of incoherent anatomy with a p-value."""
+    return {
+        name: {
+            "copied": own.copied.double().mean().item(),
+            "copied_expected": own.rate,
+            "tail_share": anatomy.tail_shares[name],
+            "tail_p_value": anatomy.p_values[name],
+        }
+        for name, own in copies.items()
+    }
+
+
+def describe_copies(copies: Copies, train: Slices) -> list[dict[str, Any]]:
+    """Name the samples that are called copies, the most similar first, and their training slices; at most 100."""
+    order = copies.scores.argsort(descending=True)
+    return [
+        {"sample": i, "training_slice": train.names[int(copies.indices[i])], "score": copies.scores[i].item()}
+        for i in order[copies.copied[order]][:MAX_LISTED].tolist()
+    ]
+
+
 def infer_membership(
     networks: Networks, train: Slices, held_out: Slices, samples: SliceSet, flip_axis: int | None
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Any]]:
@@ -445,6 +519,9 @@ def print_table(results: Mapping[str, Any]) -> None:
     columns = {name.replace("_", " "): results[name] for name in COMPARISONS[1:]}
     print_rows(SAMPLE_ROWS, {"samples": results} | columns)
     print(LEGEND)
+    print("single slices")
+    print_rows(SLICE_ROWS, {name.replace("_", " "): {"slices": own} for name, own in results["slices"].items()})
+    print()
     membership = results["membership"]
     print(
         f"membership inference: {membership['slices']} training slices of {membership['patients']} patients, "
@@ -476,28 +553,31 @@ def write_model_card(path: Path, config: RunConfig, results: Mapping[str, Any]) 
     write_file(path, lambda part: part.write_text(card))
 
 
-def write_copying_figure(
-    path: Path, training: Slices, found: Mapping[str, tuple[SliceSet, NearestNeighbours]], flip_axis: int | None
-) -> None:
-    """Plot the three closest pairs of each kind of slices, aligned as they were compared.
+def write_copying_figure(path: Path, training: Slices, found: Mapping[str, tuple[SliceSet, Copies]]) -> None:
+    """Plot the three slices of each kind that resemble a training slice most, beside it in the frame of the match.
 
     Args:
         path: Of the PNG.
         training: The training slices.
-        found: Slices and their nearest training slices, by the kind of slices.
-        flip_axis: As in `nearest_neighbours`.
+        found: Slices and what they may have copied, by the kind of slices.
     """
-    crops, nearest, titles = [], [], []
-    for kind, (own, neighbours) in found.items():
-        for i in neighbours.distances.argsort()[:3].tolist():
-            index = int(neighbours.indices[i])
-            training_slice = training.batch([index]).to(own.slices.device)
-            crop, other, _ = best_aligned_pair(own.slices[i : i + 1], training_slice, flip_axis)
-            crops.append(crop[0].cpu().numpy())
-            nearest.append(other[0].cpu().numpy())
-            titles.append(f"{kind} {i}, distance {neighbours.distances[i]:.3f}\nto {caption(training.names[index])}")
-    labels = ("sample or slice", "nearest\ntraining slice")
-    reconstructions_figure(path, np.stack(crops), np.stack(nearest), titles, labels, limit=0.5)
+    slices, nearest, titles = [], [], []
+    for kind, (own, copies) in found.items():
+        for i in copies.scores.argsort(descending=True)[:3].tolist():
+            index = int(copies.indices[i])
+            source = align(training.batch([index]).to(own.slices.device), copies.transforms[i : i + 1])
+            slices.append(own.slices[i, 0].cpu().numpy())
+            nearest.append(source[0, 0].cpu().numpy())
+            called = "called a copy" if copies.copied[i] else "not called"
+            titles.append(f"{kind}, {i}: {copies.scores[i]:.1f}, {called}\n{caption(training.names[index])}")
+    labels = ("sample or slice", "training slice,\naligned")
+    reconstructions_figure(path, np.stack(slices), np.stack(nearest), titles, labels, limit=0.5)
+
+
+def lowest(slices: Tensor, scores: Tensor) -> tuple[np.ndarray, list[str]]:
+    """Return the least coherent slices (n, H, W), the lowest first, with their numbers and scores as titles."""
+    order = scores.argsort()[:OUTLIERS]
+    return slices[order, 0].cpu().numpy(), [f"{i}: {scores[i]:.3f}" for i in order.tolist()]
 
 
 # ---------------------------------------------------------------- command

@@ -15,7 +15,8 @@ TEMPLATE = Path(__file__).resolve().parent / "docs" / "MODEL_CARD_TEMPLATE.md"
 BEGIN, END = "<!-- measured by evaluate.py: begin -->", "<!-- measured by evaluate.py: end -->"
 FEW_PATIENTS = 10  # held out; with fewer, metrics of samples vary too much to judge by
 MAX_C2ST = 0.75  # accuracy above which samples are easily told from real slices
-MAX_MEMORISED = 0.05  # share of samples closer to a training slice than any reconstruction of a held-out one
+MAX_MEMORISED = 0.05  # share of samples closer to a training slice than any reconstruction of a held-out slice
+MAX_P_VALUE = 0.01  # of the share of samples with incoherent anatomy
 OVERFITTED = 0.1  # share of bits per code that held-out slices need more than training slices
 SAMPLES_ATTACK = "samples"  # of evaluation.json; the others need the weights
 
@@ -58,8 +59,8 @@ def measured_part(config: RunConfig, results: Mapping[str, Any]) -> Iterator[str
     yield f"- **Samples.** {judge_samples(results)}"
     yield f"- **Weights.** {judge_weights(results)}"
     yield (
-        "- **Not tested:** attacks with reference models, copies that are rotated, stretched or shifted by more than "
-        "4 pixels, copies of parts of a slice, and anatomy as an expert sees it. No measurement is a proof of privacy."
+        "- **Not tested:** attacks with reference models, copies of parts smaller than an organ, and anatomy as an "
+        "expert sees it. No measurement is a proof of privacy."
     )
 
 
@@ -105,6 +106,11 @@ def describe_metrics(results: Mapping[str, Any]) -> Iterator[tuple[str, str, str
         yield name, f"{results['samples'][key]:.2f}", f"real vs. real {baseline['samples'][key]:.2f}"
     memorised = results["prior_alone"]["copying"]["memorisation_rate"]
     yield "memorisation rate, prior alone", f"{memorised:.1%}", f"{baseline['copying']['memorisation_rate']:.1%}"
+    samples, held_out = results["slices"]["samples"], results["slices"]["heldout_slices"]
+    expected = f"held-out slices {held_out['copied']:.1%}, new patients at most {samples['copied_expected']:.1%}"
+    yield "samples called copies of a training slice", f"{samples['copied']:.1%}", expected
+    incoherent = f"{samples['tail_share']:.1%} (p = {samples['tail_p_value']:.4f})"
+    yield "samples with incoherent anatomy", incoherent, f"held-out slices {held_out['tail_share']:.1%}"
     for name, attack in results["membership"]["attacks"].items():
         low, high = attack["auc_interval"]
         found = f"{attack['tpr_at_1_percent_fpr']:.0%} found at 1 % wrongly accused"
@@ -122,6 +128,12 @@ def quality_warnings(results: Mapping[str, Any]) -> Iterator[str]:
     accuracy = results["samples"]["c2st_accuracy"]
     if accuracy > MAX_C2ST:
         yield f"**Quality.** A classifier tells {accuracy:.0%} of samples and real slices apart (chance: 50 %)."
+    samples = results["slices"]["samples"]
+    if samples["tail_p_value"] < MAX_P_VALUE:
+        yield (
+            f"**Anatomy.** {samples['tail_share']:.1%} of the samples have anatomy that hardly any patient has "
+            f"(p = {samples['tail_p_value']:.4f}): see `outliers.png`."
+        )
     more = results["prior"]["bits_per_code"] / results["training"]["prior"]["bits_per_code"] - 1
     if more > OVERFITTED:
         yield f"**Overfitting.** The prior needs {more:.0%} more bits for held-out slices than for training slices."
@@ -132,6 +144,9 @@ def judge_samples(results: Mapping[str, Any]) -> str:
     memorised = results["prior_alone"]["copying"]["memorisation_rate"]
     attack = results["membership"]["attacks"][SAMPLES_ATTACK]
     found = []
+    own, reconstructions = results["slices"]["samples"], results["slices"]["reconstructions"]
+    if own["copied"] > max(own["copied_expected"], reconstructions["copied"]):
+        found.append(f"{own['copied']:.1%} of them are called copies of a training slice (`called_copies`)")
     if memorised > MAX_MEMORISED:
         found.append(f"{memorised:.0%} of them are closer to a training slice than any held-out reconstruction is")
     if attack["auc_interval"][0] > 0.5:

@@ -312,6 +312,23 @@ def evaluation_figure(
     save_figure(figure, path)
 
 
+def outliers_figure(path: Path, rows: Mapping[str, tuple[np.ndarray, Sequence[str]]]) -> None:
+    """Plot the least coherent slices (n, H, W) of each set, the worst first, each with its number and score."""
+    count = max(len(slices) for slices, _ in rows.values())
+    height, width = to_display(next(iter(rows.values()))[0]).shape[1:]
+    figure = Figure(figsize=(12, len(rows) * (12 / count * height / width + 0.3) + 0.3), layout="constrained")
+    figure.suptitle("least coherent anatomy: score, from 0, worst, to 1", fontsize=10, x=0.01, ha="left")
+    for row, (label, (slices, titles)) in zip(figure.subplots(len(rows), count, squeeze=False), rows.items()):
+        row[0].set_ylabel(label, fontsize=9)
+        for axes in row:
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+        for axes, image, title in zip(row, to_display(slices), titles):
+            axes.imshow(image, cmap="gray", vmin=-1, vmax=1)
+            axes.set_title(title, fontsize=8)
+    save_figure(figure, path)
+
+
 def membership_figure(
     path: Path, curves: Mapping[str, tuple[np.ndarray, np.ndarray]], areas: Mapping[str, float], title: str
 ) -> None:

@@ -15,6 +15,7 @@ import torch
 from matplotlib.image import imread
 from trainings import arguments
 
+import anatomy
 import evaluate
 import metrics
 import predict
@@ -35,6 +36,7 @@ SAMPLE_KEYS = {
     "ms_ssim_diversity",
 }
 RECONSTRUCTION_KEYS = {"ssim", "ssim_unit_range", "ms_ssim", "psnr", "psnr_per_slice", "mse", "bits_per_pixel"}
+FIGURES = ["copying.png", "evaluation.png", "membership.png", "outliers.png"]
 COPYING_KEYS = {"min_distance", "median_distance", "memorisation_rate", "c_t"}
 
 
@@ -45,6 +47,8 @@ def quick():
         patch.setattr(metrics, "PATCHES", 256)
         patch.setattr(metrics, "PAIRS", 10)
         patch.setattr(metrics, "CLASSIFIER_UPDATES", 2)
+        patch.setattr(anatomy, "JUDGE_UPDATES", 2)
+        patch.setattr(anatomy, "MATCHER_UPDATES", 2)
         yield
 
 
@@ -57,7 +61,7 @@ def evaluated(tmp_path_factory, trained, quick):
         shutil.copytree(trained.run, folder / "run")
         given = {"run": folder / "run", "images": folder / "images", "device": "cpu"} | options
         with contextlib.redirect_stdout(io.StringIO()) as printed, pytest.MonkeyPatch.context() as patch:
-            for figure in ("evaluation_figure", "write_copying_figure", "membership_figure"):
+            for figure in ("evaluation_figure", "write_copying_figure", "membership_figure", "outliers_figure"):
                 if not draw:  # figures take half of the time
                     patch.setattr(evaluate, figure, lambda *_: None)
             evaluate.main(arguments(**given))
@@ -141,6 +145,18 @@ def test_a_model_card_is_written_and_its_other_parts_are_kept(evaluated, monkeyp
     assert "MODEL_CARD.md is left as it is: it lacks the lines" in caplog.text
 
 
+def test_single_slices_are_judged(evaluation):
+    _, results, printed = evaluation
+    assert results["slices"].keys() == {"samples", "reconstructions", "heldout_slices"}
+    for own in results["slices"].values():
+        assert own.keys() == {"copied", "copied_expected", "tail_share", "tail_p_value"}
+        assert 0 <= own["copied"] <= 1
+        assert 0 < own["tail_p_value"] <= 1
+    lines = {line[:32].strip(): line[32:].split() for line in printed.splitlines()}
+    assert lines["called copies"][:3] == [f"{own['copied']:.3f}" for own in results["slices"].values()]
+    assert all(called["training_slice"].endswith(".nii.gz") for called in results["called_copies"])
+
+
 def test_membership_is_inferred_from_networks_and_samples(evaluation):
     _, results, printed = evaluation
     assert (results["membership"]["patients"], results["membership"]["slices"]) == (1, 4)
@@ -162,7 +178,7 @@ def test_membership_is_inferred_from_networks_and_samples(evaluation):
 
 def test_evaluation_writes_its_figures(evaluation):
     images, _, _ = evaluation
-    assert sorted(path.name for path in images.iterdir()) == ["copying.png", "evaluation.png", "membership.png"]
+    assert sorted(path.name for path in images.iterdir()) == FIGURES
     assert imread(images / "evaluation.png").shape[1] == 1440
     assert imread(images / "copying.png").shape[1] == pytest.approx(6 * 2.4 * 120, rel=0.05)
 
@@ -336,7 +352,7 @@ def test_evaluation_json_has_null_for_nan(evaluated, monkeypatch):
 
 def test_a_split_with_too_few_slices_is_refused(evaluated, trained, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "MIN_SLICES", 5)
-    with pytest.raises(RunError, match="fewer than 5 training or test slices: choose another --split"):
+    with pytest.raises(RunError, match="fewer than 8 training or 5 test slices: choose another --split"):
         evaluated(num=6)
 
 

@@ -18,6 +18,7 @@ from trainings import UPDATES, checkpoint_header
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import gpu as gpu_check
 
+import anatomy
 import evaluate
 import metrics
 import predict
@@ -165,10 +166,16 @@ def expected(trained, tmp_path_factory):
         return measure(patch, trained, folder, "cpu")
 
 
+def few_anatomy_updates(patch):
+    for name in ("JUDGE_UPDATES", "MATCHER_UPDATES"):
+        patch.setattr(anatomy, name, 2)
+
+
 def measure(patch, trained, folder, device):
     fewer = {"PATCHES": 256, "PAIRS": 10, "CLASSIFIER_UPDATES": 2, "CLASSIFIERS_PER_FOLD": 1, "MAX_SHIFT": 1}
     for name, value in fewer.items():
         patch.setattr(metrics, name, value)
+    few_anatomy_updates(patch)
     shutil.copytree(trained.run, folder / "run")
     given = {"run": folder / "run", "images": folder, "out": folder, "device": device}
     call(predict, **given, reconstruct=trained.data / "keras_slices_test")
@@ -258,6 +265,7 @@ def test_gpu_check_completes_without_failures(gpu, tiny_preset, tmp_path, monkey
     fewer = {"PATCHES": 256, "PAIRS": 10, "CLASSIFIERS_PER_FOLD": 1, "MAX_SHIFT": 1, "CLASSIFIER_UPDATES": 1}
     for name, value in fewer.items():
         monkeypatch.setattr(metrics, name, value)
+    few_anatomy_updates(monkeypatch)
     monkeypatch.setattr(gpu_check, "train_options", lambda *given: [*real(*given), "--preset", tiny_preset])
     monkeypatch.setattr(gpu_check, "train_with_a_stop", lambda options, run: train.main(options))
     report = gpu_check.check(tmp_path, torch.device("cuda", 0), tiny=True)

@@ -18,6 +18,7 @@ ATTACK = {
 SETTINGS = {"split": "test", "heldout_slices": 200, "heldout_cases": 10, "samples": 200}
 SAMPLES = {"c2st_accuracy": 0.6, "coverage_by_patient": 0.9, "ms_ssim_diversity": 0.65}
 COPYING = {"memorisation_rate": 0.01, "c_t": 0.1}
+JUDGED = {"copied": 0.0, "copied_expected": 0.01, "tail_share": 0.02, "tail_p_value": 0.4}
 RESULTS = {
     "settings": SETTINGS | {"training_slices": 2400, "training_cases": 120},
     "reconstructions": {"ssim": 0.9, "psnr": 27.0},
@@ -27,6 +28,7 @@ RESULTS = {
     "samples": SAMPLES,
     "prior_alone": {"samples": SAMPLES, "copying": COPYING},
     "baseline": {"samples": SAMPLES, "copying": COPYING},
+    "slices": dict.fromkeys(("samples", "reconstructions", "heldout_slices"), JUDGED),
     "membership": {"attacks": {"likelihood": ATTACK, "neighbourhood": ATTACK, "samples": ATTACK}},
 }
 
@@ -87,6 +89,14 @@ def test_a_card_without_markers_is_refused(run_config):
         (
             with_value(ATTACK | {"auc": 0.8, "auc_interval": (0.7, 0.9)}, "membership", "attacks", "neighbourhood"),
             "**Weights.** Do not share: they give training patients away. The best attack tried (neighbourhood)",
+        ),
+        (
+            with_value(JUDGED | {"copied": 0.03}, "slices", "samples"),
+            "**Samples.** Do not share: 3.0% of them are called copies",
+        ),
+        (
+            with_value(JUDGED | {"tail_share": 0.1, "tail_p_value": 0.001}, "slices", "samples"),
+            "**Anatomy.** 10.0% of the samples have anatomy that hardly any patient has (p = 0.0010)",
         ),
         (with_value(0.99, "samples", "c2st_accuracy"), "**Quality.** A classifier tells 99% of"),
         (with_value(5.0, "prior", "bits_per_code"), "**Overfitting.** The prior needs 28% more bits"),
