@@ -520,7 +520,13 @@ def print_table(results: Mapping[str, Any]) -> None:
     print_rows(SAMPLE_ROWS, {"samples": results} | columns)
     print(LEGEND)
     print("single slices")
-    print_rows(SLICE_ROWS, {name.replace("_", " "): {"slices": own} for name, own in results["slices"].items()})
+    print_rows(
+        SLICE_ROWS,
+        {
+            name.removesuffix("_slices").replace("reconstructions", "reconstructed"): {"slices": own}
+            for name, own in results["slices"].items()
+        },
+    )
     print()
     membership = results["membership"]
     print(
