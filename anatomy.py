@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metrics import two_fold_split
+from metrics import to_grey_levels, two_fold_split
 from utils import autocast, channels_last
 
 WORKING_PIXELS = 3200  # per slice, such as 80x40; larger slices are reduced
@@ -59,7 +59,7 @@ def reduce(slices: Tensor) -> Tensor:
     size = working_size(slices.shape[2:])
     if size != tuple(slices.shape[2:]):
         slices = F.interpolate(slices, size=size, mode="bilinear", antialias=True, align_corners=False)
-    return ((slices.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return to_grey_levels(slices)
 
 
 def blur(pictures: Tensor, sigma: float) -> Tensor:
