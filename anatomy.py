@@ -641,12 +641,27 @@ def combine(reference: Tensor, found: Tensor) -> Tensor:
     return ranks.log() @ torch.tensor(WEIGHTS, dtype=ranks.dtype)
 
 
+class Tail(NamedTuple):
+    """Slices of a group that lie in the low tail, below the TAIL quantile of unseen patients."""
+
+    low: np.ndarray  # (N,): share of the references in whose tail a slice lies, in [0, 1]
+    null: np.ndarray  # (DRAWS,): mean of `low` in groups of unseen patients; TAIL on average
+
+    @property
+    def share(self) -> float:
+        """Return the share of the slices that lie in the tail, in [0, 1]."""
+        return float(self.low.mean())
+
+    def p_value(self, share: float) -> float:
+        """Return the p-value of a share of slices in the tail, at least 1 / (DRAWS + 1)."""
+        return float((1 + (self.null >= share - 1e-12).sum()) / (len(self.null) + 1))
+
+
 class Coherence(NamedTuple):
     """Coherence of groups of slices, by the name of the group."""
 
     scores: dict[str, Tensor]  # (N,) in (0, 1): rank among slices of unseen patients; 0.5 on average for such slices
-    tail_shares: dict[str, float]  # share of slices below the TAIL quantile of unseen patients; TAIL is expected
-    p_values: dict[str, float]  # of a share as large or larger among slices of unseen patients
+    tails: dict[str, Tail]
 
 
 def coherence(
@@ -684,19 +699,17 @@ def coherence(
     pool = gather_pool(training, positions, patients)
     half = two_fold_split(pool.patients.tolist())
     references = [make_reference(pool, learned, flip_axis, seed + i) for i, learned in enumerate((half, ~half))]
-    scores, shares, p_values = {}, {}, {}
+    scores, tails = {}, {}
     for name, slices in groups.items():
         ranks = torch.stack([own.rank(reduce(slices).cpu()) for own in references], 1)
         own_cases = range(len(slices)) if group_cases is None else group_cases.get(name, range(len(slices)))
         scores[name] = ranks.mean(1)
-        shares[name], p_values[name] = tail_test(ranks, own_cases, references, seed)
-    return Coherence(scores, shares, p_values)
+        tails[name] = tail_test(ranks, own_cases, references, seed)
+    return Coherence(scores, tails)
 
 
-def tail_test(
-    ranks: Tensor, cases: Sequence[Hashable], references: Sequence[Reference], seed: int
-) -> tuple[float, float]:
-    """Test whether more slices than expected lie in the low tail of unseen patients.
+def tail_test(ranks: Tensor, cases: Sequence[Hashable], references: Sequence[Reference], seed: int) -> Tail:
+    """Find the slices in the low tail of unseen patients, and how many are there by chance.
 
     The null distribution is a bootstrap of patients. Each draw chooses the reference's patients anew, with replacement,
     which moves the quantiles; and for each case of the group a patient, and as many slices of that patient as the case
@@ -708,13 +721,9 @@ def tail_test(
         cases: Their patients (N).
         references: K.
         seed: Of the draws.
-
-    Returns:
-        The share of slices in the tail, a mean over references, in [0, 1], and the p-value, at least 1 / (DRAWS + 1).
     """
     rng = np.random.default_rng(seed)
     thresholds = [np.quantile(own.ranks.numpy(), TAIL) for own in references]
-    share = float(np.mean([(ranks[:, k].numpy() < threshold).mean() for k, threshold in enumerate(thresholds)]))
     quantiles = [draw_quantiles(own, rng) for own in references]
     null = np.concatenate(
         [
@@ -722,7 +731,7 @@ def tail_test(
             for part, drawn in draw_ranks(references, cases, rng)
         ]
     )
-    return share, float((1 + (null >= share - 1e-12).sum()) / (DRAWS + 1))
+    return Tail((ranks.numpy() < thresholds).mean(1), null)
 
 
 def draw_quantiles(reference: Reference, rng: Rng) -> np.ndarray:

@@ -464,8 +464,8 @@ def slice_metrics(copies: Mapping[str, Copies], anatomy: Coherence) -> dict[str,
         name: {
             "copied": own.copied.double().mean().item(),
             "copied_expected": own.rate,
-            "tail_share": anatomy.tail_shares[name],
-            "tail_p_value": anatomy.p_values[name],
+            "tail_share": anatomy.tails[name].share,
+            "tail_p_value": anatomy.tails[name].p_value(anatomy.tails[name].share),
         }
         for name, own in copies.items()
     }

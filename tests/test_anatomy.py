@@ -1,12 +1,11 @@
-"""Coherence on toy bodies, its parts against values derived by hand, and the planted faults."""
+"""Coherence on toy bodies, and its parts against values derived by hand."""
 
-import anatomy_faults as faults
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 import anatomy
+import faults
 from anatomy import Collages, Matcher, Reference, blend, blur, cut_blocks, gather_pool, tail_test
 
 SIZE = (32, 16)
@@ -205,11 +204,12 @@ def test_a_tenth_of_bad_slices_is_called_and_a_perfect_set_is_not(monkeypatch):
     p_perfect, p_tenth = [], []
     for seed in range(40):
         ranks = torch.rand(200, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        p_perfect.append(tail_test(ranks, range(200), references, seed)[1])
+        perfect = tail_test(ranks, range(200), references, seed)
+        p_perfect.append(perfect.p_value(perfect.share))
         ranks[:20] = 0.01
-        share, p_value = tail_test(ranks, range(200), references, seed)
-        assert share >= 0.1
-        p_tenth.append(p_value)
+        tenth = tail_test(ranks, range(200), references, seed)
+        assert tenth.share >= 0.1 and (tenth.low[:20] == 1).all()
+        p_tenth.append(tenth.p_value(tenth.share))
     # False alarms are binomial (40, 0.05) at most: more than 7 occur with probability 0.001.
     assert (np.array(p_perfect) < 0.05).sum() <= 7
     assert np.median(p_tenth) < 0.01
@@ -220,8 +220,10 @@ def test_slices_of_one_patient_count_as_one(monkeypatch):
     references = references_of(0.95)
     ranks = torch.full((10, 2), 0.5, dtype=torch.float64)
     ranks[:5] = 0.01
-    assert tail_test(ranks, ["a"] * 10, references, 0)[1] > 0.02  # such a patient is one of about twenty
-    assert tail_test(ranks, range(10), references, 0)[1] < 0.002
+    of_one, of_many = (tail_test(ranks, cases, references, 0) for cases in (["a"] * 10, range(10)))
+    assert of_one.share == of_many.share == 0.5
+    assert of_one.p_value(0.5) > 0.02  # such a patient is one of about twenty
+    assert of_many.p_value(0.5) < 0.002
 
 
 def test_no_network_judges_patients_it_learned_from(training, held_out, monkeypatch):
@@ -249,11 +251,12 @@ def test_faults_score_below_slices_of_unseen_patients(training, held_out, monkey
     monkeypatch.setattr(anatomy, "JUDGE_UPDATES", 40)
     monkeypatch.setattr(anatomy, "MATCHER_UPDATES", 60)
     (slices, positions, cases), (real, heights, patients) = training, held_out
+    originals = faults.Originals(real, heights, patients)
     groups = {
         "real": real,
-        "upside down": faults.upside_down(real, heights, patients, 0),
-        "halves": faults.halves(real, heights, patients, 0),
-        "shuffled": faults.shuffled(real, heights, patients, 0, side=4),
+        "upside down": faults.upside_down(originals),
+        "halves": faults.halves(originals),
+        "shuffled": faults.shuffled(originals, side=4),
     }
     found = anatomy.coherence(slices.split(50), positions, cases, groups, 2, {"real": patients})
     for name in groups:
@@ -262,7 +265,8 @@ def test_faults_score_below_slices_of_unseen_patients(training, held_out, monkey
     assert auc(found.scores["real"], found.scores["upside down"]) > 0.9
     assert auc(found.scores["real"], found.scores["shuffled"]) > 0.9
     assert auc(found.scores["real"], found.scores["halves"]) > 0.75
-    assert found.p_values["upside down"] < 0.01 < found.p_values["real"]
+    bad, good = found.tails["upside down"], found.tails["real"]
+    assert bad.p_value(bad.share) < 0.01 < good.p_value(good.share)
 
 
 @pytest.mark.parametrize("cases", [[None] * 16, ["a"] * 16, ["a"] * 8 + [None] * 8, list(range(16))])
@@ -276,26 +280,3 @@ def test_few_slices_unknown_patients_and_no_mirror_axis(cases, monkeypatch):
     assert torch.equal(again.scores["all"], found.scores["all"])
     with pytest.raises(ValueError, match="too few"):
         anatomy.coherence([slices[:7]], np.zeros(7), cases[:7], {"all": slices}, None)
-
-
-# ---------------------------------------------------------------- planted faults
-
-
-@pytest.mark.parametrize("name", faults.FAULTS)
-def test_planted_faults_change_every_slice_and_repeat(held_out, name):
-    slices, positions, cases = held_out
-    slices = F.interpolate(slices, scale_factor=4)
-    planted = faults.FAULTS[name](slices, positions, cases, 3)
-    assert planted.shape == slices.shape and planted.min() >= -1 and planted.max() <= 1
-    assert ((planted - slices).abs().amax((1, 2, 3)) > 0.05).all()
-    assert torch.equal(planted, faults.FAULTS[name](slices, positions, cases, 3))
-
-
-def test_halves_are_of_two_patients_of_one_height(held_out):
-    slices, positions, cases = held_out
-    planted = faults.halves(slices, positions, cases, 0)
-    middle = SIZE[0] // 2
-    assert torch.equal(planted[:, :, :middle], slices[:, :, :middle])
-    for index, own in enumerate(planted):
-        (source,) = [i for i, other in enumerate(slices) if torch.equal(own[:, middle:], other[:, middle:])]
-        assert cases[source] != cases[index] and positions[source] == positions[index]
