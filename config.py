@@ -169,7 +169,7 @@ class TrainConfig(StrictModel):
     refiner_pixel_features: Width = option(REFINER, 14, "channels per pixel from the code grid")
     refiner_pixel_channels: Width = option(REFINER, 32, "width of the layers on pixels")
     refiner_time_frequencies: Layers = option(REFINER, 8, "Fourier features of the flow's time")
-    refiner_ode_steps: Layers = option(REFINER, 8, "steps of Heun's method per sample, the last an Euler step")
+    refiner_ode_steps: Layers = option(REFINER, 8, "steps of the ODE solver per sample, each one pass")
     std_slices: Annotated[int, Ge(1), Le(100_000)] = option(
         REFINER, 256, "slices from which the standard deviation of residuals is estimated"
     )

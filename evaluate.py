@@ -8,20 +8,29 @@ membership.png and outliers.png.
 
 import math
 import time
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from anatomy import MIN_TRAINING, TAIL, Coherence, coherence
+from anatomy import MIN_TRAINING
 from augmentation import augment
 from checkpoints import read_bytes, read_config, read_data_files, strict_json
+from comparison import (
+    SliceSet,
+    compare,
+    copying_metrics,
+    describe_copies,
+    find_set_copies,
+    judge_anatomy,
+    slice_metrics,
+)
 from config import RunConfig
 from console import Parser, RunError, log_notices, logger, nonempty, number, run_command, say
-from copying import Copies, align, find_copies
+from copying import Copies, align
 from dataset import DataSplits, Slices, describe_changes, load_dataset
 from membership import attack_metrics, attack_scores, pair_patients, roc_curve
 from metrics import (
@@ -30,20 +39,12 @@ from metrics import (
     RandomFeatures,
     all_reconstruction_metrics,
     bits_per_pixel,
-    c2st,
     code_counts,
     codebook_use,
-    data_copying_statistic,
-    density_and_coverage,
     jpeg2000_bits_per_slice,
-    memorisation_rate,
-    ms_ssim_diversity,
     nearest_neighbours,
-    random_feature_frechet,
     round_to_grey_levels,
-    sliced_wasserstein,
     two_fold_split,
-    wilson_interval,
 )
 from model_card import TEMPLATE, fill_card
 from modules import VQVAE
@@ -71,82 +72,12 @@ from predict import (
     sampling_device,
     warn_if_incomplete,
 )
+from tables import COMPARISONS, print_table
 from utils import autocast, check_folder, make_folder, write_file
 
 MIN_SLICES = 4  # slices or samples that can be evaluated
-BATCH_SIZE = 64  # training slices loaded at a time
-MAX_LISTED = 100  # samples in evaluation.json
 OUTLIERS = 8  # slices of a set in outliers.png
 MAX_CARD = 1 << 20  # bytes of a model card that is read
-
-COMPARISONS = ("samples", "decoder_alone", "prior_alone", "baseline")
-LEGEND = """
-samples        samples vs. held-out slices
-decoder alone  refined reconstructions of training slices vs. held-out slices (copying: of held-out slices)
-prior alone    samples vs. refined reconstructions of held-out slices; the column to judge copying by
-baseline       training slices vs. held-out slices (copying: one half of the held-out cases vs. the other half)
-"""
-
-
-class TableRow(NamedTuple):
-    """A row of the printed table."""
-
-    section: str  # of evaluation.json
-    key: str  # in that section
-    label: str
-    format: str
-    reading: str = ""  # which way is better
-
-
-NETWORK_ROWS = (
-    TableRow("reconstructions", "ssim", "SSIM, Gaussian window", ".3f", "higher is better, at most 1"),
-    TableRow("reconstructions", "ssim_unit_range", "SSIM, [0, 1], 7x7 window", ".3f", "scikit-image's default"),
-    TableRow("reconstructions", "ms_ssim", "MS-SSIM", ".3f", "higher is better, at most 1"),
-    TableRow("reconstructions", "psnr", "PSNR, dB", ".2f", "higher is better; of the error over all slices"),
-    TableRow("reconstructions", "psnr_per_slice", "PSNR, dB, mean of slices", ".2f", "higher is better"),
-    TableRow("reconstructions", "mse", "MSE", ".4f", "lower is better"),
-    TableRow("reconstructions", "bits_per_pixel", "code grid, bits per pixel", ".4f", "fixed by the network"),
-    TableRow("codes", "used", "share of codes used", ".3f", "higher is better, at most 1"),
-    TableRow("codes", "perplexity", "perplexity of codes", ".0f", "higher is better, at most K"),
-    TableRow(
-        "prior", "nats_per_code", "prior, nats per code", ".3f", "lower is better; far lower in training: overfitted"
-    ),
-    TableRow("prior", "bits_per_code", "prior, bits per code", ".3f", "the same in bits"),
-    TableRow("prior", "bits_per_slice", "prior, bits per slice", ".0f", "sum over the grid; should be below JPEG 2000"),
-    TableRow(
-        "prior", "jpeg2000_bits_per_slice", "JPEG 2000, bits per slice", ".0f", "at the PSNR of the reconstructions"
-    ),
-)
-SAMPLE_ROWS = (
-    TableRow("samples", "c2st_accuracy", "C2ST accuracy", ".3f", "0.5 is best, 1 is worst"),
-    TableRow("samples", "c2st_interval", "  95 % interval", ".2f"),
-    TableRow("samples", "coverage_by_patient", "coverage, by patient", ".3f", "higher is better, at most 1"),
-    TableRow("samples", "density_by_patient", "density, by patient", ".3f", "the baseline's is best"),
-    TableRow("samples", "coverage", "coverage, as published", ".3f", "the same, for independent slices"),
-    TableRow("samples", "density", "density, as published", ".3f", "the same, for independent slices"),
-    TableRow("samples", "random_feature_frechet", "random-feature Frechet distance", ".1f", "lower is better; not FID"),
-    TableRow("samples", "sliced_wasserstein", "sliced Wasserstein distance", ".3f", "lower is better"),
-    TableRow("samples", "ms_ssim_diversity", "MS-SSIM diversity", ".3f", "the baseline's is best"),
-    TableRow("copying", "min_distance", "distance to training, minimum", ".3f", "0 is a copy"),
-    TableRow("copying", "median_distance", "  median", ".3f"),
-    TableRow("copying", "memorisation_rate", "memorisation rate", ".3f", "closer than any held-out; 1 for copies"),
-    TableRow("copying", "c_t", "data-copying C_T", ".1f", "about 0; far below 0 for copies"),
-)
-SLICE_ROWS = (
-    TableRow("slices", "copied", "called copies", ".3f", "the expected share is best"),
-    TableRow("slices", "copied_expected", "  expected of new patients", ".3f", "at most"),
-    TableRow("slices", "tail_share", "incoherent anatomy", ".3f", f"{TAIL:g} is expected of new patients"),
-    TableRow("slices", "tail_p_value", "  p-value", ".4f", "below 0.01: more than new patients have"),
-)
-MEMBERSHIP_ROWS = (
-    TableRow("attack", "auc", "AUC", ".3f", "0.5 gives nobody away, 1 everybody"),
-    TableRow("attack", "auc_interval", "  95 % interval, by patient", ".2f"),
-    TableRow("attack", "auc_by_patient", "AUC of patients' means", ".3f", "0.5 gives nobody away, 1 everybody"),
-    TableRow("attack", "auc_by_patient_interval", "  95 % interval, by patient", ".2f"),
-    TableRow("attack", "tpr_at_1_percent_fpr", "found, 1 % wrongly accused", ".3f", "0.01 gives nobody away"),
-    TableRow("attack", "tpr_at_0.1_percent_fpr", "found, 0.1 % wrongly accused", ".3f", "0.001 gives nobody away"),
-)
-
 
 # ---------------------------------------------------------------- options and data
 
@@ -176,13 +107,6 @@ def parse_options(arguments: Sequence[str] | None) -> EvaluateOptions:
         "--data", type=nonempty(str), metavar="DIR", help="folder of the training data, if it has moved"
     )
     return parser.parse_args(arguments, EvaluateOptions())
-
-
-class SliceSet(NamedTuple):
-    """Slices that are evaluated together."""
-
-    slices: Tensor  # (N, 1, H, W) in [-1, 1], rounded to 256 grey levels
-    cases: Sequence[Hashable]  # N patients; each sample is a case of its own
 
 
 def select(slices: Slices, indices: np.ndarray, device: torch.device) -> SliceSet:
@@ -279,10 +203,10 @@ def evaluate(options: EvaluateOptions, config: RunConfig, networks: Networks, de
     features = RandomFeatures(training.slices)
     compared = SliceSet(samples.slices[: len(chosen)], samples.cases[: len(chosen)])
     of_samples = [
-        sample_metrics(features, compared, real),
-        sample_metrics(features, training_reconstructions, real),
-        sample_metrics(features, compared, reconstructions),
-        sample_metrics(features, training, real),
+        compare(features, compared, real),
+        compare(features, training_reconstructions, real),
+        compare(features, compared, reconstructions),
+        compare(features, training, real),
     ]
 
     print(f"searching {len(data.train)} training slices for copies")
@@ -406,80 +330,6 @@ def network_metrics(
     }
 
 
-def sample_metrics(features: RandomFeatures, samples: SliceSet, reference: SliceSet) -> dict[str, Any]:
-    """Return the metrics of samples against a reference."""
-    correct, trials = c2st(*samples, *reference)
-    sample_features, reference_features = features(samples.slices), features(reference.slices)
-    density, coverage = density_and_coverage(sample_features, reference_features)
-    density_by_patient, coverage_by_patient = density_and_coverage(sample_features, reference_features, reference.cases)
-    levels = sliced_wasserstein(samples.slices, reference.slices)
-    return {
-        "c2st_accuracy": correct / trials,
-        "c2st_interval": wilson_interval(correct, trials),
-        "coverage": coverage,
-        "coverage_by_patient": coverage_by_patient,
-        "density": density,
-        "density_by_patient": density_by_patient,
-        "random_feature_frechet": random_feature_frechet(sample_features, reference_features),
-        "sliced_wasserstein": sum(levels.values()) / len(levels),
-        "sliced_wasserstein_levels": levels,
-        "ms_ssim_diversity": ms_ssim_diversity(samples.slices),
-    }
-
-
-def copying_metrics(samples: NearestNeighbours, reference: NearestNeighbours) -> dict[str, float]:
-    """Return the metrics of copying, from the nearest training slices of samples and of a reference."""
-    return {
-        "min_distance": samples.distances.min().item(),
-        "median_distance": samples.distances.median().item(),
-        "memorisation_rate": memorisation_rate(samples.distances, reference.distances),
-        "c_t": data_copying_statistic(samples, reference),
-    }
-
-
-def find_set_copies(sets: Mapping[str, SliceSet], train: Slices, flip_axis: int | None) -> dict[str, Copies]:
-    """Search the training slices for what each set may have copied, in one pass over them."""
-    slices = torch.cat([own.slices for own in sets.values()])
-    found = find_copies(slices, train.batch, len(train), train.cases, flip_axis)
-    sizes = [len(own.slices) for own in sets.values()]
-    fields = [field.split(sizes) if isinstance(field, Tensor) else [field] * len(sizes) for field in found]
-    return {name: Copies(*own) for name, own in zip(sets, zip(*fields))}
-
-
-def judge_anatomy(sets: Mapping[str, SliceSet], train: Slices, flip_axis: int | None) -> Coherence:
-    """Score the anatomical coherence of the slices of each set."""
-    return coherence(
-        train.batches(BATCH_SIZE),
-        train.positions,
-        train.cases,
-        {name: own.slices for name, own in sets.items()},
-        flip_axis,
-        {name: own.cases for name, own in sets.items()},
-    )
-
-
-def slice_metrics(copies: Mapping[str, Copies], anatomy: Coherence) -> dict[str, dict[str, float]]:
-    """Return the share of each set that is called a copy, and its share of incoherent anatomy with a p-value."""
-    return {
-        name: {
-            "copied": own.copied.double().mean().item(),
-            "copied_expected": own.rate,
-            "tail_share": anatomy.tails[name].share,
-            "tail_p_value": anatomy.tails[name].p_value(anatomy.tails[name].share),
-        }
-        for name, own in copies.items()
-    }
-
-
-def describe_copies(copies: Copies, train: Slices) -> list[dict[str, Any]]:
-    """Name the samples that are called copies, the most similar first, and their training slices; at most 100."""
-    order = copies.scores.argsort(descending=True)
-    return [
-        {"sample": i, "training_slice": train.names[int(copies.indices[i])], "score": copies.scores[i].item()}
-        for i in order[copies.copied[order]][:MAX_LISTED].tolist()
-    ]
-
-
 def infer_membership(
     networks: Networks, train: Slices, held_out: Slices, samples: SliceSet, flip_axis: int | None
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Any]]:
@@ -506,46 +356,6 @@ def infer_membership(
 
 
 # ---------------------------------------------------------------- table and figure
-
-
-def print_table(results: Mapping[str, Any]) -> None:
-    """Print the metrics of the networks, then those of samples for each comparison."""
-    settings = results["settings"]
-    print(f"\n{settings['heldout_slices']} {settings['split']} slices (cases: {settings['heldout_cases']})")
-    print_rows(NETWORK_ROWS, {settings["split"]: results, "training": results["training"]})
-    fewer = settings["samples_compared"] < settings["samples"]
-    note = f"; only the rows on copying use more than the first {settings['samples_compared']}" if fewer else ""
-    print(f"\n{settings['samples']} samples{note}")
-    columns = {name.replace("_", " "): results[name] for name in COMPARISONS[1:]}
-    print_rows(SAMPLE_ROWS, {"samples": results} | columns)
-    print(LEGEND)
-    print("single slices")
-    print_rows(
-        SLICE_ROWS,
-        {
-            name.removesuffix("_slices").replace("reconstructions", "reconstructed"): {"slices": own}
-            for name, own in results["slices"].items()
-        },
-    )
-    print()
-    membership = results["membership"]
-    print(
-        f"membership inference: {membership['slices']} training slices of {membership['patients']} patients, "
-        f"and as many {settings['split']} slices"
-    )
-    print_rows(
-        MEMBERSHIP_ROWS,
-        {name.replace("_", "-"): {"attack": values} for name, values in membership["attacks"].items()},
-    )
-
-
-def print_rows(rows: Sequence[TableRow], columns: Mapping[str, Mapping[str, Any]]) -> None:
-    """Print rows of a table whose columns are objects of evaluation.json."""
-    print(f"{'':32}" + "".join(f"{title:>15}" for title in columns))
-    for row in rows:
-        values = (column[row.section].get(row.key, ()) for column in columns.values())
-        cells = ("-".join(f"{part:{row.format}}" for part in np.atleast_1d(value)) for value in values)
-        print(f"{row.label:32}" + "".join(f"{cell:>15}" for cell in cells) + f"   {row.reading}".rstrip())
 
 
 def write_model_card(path: Path, config: RunConfig, results: Mapping[str, Any]) -> None:

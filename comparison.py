@@ -1,0 +1,114 @@
+"""What is measured of a set of slices: beside another set, beside the training slices, and of each slice alone."""
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from anatomy import Coherence, coherence
+from copying import Copies, find_copies
+from dataset import Slices
+from metrics import (
+    NearestNeighbours,
+    RandomFeatures,
+    c2st,
+    data_copying_statistic,
+    density_and_coverage,
+    memorisation_rate,
+    ms_ssim_diversity,
+    random_feature_frechet,
+    sliced_wasserstein,
+    wilson_interval,
+)
+
+BATCH_SIZE = 64  # training slices loaded at a time
+MAX_LISTED = 100  # samples in evaluation.json
+
+
+class SliceSet(NamedTuple):
+    """Slices that are evaluated together."""
+
+    slices: Tensor  # (N, 1, H, W) in [-1, 1], rounded to 256 grey levels
+    cases: Sequence[Hashable]  # N patients; each sample is a case of its own
+
+
+def compare(features: RandomFeatures, samples: SliceSet, reference: SliceSet) -> dict[str, Any]:
+    """Return the metrics of samples against a reference: C2ST and `distribution_metrics`."""
+    correct, trials = c2st(*samples, *reference)
+    return {
+        "c2st_accuracy": correct / trials,
+        "c2st_interval": wilson_interval(correct, trials),
+        **distribution_metrics(features, samples, reference),
+    }
+
+
+def distribution_metrics(features: RandomFeatures, samples: SliceSet, reference: SliceSet) -> dict[str, Any]:
+    """Return coverage, density, distances and diversity of samples against a reference."""
+    sample_features, reference_features = features(samples.slices), features(reference.slices)
+    density, coverage = density_and_coverage(sample_features, reference_features)
+    density_by_patient, coverage_by_patient = density_and_coverage(sample_features, reference_features, reference.cases)
+    levels = sliced_wasserstein(samples.slices, reference.slices)
+    return {
+        "coverage": coverage,
+        "coverage_by_patient": coverage_by_patient,
+        "density": density,
+        "density_by_patient": density_by_patient,
+        "random_feature_frechet": random_feature_frechet(sample_features, reference_features),
+        "sliced_wasserstein": sum(levels.values()) / len(levels),
+        "sliced_wasserstein_levels": levels,
+        "ms_ssim_diversity": ms_ssim_diversity(samples.slices),
+    }
+
+
+def copying_metrics(samples: NearestNeighbours, reference: NearestNeighbours) -> dict[str, float]:
+    """Return the metrics of copying, from the nearest training slices of samples and of a reference."""
+    return {
+        "min_distance": samples.distances.min().item(),
+        "median_distance": samples.distances.median().item(),
+        "memorisation_rate": memorisation_rate(samples.distances, reference.distances),
+        "c_t": data_copying_statistic(samples, reference),
+    }
+
+
+def find_set_copies(sets: Mapping[str, SliceSet], train: Slices, flip_axis: int | None) -> dict[str, Copies]:
+    """Search the training slices for what each set may have copied, in one pass over them."""
+    slices = torch.cat([own.slices for own in sets.values()])
+    found = find_copies(slices, train.batch, len(train), train.cases, flip_axis)
+    sizes = [len(own.slices) for own in sets.values()]
+    fields = [field.split(sizes) if isinstance(field, Tensor) else [field] * len(sizes) for field in found]
+    return {name: Copies(*own) for name, own in zip(sets, zip(*fields))}
+
+
+def judge_anatomy(sets: Mapping[str, SliceSet], train: Slices, flip_axis: int | None) -> Coherence:
+    """Score the anatomical coherence of the slices of each set."""
+    return coherence(
+        train.batches(BATCH_SIZE),
+        train.positions,
+        train.cases,
+        {name: own.slices for name, own in sets.items()},
+        flip_axis,
+        {name: own.cases for name, own in sets.items()},
+    )
+
+
+def slice_metrics(copies: Mapping[str, Copies], anatomy: Coherence) -> dict[str, dict[str, float]]:
+    """Return the share of each set that is called a copy, and its share of incoherent anatomy with a p-value."""
+    return {
+        name: {
+            "copied": own.copied.double().mean().item(),
+            "copied_expected": own.rate,
+            "tail_share": anatomy.tails[name].share,
+            "tail_p_value": anatomy.tails[name].p_value(anatomy.tails[name].share),
+        }
+        for name, own in copies.items()
+    }
+
+
+def describe_copies(copies: Copies, train: Slices) -> list[dict[str, Any]]:
+    """Name the samples that are called copies, the most similar first, and their training slices; at most 100."""
+    order = copies.scores.argsort(descending=True)
+    return [
+        {"sample": i, "training_slice": train.names[int(copies.indices[i])], "score": copies.scores[i].item()}
+        for i in order[copies.copied[order]][:MAX_LISTED].tolist()
+    ]

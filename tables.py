@@ -1,0 +1,116 @@
+"""The tables that evaluate.py prints: rows, columns and how to read them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from anatomy import TAIL
+
+COMPARISONS = ("samples", "decoder_alone", "prior_alone", "baseline")
+LEGEND = """
+samples        samples vs. held-out slices
+decoder alone  refined reconstructions of training slices vs. held-out slices (copying: of held-out slices)
+prior alone    samples vs. refined reconstructions of held-out slices; the column to judge copying by
+baseline       training slices vs. held-out slices (copying: one half of the held-out cases vs. the other half)
+"""
+
+
+class TableRow(NamedTuple):
+    """A row of the printed table."""
+
+    section: str  # of evaluation.json
+    key: str  # in that section
+    label: str
+    format: str
+    reading: str = ""  # which way is better
+
+
+NETWORK_ROWS = (
+    TableRow("reconstructions", "ssim", "SSIM, Gaussian window", ".3f", "higher is better, at most 1"),
+    TableRow("reconstructions", "ssim_unit_range", "SSIM, [0, 1], 7x7 window", ".3f", "scikit-image's default"),
+    TableRow("reconstructions", "ms_ssim", "MS-SSIM", ".3f", "higher is better, at most 1"),
+    TableRow("reconstructions", "psnr", "PSNR, dB", ".2f", "higher is better; of the error over all slices"),
+    TableRow("reconstructions", "psnr_per_slice", "PSNR, dB, mean of slices", ".2f", "higher is better"),
+    TableRow("reconstructions", "mse", "MSE", ".4f", "lower is better"),
+    TableRow("reconstructions", "bits_per_pixel", "code grid, bits per pixel", ".4f", "fixed by the network"),
+    TableRow("codes", "used", "share of codes used", ".3f", "higher is better, at most 1"),
+    TableRow("codes", "perplexity", "perplexity of codes", ".0f", "higher is better, at most K"),
+    TableRow(
+        "prior", "nats_per_code", "prior, nats per code", ".3f", "lower is better; far lower in training: overfitted"
+    ),
+    TableRow("prior", "bits_per_code", "prior, bits per code", ".3f", "the same in bits"),
+    TableRow("prior", "bits_per_slice", "prior, bits per slice", ".0f", "sum over the grid; should be below JPEG 2000"),
+    TableRow(
+        "prior", "jpeg2000_bits_per_slice", "JPEG 2000, bits per slice", ".0f", "at the PSNR of the reconstructions"
+    ),
+)
+SAMPLE_ROWS = (
+    TableRow("samples", "c2st_accuracy", "C2ST accuracy", ".3f", "0.5 is best, 1 is worst"),
+    TableRow("samples", "c2st_interval", "  95 % interval", ".2f"),
+    TableRow("samples", "coverage_by_patient", "coverage, by patient", ".3f", "higher is better, at most 1"),
+    TableRow("samples", "density_by_patient", "density, by patient", ".3f", "the baseline's is best"),
+    TableRow("samples", "coverage", "coverage, as published", ".3f", "the same, for independent slices"),
+    TableRow("samples", "density", "density, as published", ".3f", "the same, for independent slices"),
+    TableRow("samples", "random_feature_frechet", "random-feature Frechet distance", ".1f", "lower is better; not FID"),
+    TableRow("samples", "sliced_wasserstein", "sliced Wasserstein distance", ".3f", "lower is better"),
+    TableRow("samples", "ms_ssim_diversity", "MS-SSIM diversity", ".3f", "the baseline's is best"),
+    TableRow("copying", "min_distance", "distance to training, minimum", ".3f", "0 is a copy"),
+    TableRow("copying", "median_distance", "  median", ".3f"),
+    TableRow("copying", "memorisation_rate", "memorisation rate", ".3f", "closer than any held-out; 1 for copies"),
+    TableRow("copying", "c_t", "data-copying C_T", ".1f", "about 0; far below 0 for copies"),
+)
+SLICE_ROWS = (
+    TableRow("slices", "copied", "called copies", ".3f", "the expected share is best"),
+    TableRow("slices", "copied_expected", "  expected of new patients", ".3f", "at most"),
+    TableRow("slices", "tail_share", "incoherent anatomy", ".3f", f"{TAIL:g} is expected of new patients"),
+    TableRow("slices", "tail_p_value", "  p-value", ".4f", "below 0.01: more than new patients have"),
+)
+MEMBERSHIP_ROWS = (
+    TableRow("attack", "auc", "AUC", ".3f", "0.5 gives nobody away, 1 everybody"),
+    TableRow("attack", "auc_interval", "  95 % interval, by patient", ".2f"),
+    TableRow("attack", "auc_by_patient", "AUC of patients' means", ".3f", "0.5 gives nobody away, 1 everybody"),
+    TableRow("attack", "auc_by_patient_interval", "  95 % interval, by patient", ".2f"),
+    TableRow("attack", "tpr_at_1_percent_fpr", "found, 1 % wrongly accused", ".3f", "0.01 gives nobody away"),
+    TableRow("attack", "tpr_at_0.1_percent_fpr", "found, 0.1 % wrongly accused", ".3f", "0.001 gives nobody away"),
+)
+
+
+def print_table(results: Mapping[str, Any]) -> None:
+    """Print the metrics of the networks, then those of samples for each comparison."""
+    settings = results["settings"]
+    print(f"\n{settings['heldout_slices']} {settings['split']} slices (cases: {settings['heldout_cases']})")
+    print_rows(NETWORK_ROWS, {settings["split"]: results, "training": results["training"]})
+    fewer = settings["samples_compared"] < settings["samples"]
+    note = f"; only the rows on copying use more than the first {settings['samples_compared']}" if fewer else ""
+    print(f"\n{settings['samples']} samples{note}")
+    columns = {name.replace("_", " "): results[name] for name in COMPARISONS[1:]}
+    print_rows(SAMPLE_ROWS, {"samples": results} | columns)
+    print(LEGEND)
+    print("single slices")
+    print_rows(
+        SLICE_ROWS,
+        {
+            name.removesuffix("_slices").replace("reconstructions", "reconstructed"): {"slices": own}
+            for name, own in results["slices"].items()
+        },
+    )
+    print()
+    membership = results["membership"]
+    print(
+        f"membership inference: {membership['slices']} training slices of {membership['patients']} patients, "
+        f"and as many {settings['split']} slices"
+    )
+    print_rows(
+        MEMBERSHIP_ROWS,
+        {name.replace("_", "-"): {"attack": values} for name, values in membership["attacks"].items()},
+    )
+
+
+def print_rows(rows: Sequence[TableRow], columns: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print rows of a table whose columns are objects of evaluation.json."""
+    print(f"{'':32}" + "".join(f"{title:>15}" for title in columns))
+    for row in rows:
+        values = (column[row.section].get(row.key, ()) for column in columns.values())
+        cells = ("-".join(f"{part:{row.format}}" for part in np.atleast_1d(value)) for value in values)
+        print(f"{row.label:32}" + "".join(f"{cell:>15}" for cell in cells) + f"   {row.reading}".rstrip())
