@@ -509,7 +509,7 @@ class GatedPixelCNN(nn.Module):
             noise.log_().neg_().log_()  # Gumbel noise, its sign reversed
 
         def draw(logits: Tensor, column: int) -> Tensor:
-            return (top_p_filter(logits / temperature, top_p) - noise[:, column]).argmax(1)
+            return argmax_in_nucleus(logits / temperature, noise[:, column], top_p)
 
         return self.generate(position, start_row, draw)
 
@@ -623,15 +623,34 @@ def horizontal_matrices(layer: GatedLayer) -> tuple[Tensor, Tensor, Tensor]:
     return present.T.contiguous(), past.T.contiguous(), layer.output.weight[:, :, 0, 0].T.contiguous()
 
 
-def top_p_filter(logits: Tensor, top_p: float) -> Tensor:
-    """Set logits (N, K) to minus infinity outside the nucleus: the fewest codes of probability top_p. Ties are kept."""
+def argmax_in_nucleus(logits: Tensor, noise: Tensor, top_p: float) -> Tensor:
+    """Return the code (N,) with the largest logits - noise, (N, K) both, in the nucleus: of all codes if top_p is 1.
+
+    The nucleus is the fewest codes of probability top_p, with ties: a code is inside if the more likely ones together
+    have a probability below top_p. Only the code that would be drawn is tested, so that nothing needs to be sorted.
+    """
+    scores = logits - noise
     if top_p == 1:
-        return logits
+        return scores.argmax(1)
+    if logits.is_cuda:  # a captured graph has no loop that ends when a condition holds, and a GPU sorts fast
+        return scores.masked_fill(outside_nucleus(logits, top_p), -torch.inf).argmax(1)
+    probabilities = logits.softmax(1)
+    while True:
+        drawn = scores.argmax(1, keepdim=True)
+        own = probabilities.gather(1, drawn)
+        outside = (probabilities * (probabilities > own)).sum(1, keepdim=True) >= top_p
+        if not outside.any():
+            return drawn[:, 0]
+        # With this code, all codes that are as likely or less likely lie outside.
+        scores = scores.masked_fill(outside & (probabilities <= own), -torch.inf)
+
+
+def outside_nucleus(logits: Tensor, top_p: float) -> Tensor:
+    """Return which of the codes (N, K) lie outside the nucleus, see `argmax_in_nucleus`."""
     ordered = logits.sort(1, descending=True).values
     probabilities = ordered.softmax(1)
-    # A code is kept if the more likely ones together have a probability below top_p.
     kept = (probabilities.cumsum(1) - probabilities < top_p).sum(1, keepdim=True)
-    return logits.masked_fill(logits < ordered.gather(1, kept - 1), -torch.inf)
+    return logits < ordered.gather(1, kept - 1)
 
 
 def stream_seed(seed: int, sample_id: int) -> int:

@@ -19,9 +19,10 @@ from modules import (
     RefinerConfig,
     RowSampler,
     VQVAEConfig,
+    argmax_in_nucleus,
     dilations,
+    outside_nucleus,
     stream_seed,
-    top_p_filter,
 )
 
 SMALL = VQVAEConfig(
@@ -455,11 +456,29 @@ def test_low_temperature_and_low_top_p_draw_the_mode():
             prior.sample(range(3), position, **bad)
 
 
-def test_top_p_filter_keeps_the_nucleus():
-    logits = torch.tensor([[0.5, 0.1, 0.3, 0.1], [0.05, 0.05, 0.05, 0.85]]).log()
-    kept = top_p_filter(logits, 0.75).isfinite()
-    assert kept.tolist() == [[True, False, True, False], [False, False, False, True]]
-    assert torch.equal(top_p_filter(logits, 1.0), logits)
+def test_nucleus_is_the_fewest_codes_of_probability_top_p():
+    logits = torch.tensor([[0.5, 0.3, 0.1, 0.1], [0.1, 0.1, 0.2, 0.6], [0.25, 0.25, 0.25, 0.25]]).log()
+    expected = [[False, False, True, True], [True, True, False, False], [False] * 4]
+    assert outside_nucleus(logits, 0.75).tolist() == expected
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.995])
+def test_drawn_code_is_the_best_of_the_nucleus(top_p):
+    """Without sorting, as with it; ties included."""
+    logits = (3 * torch.randn(500, 40)).round(decimals=1)
+    noise = -torch.log(-torch.log(torch.rand(500, 40)))
+    expected = (logits - noise).masked_fill(outside_nucleus(logits, top_p), -torch.inf).argmax(1)
+    assert torch.equal(argmax_in_nucleus(logits, noise, top_p), expected)
+    assert torch.equal(argmax_in_nucleus(logits, noise, 1.0), (logits - noise).argmax(1))
+
+
+def test_drawn_codes_have_the_probabilities_of_the_nucleus():
+    """Codes of probability 0.5, 0.3, 0.15 and 0.05: top_p 0.9 keeps three; 5 standard deviations of 20,000 draws."""
+    probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    noise = torch.rand(20_000, 4).log().neg().log()
+    drawn = argmax_in_nucleus(probabilities.log().expand(20_000, 4), noise, 0.9).bincount(minlength=4) / 20_000
+    expected = torch.tensor([0.5, 0.3, 0.15, 0.0]) / 0.95
+    assert ((drawn - expected).abs() <= 5 * (expected * (1 - expected) / 20_000).sqrt()).all()
 
 
 # ---------------------------------------------------------------- refiner
