@@ -47,7 +47,6 @@ from metrics import (
     two_fold_split,
 )
 from model_card import TEMPLATE, fill_card
-from modules import VQVAE
 from nifti import left_right_axis
 from plots import (
     caption,
@@ -72,7 +71,8 @@ from predict import (
     sampling_device,
     warn_if_incomplete,
 )
-from tables import COMPARISONS, print_table
+from self_test import self_test
+from tables import COMPARISONS, print_self_test, print_table
 from utils import autocast, check_folder, make_folder, write_file
 
 MIN_SLICES = 4  # slices or samples that can be evaluated
@@ -88,6 +88,7 @@ class EvaluateOptions(SamplingOptions):
     num: int | None
     split: str
     data: str | None
+    self_test: bool
 
 
 def parse_options(arguments: Sequence[str] | None) -> EvaluateOptions:
@@ -106,6 +107,11 @@ def parse_options(arguments: Sequence[str] | None) -> EvaluateOptions:
     parser.add_argument(
         "--data", type=nonempty(str), metavar="DIR", help="folder of the training data, if it has moved"
     )
+    parser.add_argument(
+        "--self-test",
+        action="store_true",
+        help="plant faults in the held-out slices instead, and print which figure sees which (writes self_test.json)",
+    )
     return parser.parse_args(arguments, EvaluateOptions())
 
 
@@ -114,7 +120,7 @@ def select(slices: Slices, indices: np.ndarray, device: torch.device) -> SliceSe
     return SliceSet(slices.batch(indices).to(device), [slices.cases[i] for i in indices])
 
 
-def training_data(options: EvaluateOptions, config: RunConfig, vqvae: VQVAE) -> DataSplits:
+def training_data(options: EvaluateOptions, config: RunConfig) -> DataSplits:
     """Load the data that a run was trained on.
 
     Raises:
@@ -123,7 +129,7 @@ def training_data(options: EvaluateOptions, config: RunConfig, vqvae: VQVAE) -> 
     folder = options.data or config.options.data
     if folder != "phantom" and not Path(folder).exists():
         raise RunError(f"the data of {options.run} are not in {folder}: name their folder with --data")
-    side = vqvae.config.downsampling
+    side = config.options.downsampling
     data = load_dataset(folder, config.slice_size, (side, side), config.options.seed)
     log_notices(data.notices)
     if data.fingerprint != config.fingerprint:
@@ -164,7 +170,7 @@ def evaluate(options: EvaluateOptions, config: RunConfig, networks: Networks, de
     The search for copies uses all samples.
     """
     started = time.perf_counter()
-    data = training_data(options, config, networks.vqvae)
+    data = training_data(options, config)
     make_folder(options.images)  # fails now rather than after minutes
     held_out = getattr(data, options.split)
     count = options.num or max(DEFAULT_NUM, len(held_out))
@@ -396,6 +402,20 @@ def lowest(slices: Tensor, scores: Tensor) -> tuple[np.ndarray, list[str]]:
     return slices[order, 0].cpu().numpy(), [f"{i}: {scores[i]:.3f}" for i in order.tolist()]
 
 
+# ---------------------------------------------------------------- self-test
+
+
+def test_figures(options: EvaluateOptions, config: RunConfig, device: torch.device) -> None:
+    """Plant faults in held-out slices; print a table of what each figure sees, and write self_test.json."""
+    started = time.perf_counter()
+    data = training_data(options, config)
+    splits = [own for own in (data.validate, data.test) if len(own)]
+    results = self_test(data.train, splits, left_right_axis(np.array(config.affine)), device)
+    print_self_test(results)
+    write_file(options.run / "self_test.json", lambda part: part.write_text(strict_json(results)))
+    say(f"{time.perf_counter() - started:.0f} s: {options.run / 'self_test.json'}")
+
+
 # ---------------------------------------------------------------- command
 
 
@@ -406,6 +426,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check_folder("--images", options.images)
     config = read_config(options.run)
     check_folder("--run", options.run)
+    if options.self_test:
+        test_figures(options, config, device)
+        return
     networks = load_networks(options.run, config, load_vqvae(options.run, config, device), device)
     warn_if_incomplete(options.run)
     evaluate(options, config, networks, device)

@@ -57,6 +57,7 @@ def self_test(train: Slices, splits: Sequence[Slices], flip_axis: int | None, de
         device: That computes.
 
     Returns:
+        settings: Numbers of slices and patients, and the rate at which new patients' slices may be called copies.
         faults: By name, the figures of slices that all have the fault, or a tenth of them; `seen`, the figures that
             see it; and `smallest_share` of faulty slices that the test of anatomy calls in nine of ten draws, None if
             it does not call all of them.
@@ -67,10 +68,17 @@ def self_test(train: Slices, splits: Sequence[Slices], flip_axis: int | None, de
     second = two_fold_split(held_out.cases)
     played, reference = (held_out.select(np.flatnonzero(half)) for half in (~second, second))
     planted = plant(Originals(played.slices, played.positions, played.cases, flip_axis or 2))
-    return {
-        "faults": judge_faults(train, held_out, played, reference, planted, flip_axis),
-        "copies": judge_copies(train, held_out, flip_axis),
+    faults = judge_faults(train, held_out, played, reference, planted, flip_axis)
+    copies, rate = judge_copies(train, held_out, flip_axis)
+    settings = {
+        "slices": len(played.cases),
+        "cases": len(set(played.cases)),
+        "reference_slices": len(reference.cases),
+        "reference_cases": len(set(reference.cases)),
+        "copied_slices": min(COPIED_SLICES, len(train)),
+        "copied_expected": rate,
     }
+    return {"settings": settings, "faults": faults, "copies": copies}
 
 
 def gather(splits: Sequence[Slices], device: torch.device) -> HeldOut:
@@ -160,8 +168,13 @@ def smallest_share(faulty: Tail, unaltered: Tail) -> float | None:
 # ---------------------------------------------------------------- copies
 
 
-def judge_copies(train: Slices, held_out: HeldOut, flip_axis: int | None) -> dict[str, dict[str, float]]:
-    """Return what the search for copies makes of altered training slices, by alteration; see `self_test`."""
+def judge_copies(
+    train: Slices, held_out: HeldOut, flip_axis: int | None
+) -> tuple[dict[str, dict[str, float | None]], float]:
+    """Return what the search for copies makes of altered training slices, by alteration, and the rate it allows.
+
+    See `self_test`. The kind "none" are held-out slices, which copy nobody.
+    """
     device = held_out.slices.device
     sources = np.unique(np.linspace(0, len(train) - 1, COPIED_SLICES).round().astype(int))
     own = Originals(train.batch(sources).to(device), train.positions[sources], sources.tolist(), flip_axis or 2)
@@ -172,15 +185,16 @@ def judge_copies(train: Slices, held_out: HeldOut, flip_axis: int | None) -> dic
             sets[name] = SliceSet(round_to_grey_levels(copy(own, others)), sources)
     found = find_set_copies(sets, train, flip_axis)
     indices = torch.from_numpy(sources).to(device)
-    return {
+    figures: dict[str, dict[str, float | None]] = {
         name: {
             "copied": copies.copied.double().mean().item(),
-            "named": (copies.indices == indices).double().mean().item() if name != "none" else 0.0,
+            "named": None if name == "none" else (copies.indices == indices).double().mean().item(),
             "memorisation_rate": memorisation_rate(copies.distances, found["none"].distances),
             "c_t": data_copying_statistic(copies, found["none"]),
         }
         for name, copies in found.items()
     }
+    return figures, found["none"].rate
 
 
 def nearest_height(positions: np.ndarray, wanted: np.ndarray) -> Tensor:
