@@ -18,6 +18,7 @@ from torch import Tensor
 
 from anatomy import MIN_TRAINING, TAIL, Coherence, coherence
 from augmentation import augment
+from c2st import TwoSampleTest, c2st
 from checkpoints import read_bytes, read_config, read_data_files, strict_json
 from config import RunConfig
 from console import Parser, RunError, log_notices, logger, nonempty, number, run_command, say
@@ -30,7 +31,6 @@ from metrics import (
     RandomFeatures,
     all_reconstruction_metrics,
     bits_per_pixel,
-    c2st,
     code_counts,
     codebook_use,
     data_copying_statistic,
@@ -43,7 +43,6 @@ from metrics import (
     round_to_grey_levels,
     sliced_wasserstein,
     two_fold_split,
-    wilson_interval,
 )
 from model_card import TEMPLATE, fill_card
 from modules import VQVAE
@@ -120,6 +119,7 @@ NETWORK_ROWS = (
 SAMPLE_ROWS = (
     TableRow("samples", "c2st_accuracy", "C2ST accuracy", ".3f", "0.5 is best, 1 is worst"),
     TableRow("samples", "c2st_interval", "  95 % interval", ".2f"),
+    TableRow("samples", "c2st_p_value", "  p-value, patients as units", ".4f", "below 0.01: told from real slices"),
     TableRow("samples", "coverage_by_patient", "coverage, by patient", ".3f", "higher is better, at most 1"),
     TableRow("samples", "density_by_patient", "density, by patient", ".3f", "the baseline's is best"),
     TableRow("samples", "coverage", "coverage, as published", ".3f", "the same, for independent slices"),
@@ -184,6 +184,13 @@ class SliceSet(NamedTuple):
     slices: Tensor  # (N, 1, H, W) in [-1, 1], rounded to 256 grey levels
     cases: Sequence[Hashable]  # N patients; each sample is a case of its own
 
+    def where(self, chosen: np.ndarray) -> "SliceSet":
+        """Return the slices where `chosen` (N,) is true."""
+        return SliceSet(
+            self.slices[torch.from_numpy(chosen).to(self.slices.device)],
+            [case for case, kept in zip(self.cases, chosen) if kept],
+        )
+
 
 def select(slices: Slices, indices: np.ndarray, device: torch.device) -> SliceSet:
     """Load the slices at `indices` and their cases, None for unknown."""
@@ -236,6 +243,9 @@ def evaluate(options: EvaluateOptions, config: RunConfig, networks: Networks, de
     baseline       Training slices vs. held-out slices: how much real patients differ. For copying, one half of the
                    held-out cases vs. the other half.
 
+    The classifier of the two-sample test learns from training slices too, for the prior alone from their
+    reconstructions; for the baseline from one half of the cases, and the other half is compared.
+
     Most metrics depend on the number of slices, so all comparisons use the same number of samples and training slices.
     The search for copies uses all samples.
     """
@@ -278,11 +288,14 @@ def evaluate(options: EvaluateOptions, config: RunConfig, networks: Networks, de
     print("evaluating samples")
     features = RandomFeatures(training.slices)
     compared = SliceSet(samples.slices[: len(chosen)], samples.cases[: len(chosen)])
+    half = two_fold_split(training.cases)
     of_samples = [
-        sample_metrics(features, compared, real),
-        sample_metrics(features, training_reconstructions, real),
-        sample_metrics(features, compared, reconstructions),
-        sample_metrics(features, training, real),
+        sample_metrics(features, compared, real, c2st(*compared, *real, *training)),
+        sample_metrics(features, training_reconstructions, real, c2st(*training_reconstructions, *real, *training)),
+        sample_metrics(
+            features, compared, reconstructions, c2st(*compared, *reconstructions, *training_reconstructions)
+        ),
+        sample_metrics(features, training, real, c2st(*training.where(half), *real, *training.where(~half))),
     ]
 
     print(f"searching {len(data.train)} training slices for copies")
@@ -406,16 +419,18 @@ def network_metrics(
     }
 
 
-def sample_metrics(features: RandomFeatures, samples: SliceSet, reference: SliceSet) -> dict[str, Any]:
-    """Return the metrics of samples against a reference."""
-    correct, trials = c2st(*samples, *reference)
+def sample_metrics(
+    features: RandomFeatures, samples: SliceSet, reference: SliceSet, test: TwoSampleTest
+) -> dict[str, Any]:
+    """Return the metrics of samples against a reference, and their two-sample test's."""
     sample_features, reference_features = features(samples.slices), features(reference.slices)
     density, coverage = density_and_coverage(sample_features, reference_features)
     density_by_patient, coverage_by_patient = density_and_coverage(sample_features, reference_features, reference.cases)
     levels = sliced_wasserstein(samples.slices, reference.slices)
     return {
-        "c2st_accuracy": correct / trials,
-        "c2st_interval": wilson_interval(correct, trials),
+        "c2st_accuracy": test.accuracy,
+        "c2st_interval": test.interval,
+        "c2st_p_value": test.p_value,
         "coverage": coverage,
         "coverage_by_patient": coverage_by_patient,
         "density": density,
