@@ -82,12 +82,12 @@ def c2st(
 
 @torch.no_grad()
 def slice_features(slices: Tensor) -> np.ndarray:
-    """Return features (N, 418) float64 of slices (N, 1, H, W) in [-1, 1].
+    """Return features (N, 802) float64 of slices (N, 1, H, W) in [-1, 1].
 
     Grey levels, local contrast and power spectrum are those of the full resolution, which alone shows noise and
     chequerboards.
     """
-    parts = (grey_level_features, contrast_features, spectrum_features, layout_features)
+    parts = (grey_level_features, contrast_features, spectrum_features, edge_features, layout_features)
     rows = [torch.cat([part(batch) for part in parts], 1) for batch in slices.split(BATCH_SIZE)]
     return torch.cat(rows).double().cpu().numpy()
 
@@ -125,6 +125,16 @@ def spectrum_features(slices: Tensor) -> Tensor:
     power = torch.fft.rfft2(slices - slices.mean((2, 3), keepdim=True)).abs().square()
     power = (power + power.flip(2).roll(1, 2))[:, :, : slices.shape[2] // 2 + 1]
     return (F.adaptive_avg_pool2d(power, 8).flatten(1) / slices[0].numel() + 1e-6).log()
+
+
+def edge_features(slices: Tensor) -> Tensor:
+    """Return the logarithm of the mean difference between neighbouring pixels in 8x8 cells, (N, 384).
+
+    Along both axes, at full, half and a quarter of the resolution; they show seams and where edges are missing.
+    """
+    reduced = [F.avg_pool2d(slices, side) for side in (1, 2, 4)]
+    differences = [level.diff(dim=axis).abs() for level in reduced for axis in (2, 3)]
+    return (torch.cat([F.adaptive_avg_pool2d(own, 8).flatten(1) for own in differences], 1) + 0.003).log()
 
 
 def layout_features(slices: Tensor) -> Tensor:

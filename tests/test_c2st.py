@@ -42,23 +42,23 @@ def compare(slices, seed=100):
 
 @pytest.fixture(scope="module")
 def null():
-    """Results for 40 sets of patients of one kind."""
+    """Results for 30 sets of patients of one kind."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(c2st, "PERMUTATIONS", 199)
-        return [compare(patients(60, 1, 10 * draw), 10 * draw) for draw in range(40)]
+        return [compare(patients(60, 1, 10 * draw), 10 * draw) for draw in range(30)]
 
 
 def test_patients_of_one_kind_are_rarely_told_apart(null):
-    """Seven or more of 40 below 0.05, or three or more below 0.01, have a probability of at most 0.4 % and 0.8 %."""
+    """Six or more of 30 up to 0.05, or three or more up to 0.01, have a probability of at most 0.4 % each."""
     p_values = np.array([result.p_value for result in null])
-    assert (p_values < 0.05).sum() < 7
+    assert (p_values <= 0.05).sum() < 6
     assert (p_values <= 0.01).sum() < 3
     assert p_values.mean() > 0.4
     assert np.mean([result.accuracy for result in null]) == pytest.approx(0.5, abs=0.03)
 
 
 def test_most_intervals_contain_chance_level_for_patients_of_one_kind(null):
-    assert sum(low <= 0.5 <= high for low, high in (result.interval for result in null)) >= 30
+    assert sum(low <= 0.5 <= high for low, high in (result.interval for result in null)) >= 22
     assert np.mean([high - low for low, high in (result.interval for result in null)]) < 0.3
 
 
@@ -135,7 +135,7 @@ def test_a_single_patient_is_split_and_gives_no_p_value():
 def test_features_do_not_depend_on_the_other_slices(size):
     slices = patients(70, 1, 0, size)  # more than a batch
     features = c2st.slice_features(slices)
-    assert features.shape == (70, 418)
+    assert features.shape == (70, 802)
     assert np.isfinite(features).all()
     np.testing.assert_allclose(c2st.slice_features(slices[65:67]), features[65:67], atol=1e-5)
 
@@ -174,6 +174,22 @@ def test_spectrum_features_hold_a_wave_in_its_cell():
     chequered = c2st.spectrum_features(CHEQUERBOARD[None, None])[0]
     assert chequered.argmax() == 63
     assert chequered[:63].max() == pytest.approx(math.log(1e-6), abs=1e-3)
+
+
+def test_edge_features_hold_an_edge_in_its_cells():
+    slices = torch.zeros(1, 1, 64, 32)
+    slices[:, :, :, 18:] = 0.5  # between the columns 17 and 18 of 32, in the fifth of eight cells
+    down, across = c2st.edge_features(slices)[0].exp().sub(0.003).unflatten(0, (3, 2, 8, 8)).unbind(1)
+    assert down.abs().max() < 1e-6
+    assert (across[:, :, 4] > 0.05).all()
+    assert across[0, :, [0, 1, 2, 3, 5, 6, 7]].abs().max() < 1e-6
+    torch.testing.assert_close(across, across[:, :1].expand_as(across))
+
+
+def test_layout_features_are_means_of_cells():
+    slices = patients(2, 1, 0, (64, 32))
+    cells = slices.view(2, 8, 8, 8, 4).mean((2, 4))
+    torch.testing.assert_close(c2st.layout_features(slices), cells.flatten(1))
 
 
 # ---------------------------------------------------------------- parts
