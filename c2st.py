@@ -42,7 +42,7 @@ def c2st(
     Each of two classifiers learns to tell one fold of the slices (`two_fold_split`) from the examples, and is tested on
     the other fold and on the whole reference. Their p-values depend on each other, because what sets one fold apart by
     chance is learned by one classifier and tested by the other. The result is therefore twice the smaller one
-    (Bonferroni); a test of both folds' scores together would call up to 9 % of equal sets different at a level of 5 %.
+    (Bonferroni); a test of both folds' scores together called 8 % of equal sets different at a level of 5 %.
 
     Args:
         slices: (N, 1, H, W) in [-1, 1], such as samples; sides of at least 16 pixels.
