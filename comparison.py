@@ -3,23 +3,23 @@
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from anatomy import Coherence, coherence
+from c2st import TwoSampleTest
 from copying import Copies, find_copies
 from dataset import Slices
 from metrics import (
     NearestNeighbours,
     RandomFeatures,
-    c2st,
     data_copying_statistic,
     density_and_coverage,
     memorisation_rate,
     ms_ssim_diversity,
     random_feature_frechet,
     sliced_wasserstein,
-    wilson_interval,
 )
 
 BATCH_SIZE = 64  # training slices loaded at a time
@@ -32,13 +32,20 @@ class SliceSet(NamedTuple):
     slices: Tensor  # (N, 1, H, W) in [-1, 1], rounded to 256 grey levels
     cases: Sequence[Hashable]  # N patients; each sample is a case of its own
 
+    def where(self, chosen: np.ndarray) -> "SliceSet":
+        """Return the slices where `chosen` (N,) is true."""
+        return SliceSet(
+            self.slices[torch.from_numpy(chosen).to(self.slices.device)],
+            [case for case, kept in zip(self.cases, chosen) if kept],
+        )
 
-def compare(features: RandomFeatures, samples: SliceSet, reference: SliceSet) -> dict[str, Any]:
-    """Return the metrics of samples against a reference: C2ST and `distribution_metrics`."""
-    correct, trials = c2st(*samples, *reference)
+
+def compare(features: RandomFeatures, samples: SliceSet, reference: SliceSet, test: TwoSampleTest) -> dict[str, Any]:
+    """Return the metrics of samples against a reference: those of their two-sample test, `distribution_metrics`."""
     return {
-        "c2st_accuracy": correct / trials,
-        "c2st_interval": wilson_interval(correct, trials),
+        "c2st_accuracy": test.accuracy,
+        "c2st_interval": test.interval,
+        "c2st_p_value": test.p_value,
         **distribution_metrics(features, samples, reference),
     }
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from anatomy import MIN_TRAINING
 from augmentation import augment
+from c2st import c2st
 from checkpoints import read_bytes, read_config, read_data_files, strict_json
 from comparison import (
     SliceSet,
@@ -166,6 +167,9 @@ def evaluate(options: EvaluateOptions, config: RunConfig, networks: Networks, de
     baseline       Training slices vs. held-out slices: how much real patients differ. For copying, one half of the
                    held-out cases vs. the other half.
 
+    The classifier of the two-sample test learns from training slices too, for the prior alone from their
+    reconstructions; for the baseline from one half of the cases, and the other half is compared.
+
     Most metrics depend on the number of slices, so all comparisons use the same number of samples and training slices.
     The search for copies uses all samples.
     """
@@ -208,11 +212,12 @@ def evaluate(options: EvaluateOptions, config: RunConfig, networks: Networks, de
     print("evaluating samples")
     features = RandomFeatures(training.slices)
     compared = SliceSet(samples.slices[: len(chosen)], samples.cases[: len(chosen)])
+    half = two_fold_split(training.cases)
     of_samples = [
-        compare(features, compared, real),
-        compare(features, training_reconstructions, real),
-        compare(features, compared, reconstructions),
-        compare(features, training, real),
+        compare(features, compared, real, c2st(*compared, *real, *training)),
+        compare(features, training_reconstructions, real, c2st(*training_reconstructions, *real, *training)),
+        compare(features, compared, reconstructions, c2st(*compared, *reconstructions, *training_reconstructions)),
+        compare(features, training, real, c2st(*training.where(half), *real, *training.where(~half))),
     ]
 
     print(f"searching {len(data.train)} training slices for copies")

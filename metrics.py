@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import MeanSquaredError, Metric, MetricCollection
 from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 from torchmetrics.image import (
@@ -35,8 +35,6 @@ RESOLUTIONS = (3, 4, 5, 6)  # of JPEG 2000 that are tried: Pillow's default of 6
 TRIED_SLICES = 20  # on which they are compared
 PATCH_SIZE, PATCHES = 7, 16384  # side in pixels; patches per level
 PAIRS = 500  # pairs of slices compared for diversity
-CLASSIFIER_UPDATES = 300
-CLASSIFIERS_PER_FOLD = 3  # accuracy varies by up to 0.17 with the initialisation
 MAX_SHIFT = 4  # pixels that a copy may be shifted by: the side of a code's square in the default VQ-VAE
 CANDIDATES = 8  # training slices compared at full resolution
 CELLS, MIN_CELL_SIZE = 5, 20  # of the data-copying test; slices of either set that a cell needs
@@ -414,44 +412,7 @@ def ms_ssim_diversity(slices: Tensor) -> float:
     return 1 - total.item() / PAIRS
 
 
-# ---------------------------------------------------------------- samples: classifier two-sample test
-
-
-def c2st(
-    slices: Tensor, cases: Sequence[Hashable], reference: Tensor, reference_cases: Sequence[Hashable]
-) -> tuple[float, int]:
-    """Run a classifier two-sample test (Lopez-Paz and Oquab 2017, arXiv:1610.06545, section 3).
-
-    Cross-validates in two folds of patients (`two_fold_split`), so that no patient can be recognised: a small network
-    learns to tell the two sets apart on one fold and is tested on the other, on as many slices of each set.
-
-    Args:
-        slices: (N, 1, H, W).
-        cases: Their patients (N).
-        reference: (M, 1, H, W).
-        reference_cases: Their patients (M).
-
-    Returns:
-        The number of correctly classified slices, a mean over CLASSIFIERS_PER_FOLD networks that differ in
-        initialisation and batches, and the number of trials. Chance level is one half.
-    """
-    own_folds, reference_folds = (
-        torch.from_numpy(two_fold_split(groups)).to(slices.device) for groups in (cases, reference_cases)
-    )
-    correct = trials = 0
-    for fold in (False, True):
-        random = torch.Generator().manual_seed(2)
-        held_out = [slices[own_folds != fold], reference[reference_folds != fold]]
-        count = min(map(len, held_out))
-        tested = [own[torch.randperm(len(own), generator=random)[:count].to(slices.device)] for own in held_out]
-        for seed in range(CLASSIFIERS_PER_FOLD):
-            network = train_classifier(slices[own_folds == fold], reference[reference_folds == fold], seed)
-            for label, own in enumerate(tested):
-                with torch.no_grad():
-                    predicted = torch.cat([network(batch) for batch in own.split(BATCH_SIZE)]) > 0
-                correct += int((predicted == (label == 1)).sum())
-        trials += 2 * count
-    return correct / CLASSIFIERS_PER_FOLD, trials
+# ---------------------------------------------------------------- folds of patients
 
 
 def two_fold_split(groups: Sequence[Hashable]) -> np.ndarray:
@@ -468,62 +429,6 @@ def two_fold_split(groups: Sequence[Hashable]) -> np.ndarray:
         fold_of[group] = fold_sizes[1] < fold_sizes[0]
         fold_sizes[fold_of[group]] += size
     return np.array([fold_of[group] for group in groups])
-
-
-def train_classifier(first: Tensor, second: Tensor, seed: int, batch_size: int = 32) -> nn.Module:
-    """Train a small CNN to tell two sets of slices apart.
-
-    Args:
-        first: (N, 1, H, W).
-        second: (M, 1, H, W).
-        seed: Of initialisation and batches.
-        batch_size: Half of a batch comes from each set.
-
-    Returns:
-        The network in evaluation mode. Its logits (n, 1) are positive for slices of the second set.
-    """
-    random = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = build_classifier(min(first.shape[2:]))
-    # PyTorch's annotations lack the argument.
-    network.to(first.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimiser = torch.optim.AdamW(network.parameters())
-    labels = torch.arange(2, device=first.device).repeat_interleave(batch_size // 2)[:, None].float()
-    for update in range(CLASSIFIER_UPDATES):
-        for group in optimiser.param_groups:
-            group["lr"] = 2e-3 * min(1, (update + 1) / 20, 1 - update / CLASSIFIER_UPDATES)
-        batch = [
-            own[torch.randint(len(own), (batch_size // 2,), generator=random).to(own.device)] for own in (first, second)
-        ]
-        shifts = torch.randint(-4, 5, (2,), generator=random).tolist()
-        logits = network(torch.cat(batch).roll(shifts, (2, 3)).contiguous(memory_format=torch.channels_last))
-        optimiser.zero_grad()
-        F.binary_cross_entropy_with_logits(logits, labels).backward()
-        optimiser.step()
-    return network.eval()
-
-
-def build_classifier(side: int) -> nn.Sequential:
-    """Return a CNN: convolutions of stride 2 until the smaller side, of `side` pixels, has 4; then mean pooling."""
-    channels = (1, 16, 32, 64, 64, 64)[: max(2, math.ceil(math.log2(side / 4)) + 1)]
-    layers: list[nn.Module] = []
-    for inputs, outputs in zip(channels, channels[1:]):
-        layers += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels[-1], 1))
-
-
-def wilson_interval(correct: float, trials: int) -> tuple[float, float]:
-    """Return the 95 % confidence interval of the share correct / trials (Wilson 1927, J. Am. Stat. Assoc. 22:209).
-
-    It assumes independent trials. Slices of one patient are not independent, so for few patients it is too narrow. It
-    does not include the variation between classifiers.
-    """
-    z = 1.959964
-    share, denominator = correct / trials, 1 + z**2 / trials
-    centre = (share + z**2 / (2 * trials)) / denominator
-    margin = z / denominator * math.sqrt(share * (1 - share) / trials + z**2 / (4 * trials**2))
-    return centre - margin, centre + margin
 
 
 # ---------------------------------------------------------------- samples: data copying

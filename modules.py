@@ -785,7 +785,8 @@ class Refiner(nn.Module):
         Returns:
             Slices (N, 1, H, W) in [-1, 1].
         """
-        decoded = vqvae.decode(codes)
+        with torch.autocast(codes.device.type, enabled=False):  # bfloat16 would round the result to half a grey level
+            decoded = vqvae.decode(codes)
         conditioning = self.condition(codes, decoded, vqvae)
         x = torch.empty_like(decoded)
         for own, sample_id in zip(x, sample_ids):

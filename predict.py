@@ -36,7 +36,7 @@ from modules import (
 )
 from nifti import write_slice
 from plots import caption, evenly_spaced, reconstructions_figure, samples_figure
-from utils import channels_last, check_folder, pick_device, writing
+from utils import autocast, channels_last, check_folder, pick_device, writing
 
 DEFAULT_NUM = 64  # samples
 MAX_NUM = 10**6  # samples: their file names have six digits
@@ -265,7 +265,10 @@ def refine(
 
         def refine_batch(batch: range) -> Tensor:
             own_ids, own_codes = sample_ids[batch.start : batch.stop], codes[batch.start : batch.stop].to(device)
-            slices = networks.refiner.sample(own_ids, own_codes, networks.vqvae, options.seed, options.refiner_noise)
+            with autocast(device):
+                slices = networks.refiner.sample(
+                    own_ids, own_codes, networks.vqvae, options.seed, options.refiner_noise
+                )
             bar.update(len(batch))
             return slices.cpu()
 

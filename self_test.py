@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from anatomy import Tail
+from c2st import c2st
 from comparison import SliceSet, compare, distribution_metrics, find_set_copies, judge_anatomy
 from copying import data_copying_statistic, memorisation_rate
 from dataset import Slices
@@ -26,8 +27,13 @@ SHARES = (0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)  # of faulty slices
 DRAWS, CALLED_DRAWS = 10, 9
 SIGNIFICANT = 0.01
 P_VALUES = ("c2st_p_value", "tail_p_value")
-SPREADS = ("coverage_by_patient", "density_by_patient", "random_feature_frechet", "sliced_wasserstein")
-SPREADS = (*SPREADS, "ms_ssim_diversity")
+SPREADS = (
+    "coverage_by_patient",
+    "density_by_patient",
+    "random_feature_frechet",
+    "sliced_wasserstein",
+    "ms_ssim_diversity",
+)
 
 
 class HeldOut(NamedTuple):
@@ -113,14 +119,16 @@ def judge_faults(
 ) -> dict[str, dict[str, Any]]:
     """Return the figures of slices with planted faults, by fault; see `self_test`."""
     some = np.sort(np.random.default_rng(0).permutation(len(train))[:MAX_SLICES])
-    features = RandomFeatures(train.batch(some).to(played.slices.device))
+    training = SliceSet(train.batch(some).to(played.slices.device), [train.cases[i] for i in some])
+    features = RandomFeatures(training.slices)
     sets = {name: SliceSet(slices, played.cases) for name, slices in planted.items()}
     anatomy = judge_anatomy(sets, train, flip_axis)
     spreads = natural_spreads(features, held_out)
     found: dict[str, dict[str, Any]] = {}
     for name, own in sets.items():
         tail = anatomy.tails[name]
-        figures = compare(features, own, reference.set()) | {
+        test = c2st(*own, *reference.set(), *training)
+        figures = compare(features, own, reference.set(), test) | {
             "coherence_auc": win_rate(anatomy.scores["none"], anatomy.scores[name]),
             "tail_share": tail.share,
             "tail_p_value": tail.p_value(tail.share),
@@ -182,7 +190,7 @@ def judge_copies(
     sets = {"none": held_out.select(np.arange(len(held_out.cases))).set()}
     for name, copy in COPIES.items():
         if name != "mirrored" or flip_axis is not None:
-            sets[name] = SliceSet(round_to_grey_levels(copy(own, others)), sources)
+            sets[name] = SliceSet(round_to_grey_levels(copy(own, others)), own.cases)
     found = find_set_copies(sets, train, flip_axis)
     indices = torch.from_numpy(sources).to(device)
     figures: dict[str, dict[str, float | None]] = {

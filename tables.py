@@ -48,6 +48,7 @@ NETWORK_ROWS = (
 SAMPLE_ROWS = (
     TableRow("samples", "c2st_accuracy", "C2ST accuracy", ".3f", "0.5 is best, 1 is worst"),
     TableRow("samples", "c2st_interval", "  95 % interval", ".2f"),
+    TableRow("samples", "c2st_p_value", "  p-value, patients as units", ".4f", "below 0.01: told from real slices"),
     TableRow("samples", "coverage_by_patient", "coverage, by patient", ".3f", "higher is better, at most 1"),
     TableRow("samples", "density_by_patient", "density, by patient", ".3f", "the baseline's is best"),
     TableRow("samples", "coverage", "coverage, as published", ".3f", "the same, for independent slices"),

@@ -234,7 +234,6 @@ def check(out: Path, device: torch.device, tiny: bool) -> dict[str, Any]:
 
     rows = [*compare_trainings(out), *compare_networks(networks, data.test.batch(range(len(data.test))), device)]
     rows += compare_sampling(networks(device), device, count)
-    metrics.CLASSIFIER_UPDATES = 10  # enough to compare devices; more would take minutes on the CPU
     evaluations = [
         run_commands(out / name, run, where, count) for name, where in (("cpu", torch.device("cpu")), ("gpu", device))
     ]

@@ -19,6 +19,7 @@ import anatomy
 import evaluate
 import metrics
 import predict
+from c2st import TwoSampleTest
 from checkpoints import read_config
 from console import RunError
 from dataset import Slices, load_dataset
@@ -26,6 +27,7 @@ from dataset import Slices, load_dataset
 SAMPLE_KEYS = {
     "c2st_accuracy",
     "c2st_interval",
+    "c2st_p_value",
     "coverage",
     "coverage_by_patient",
     "density",
@@ -42,11 +44,10 @@ COPYING_KEYS = {"min_distance", "median_distance", "memorisation_rate", "c_t"}
 
 @pytest.fixture(scope="module")
 def quick():
-    """Fewer patches, pairs and classifier updates; test_metrics.py tests the metrics themselves."""
+    """Fewer patches, pairs and updates of the networks of anatomy.py; test_metrics.py tests the metrics themselves."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metrics, "PATCHES", 256)
         patch.setattr(metrics, "PAIRS", 10)
-        patch.setattr(metrics, "CLASSIFIER_UPDATES", 2)
         patch.setattr(anatomy, "JUDGE_UPDATES", 2)
         patch.setattr(anatomy, "MATCHER_UPDATES", 2)
         yield
@@ -111,6 +112,7 @@ def test_evaluation_json_has_all_metrics_of_all_comparisons(evaluation):
         assert part["copying"].keys() == COPYING_KEYS
         low, high = part["samples"]["c2st_interval"]
         assert 0 <= low <= part["samples"]["c2st_accuracy"] <= high <= 1
+        assert part["samples"]["c2st_p_value"] == 1  # one held-out patient
     assert all(math.isfinite(number) for number in numbers_of({**results, "settings": {}}))
     assert results["reconstructions"]["bits_per_pixel"] == 4 / 16  # 16 codes for 4x4 pixels
     prior = results["prior"]
@@ -243,10 +245,10 @@ def test_each_comparison_uses_the_right_sets_of_slices(evaluated, trained, monke
     def means(slices):
         return slices.mean((1, 2, 3)).tolist()
 
-    def c2st(slices, cases, reference, reference_cases):
-        assert (len(slices), len(reference)) == (len(cases), len(reference_cases))
-        compared.append((means(slices), means(reference)))
-        return 1, 2
+    def c2st(slices, cases, reference, reference_cases, examples, example_cases):
+        assert [*map(len, (slices, reference, examples))] == [*map(len, (cases, reference_cases, example_cases))]
+        compared.append((means(slices), means(reference), means(examples)))
+        return TwoSampleTest(0.5, (0.4, 0.6), 1.0)
 
     def nearest_neighbours(slices, load_training, count, flip_axis):
         assert flip_axis == 2
@@ -275,8 +277,10 @@ def test_each_comparison_uses_the_right_sets_of_slices(evaluated, trained, monke
     samples, all_samples = compared[0][0], copying[0][0]
     assert (len(samples), len(all_samples)) == (12, 14)
     assert all_samples[:12] == samples
-    expected = [(samples, means(real)), (means(refined_training), means(real))]
-    expected += [(samples, means(refined)), (means(training), means(real))]
+    first = torch.from_numpy(metrics.two_fold_split(data.train.cases))
+    expected = [(samples, means(real), means(training)), (means(refined_training), means(real), means(training))]
+    expected += [(samples, means(refined), means(refined_training))]
+    expected += [(means(training[first]), means(real), means(training[~first]))]
     np.testing.assert_allclose(sum(sum(compared, ()), []), sum(sum(expected, ()), []), atol=1e-5)
     halves = (means(real[[0, 2]]), means(real[[1, 3]]))
     expected = [(all_samples, means(real)), (means(refined), means(real)), (all_samples, means(refined)), halves]

@@ -413,7 +413,7 @@ def test_ms_ssim_diversity_of_equal_slices_a_pair_and_noise():
     assert metrics.ms_ssim_diversity(2 * torch.rand(6, 1, 32, 16) - 1) > 0.9
 
 
-# ---------------------------------------------------------------- classifier two-sample test
+# ---------------------------------------------------------------- folds of patients
 
 
 def test_two_fold_split_keeps_patients_together():
@@ -431,78 +431,6 @@ def test_two_fold_split_keeps_patients_together():
 def test_two_fold_split_of_one_patient_alternates_quarters():
     assert metrics.two_fold_split(["a"] * 12).tolist() == ([False] * 3 + [True] * 3) * 2
     assert metrics.two_fold_split([None] * 4).tolist() == [False, True, False, True]
-
-
-@pytest.fixture
-def short_classifier(monkeypatch):
-    monkeypatch.setattr(metrics, "CLASSIFIER_UPDATES", 60)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def test_c2st_of_one_distribution_is_at_chance_level(short_classifier):
-    """Whatever the networks learn, they classify a share p of one set and 1 - p of the other correctly: 200 trials of
-    mean 1/2. By Hoeffding's inequality, deviations above 0.16 have a probability of at most
-    2 exp(-2 * 200 * 0.16^2) = 7e-5."""
-    slices = smooth_slices(200, 32, 16)
-    state = torch.get_rng_state()
-    correct, trials = metrics.c2st(slices[:100], range(100), slices[100:], range(100))
-    assert torch.equal(torch.get_rng_state(), state)
-    assert trials == 200
-    assert abs(correct / trials - 0.5) < 0.16
-    assert metrics.c2st(slices[:100], range(100), slices[100:], range(100)) == (correct, trials)
-
-
-def test_c2st_separates_different_distributions(short_classifier):
-    """With 30 slices in one set and 100 in the other, 30 of each are tested."""
-    slices = smooth_slices(130, 32, 16)
-    changed = slices[:100] + 0.3 * torch.randn(100, 1, 32, 16)
-    correct, trials = metrics.c2st(changed, range(100), slices[100:], ["a"] * 10 + ["b"] * 20)
-    assert trials == 2 * 30
-    assert correct >= 57
-
-
-def test_classifiers_depend_on_their_seed_only(monkeypatch):
-    monkeypatch.setattr(metrics, "CLASSIFIER_UPDATES", 1)
-    slices = smooth_slices(40, 32, 16)
-    first, again, second = (metrics.train_classifier(slices[:20], slices[20:], seed)(slices) for seed in (0, 0, 1))
-    assert torch.equal(first, again)
-    assert not torch.isclose(first, second).any()
-
-
-def test_c2st_tests_no_patient_that_it_was_trained_on(monkeypatch):
-    """Slices hold the number of their patient; each network of the other fold tests each slice once."""
-    cases = [case for case in range(6) for _ in range(4)]
-    slices = torch.tensor(cases).float()[:, None, None, None].expand(-1, 1, 16, 16)
-    tested, seeds = [], []
-
-    def train_classifier(first, second, seed):
-        seeds.append(seed)
-        seen = {*first[:, 0, 0, 0].tolist()}, {*second[:, 0, 0, 0].tolist()}
-
-        def network(batch):
-            tested.extend(batch[:, 0, 0, 0].tolist())
-            assert not seen[batch[0, 0, 0, 0] >= 100] & {*batch[:, 0, 0, 0].tolist()}
-            return batch[:, :, 0, 0] - 50
-
-        return network
-
-    monkeypatch.setattr(metrics, "train_classifier", train_classifier)
-    result = metrics.c2st(slices, cases, slices + 100, cases)
-    assert result == (48, 48)
-    assert sorted(tested) == sorted([*cases, *(case + 100 for case in cases)] * metrics.CLASSIFIERS_PER_FOLD)
-    assert sorted(seeds) == sorted([*range(metrics.CLASSIFIERS_PER_FOLD)] * 2)
-    assert metrics.CLASSIFIERS_PER_FOLD > 1
-
-
-@pytest.mark.parametrize(
-    ("correct", "trials", "low", "high"), [(5, 10, 0.2366, 0.7634), (0, 10, 0, 0.2775), (81, 263, 0.2553, 0.3662)]
-)
-def test_wilson_interval_equals_published_values(correct, trials, low, high):
-    """The last is from Newcombe 1998, Stat. Med. 17:857, table I, without continuity correction."""
-    assert metrics.wilson_interval(correct, trials) == pytest.approx((low, high), abs=5e-5)
 
 
 # ---------------------------------------------------------------- data copying
