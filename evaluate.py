@@ -21,24 +21,20 @@ from augmentation import augment
 from checkpoints import read_bytes, read_config, read_data_files, strict_json
 from config import RunConfig
 from console import Parser, RunError, log_notices, logger, nonempty, number, run_command, say
-from copying import Copies, align, find_copies
+from copying import Copies, align, data_copying_statistic, find_copies, memorisation_rate, nearest_distances
 from dataset import DataSplits, Slices, describe_changes, load_dataset
 from membership import attack_metrics, attack_scores, pair_patients, roc_curve
 from metrics import (
     MIN_SIDE,
-    NearestNeighbours,
     RandomFeatures,
     all_reconstruction_metrics,
     bits_per_pixel,
     c2st,
     code_counts,
     codebook_use,
-    data_copying_statistic,
     density_and_coverage,
     jpeg2000_bits_per_slice,
-    memorisation_rate,
     ms_ssim_diversity,
-    nearest_neighbours,
     random_feature_frechet,
     round_to_grey_levels,
     sliced_wasserstein,
@@ -133,7 +129,7 @@ SAMPLE_ROWS = (
     TableRow("copying", "c_t", "data-copying C_T", ".1f", "about 0; far below 0 for copies"),
 )
 SLICE_ROWS = (
-    TableRow("slices", "copied", "called copies", ".3f", "the expected share is best"),
+    TableRow("slices", "copied", "called copies", ".3f", "the expected share is best; nan: no patients are known"),
     TableRow("slices", "copied_expected", "  expected of new patients", ".3f", "at most"),
     TableRow("slices", "tail_share", "incoherent anatomy", ".3f", f"{TAIL:g} is expected of new patients"),
     TableRow("slices", "tail_p_value", "  p-value", ".4f", "below 0.01: more than new patients have"),
@@ -287,25 +283,22 @@ def evaluate(options: EvaluateOptions, config: RunConfig, networks: Networks, de
 
     print(f"searching {len(data.train)} training slices for copies")
     flip_axis = left_right_axis(np.array(config.affine))
-    nn_samples, nn_reconstructions, nn_real = (
-        nearest_neighbours(own.slices, data.train.batch, len(data.train), flip_axis)
-        for own in (samples, reconstructions, real)
-    )
+    sets = {"samples": samples, "reconstructions": reconstructions, f"{options.split} slices": real}
+    copies = find_set_copies(sets, data.train, flip_axis)
+    sampled, reconstructed, held = copies.values()
     second_half = torch.from_numpy(two_fold_split(real.cases)).to(device)
-    nn_halves = [NearestNeighbours(*(field[half] for field in nn_real)) for half in (~second_half, second_half)]
     of_copying = [
-        copying_metrics(nn_samples, nn_real),
-        copying_metrics(nn_reconstructions, nn_real),
-        copying_metrics(nn_samples, nn_reconstructions),
-        copying_metrics(*nn_halves),
+        copying_metrics(sampled, held),
+        copying_metrics(reconstructed, held),
+        copying_metrics(sampled, reconstructed),
+        copying_metrics(held.take(~second_half), held.take(second_half)),
     ]
     for name, sample_values, copying_values in zip(COMPARISONS, of_samples, of_copying):
         comparison = {"samples": sample_values, "copying": copying_values}
         results |= comparison if name == "samples" else {name: comparison}
 
-    print("judging single slices: copies and anatomy")
-    sets = {"samples": samples, "reconstructions": reconstructions, f"{options.split} slices": real}
-    copies, anatomy = find_set_copies(sets, data.train, flip_axis), judge_anatomy(sets, data.train, flip_axis)
+    print("judging the anatomy of single slices")
+    anatomy = judge_anatomy(sets, data.train, flip_axis)
     results["slices"] = {
         name.replace(f"{options.split} ", "heldout_"): of for name, of in slice_metrics(copies, anatomy).items()
     }
@@ -323,9 +316,8 @@ def evaluate(options: EvaluateOptions, config: RunConfig, networks: Networks, de
         "samples": samples.slices[drawn.positions.argsort()[evenly_spaced(count)]],
     }
     distances = {
-        "samples": nn_samples.distances,
-        f"reconstructions of {options.split} slices": nn_reconstructions.distances,
-        f"{options.split} slices": nn_real.distances,
+        name.replace("reconstructions", f"reconstructions of {options.split} slices"): own.distances
+        for name, own in copies.items()
     }
     evaluation_figure(
         options.images / "evaluation.png",
@@ -427,7 +419,7 @@ def sample_metrics(features: RandomFeatures, samples: SliceSet, reference: Slice
     }
 
 
-def copying_metrics(samples: NearestNeighbours, reference: NearestNeighbours) -> dict[str, float]:
+def copying_metrics(samples: Copies, reference: Copies) -> dict[str, float]:
     """Return the metrics of copying, from the nearest training slices of samples and of a reference."""
     return {
         "min_distance": samples.distances.min().item(),
@@ -441,9 +433,8 @@ def find_set_copies(sets: Mapping[str, SliceSet], train: Slices, flip_axis: int 
     """Search the training slices for what each set may have copied, in one pass over them."""
     slices = torch.cat([own.slices for own in sets.values()])
     found = find_copies(slices, train.batch, len(train), train.cases, flip_axis)
-    sizes = [len(own.slices) for own in sets.values()]
-    fields = [field.split(sizes) if isinstance(field, Tensor) else [field] * len(sizes) for field in found]
-    return {name: Copies(*own) for name, own in zip(sets, zip(*fields))}
+    rows = torch.arange(len(slices)).split([len(own.slices) for own in sets.values()])
+    return {name: found.take(own) for name, own in zip(sets, rows)}
 
 
 def judge_anatomy(sets: Mapping[str, SliceSet], train: Slices, flip_axis: int | None) -> Coherence:
@@ -459,10 +450,13 @@ def judge_anatomy(sets: Mapping[str, SliceSet], train: Slices, flip_axis: int | 
 
 
 def slice_metrics(copies: Mapping[str, Copies], anatomy: Coherence) -> dict[str, dict[str, float]]:
-    """Return the share of each set that is called a copy, and its share of incoherent anatomy with a p-value."""
+    """Return the share of each set that is called a copy, and its share of incoherent anatomy with a p-value.
+
+    The share of copies is NaN where fewer than two training patients are known: then no threshold can be set.
+    """
     return {
         name: {
-            "copied": own.copied.double().mean().item(),
+            "copied": own.copied.double().mean().item() if math.isfinite(own.threshold) else math.nan,
             "copied_expected": own.rate,
             "tail_share": anatomy.tail_shares[name],
             "tail_p_value": anatomy.p_values[name],
@@ -498,8 +492,7 @@ def infer_membership(
     positions = np.concatenate([train.positions[pairs.members.ravel()], held_out.positions[pairs.non_members.ravel()]])
     with autocast(device):
         found = attack_scores(slices, torch.from_numpy(positions).to(device), *networks, augment)
-    nearest = nearest_neighbours(slices, lambda chosen: samples.slices[list(chosen)], len(samples.slices), flip_axis)
-    found["samples"] = -nearest.distances
+    found["samples"] = -nearest_distances(slices, samples.slices, flip_axis)
     scores = {name: tuple(own.cpu().view(2, *shape)) for name, own in found.items()}
     attacks = {name: attack_metrics(*own) for name, own in scores.items()}
     return scores, {"patients": shape[0], "slices": pairs.members.size, "attacks": attacks}
