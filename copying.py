@@ -355,7 +355,7 @@ def query_blocks(queries: Tensor) -> tuple[Tensor, list[list[int]]]:
     places = [
         list(range((count - 1) % stride // 2, count, stride)) for count, stride in zip(blocks.shape[2:], SEARCH_STRIDE)
     ]
-    return blocks[:, :, places[0]][:, :, :, places[1]].permute(2, 3, 0, 1).flatten(0, 1).contiguous(), places
+    return torch.stack([blocks[:, :, row, column] for row, column in product(*places)]), places
 
 
 def block_agreement(blocks: Tensor, places: list[list[int]], training: Tensor) -> Tensor:
