@@ -1,5 +1,6 @@
 """What is measured of a set of slices: beside another set, beside the training slices, and of each slice alone."""
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,14 +10,11 @@ from torch import Tensor
 
 from anatomy import Coherence, coherence
 from c2st import TwoSampleTest
-from copying import Copies, find_copies
+from copying import Copies, data_copying_statistic, find_copies, memorisation_rate
 from dataset import Slices
 from metrics import (
-    NearestNeighbours,
     RandomFeatures,
-    data_copying_statistic,
     density_and_coverage,
-    memorisation_rate,
     ms_ssim_diversity,
     random_feature_frechet,
     sliced_wasserstein,
@@ -68,7 +66,7 @@ def distribution_metrics(features: RandomFeatures, samples: SliceSet, reference:
     }
 
 
-def copying_metrics(samples: NearestNeighbours, reference: NearestNeighbours) -> dict[str, float]:
+def copying_metrics(samples: Copies, reference: Copies) -> dict[str, float]:
     """Return the metrics of copying, from the nearest training slices of samples and of a reference."""
     return {
         "min_distance": samples.distances.min().item(),
@@ -82,9 +80,8 @@ def find_set_copies(sets: Mapping[str, SliceSet], train: Slices, flip_axis: int 
     """Search the training slices for what each set may have copied, in one pass over them."""
     slices = torch.cat([own.slices for own in sets.values()])
     found = find_copies(slices, train.batch, len(train), train.cases, flip_axis)
-    sizes = [len(own.slices) for own in sets.values()]
-    fields = [field.split(sizes) if isinstance(field, Tensor) else [field] * len(sizes) for field in found]
-    return {name: Copies(*own) for name, own in zip(sets, zip(*fields))}
+    rows = torch.arange(len(slices)).split([len(own.slices) for own in sets.values()])
+    return {name: found.take(own) for name, own in zip(sets, rows)}
 
 
 def judge_anatomy(sets: Mapping[str, SliceSet], train: Slices, flip_axis: int | None) -> Coherence:
@@ -100,10 +97,13 @@ def judge_anatomy(sets: Mapping[str, SliceSet], train: Slices, flip_axis: int | 
 
 
 def slice_metrics(copies: Mapping[str, Copies], anatomy: Coherence) -> dict[str, dict[str, float]]:
-    """Return the share of each set that is called a copy, and its share of incoherent anatomy with a p-value."""
+    """Return the share of each set that is called a copy, and its share of incoherent anatomy with a p-value.
+
+    The share of copies is NaN where fewer than two training patients are known: then no threshold can be set.
+    """
     return {
         name: {
-            "copied": own.copied.double().mean().item(),
+            "copied": own.copied.double().mean().item() if math.isfinite(own.threshold) else math.nan,
             "copied_expected": own.rate,
             "tail_share": anatomy.tails[name].share,
             "tail_p_value": anatomy.tails[name].p_value(anatomy.tails[name].share),

@@ -5,33 +5,39 @@ The search works on small slices, divided by their local contrast so that bright
 1. Candidates: blocks of a sample are compared with the blocks near the same place of every training slice. Those
    training slices are candidates whose blocks agree best, in the whole slice or in a window of it (SPANS).
 2. Registration: each candidate is laid over the sample by block matching. Blocks vote for an affine map, so that a part
-   of a slice finds its map too; blocks that disagree have no say.
+   of a slice finds its map too; blocks that disagree have no say. The best few are registered more finely.
 3. Score: the correlation of sample and candidate within each window, in standard deviations of the same correlation
    between different training patients. The highest window counts.
 
 A sample is called a copy if its score exceeds a threshold, which slices of a new patient exceed at most at a stated
 rate (`calibrate`). Blur makes patients more alike: compare samples with reconstructions of held-out slices too.
 
+Two statistics compare whole sets by the distances to the nearest training slices: `memorisation_rate` and
+`data_copying_statistic`.
+
 Slices are (N, 1, H, W) in [-1, 1]. Everything is deterministic.
 """
 
 import math
-from collections.abc import Callable, Hashable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from itertools import product
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from metrics import to_grey_levels
+
 RATE = 0.01  # share of the slices of new patients that may be called copies
 CALIBRATION_SLICES = 240  # training slices compared with the other patients', about
 FINE_PIXELS, COARSE_PIXELS = 4608, 512  # of a downsampled slice: 96x48 and 32x16 for sides of 2:1
-FINE_BLOCK, COARSE_BLOCK = 8, 8  # side of a block in those pixels
+BLOCK = 8  # side of a block in those pixels
 FINE_STRIDE, COARSE_STRIDE = 4, 2  # pixels between neighbouring blocks
 SEARCH_STRIDE = (4, 3)  # pixels between the blocks of a sample, of 32x16 pixels, that search for candidates
 SEARCH_REACH = 3  # pixels of 32x16 that a block may lie away from its place in the training slice
-CANDIDATES = 20  # training slices registered with each sample
-REACHES = ((4, 2, 1), (2, 1))  # pixels that blocks are searched over, in the rounds at 32x16 and at 96x48
+CANDIDATES, FINALISTS = 40, 4  # training slices registered with each sample, at 32x16 and then at 96x48
+COARSE_REACHES, FINE_REACHES = (4, 2, 1), (2, 1)  # pixels that blocks are searched over, round by round
 ELASTIC_REACH = 1  # pixels of 96x48 that blocks may deviate from the affine map
 BACKGROUND = 256  # training slices that the blocks' agreement is compared with
 FINE_SIGMAS, COARSE_SIGMAS = (0.8, 4.0), (0.6, 2.0)  # pixels: of the slight blur, and of the local mean and contrast
@@ -39,11 +45,13 @@ MIN_CORRELATION = 0.3  # of blocks that vote
 POWER = 6  # of a vote: well above a random block's correlation, about 0.8 at best, copies count far more
 SPANS = ((0.0, 1.0), (0.0, 0.5), (0.5, 1.0), (0.25, 0.75), (0.35, 0.65))  # of windows along a side: each with each
 SLOPE = 0.12  # by which displacements may differ per distance of blocks: turns and stretches
-BATCH_SIZE, PAIR_BATCH = 128, 60  # slices; pairs of slices
+BATCH_SIZE, QUERY_BATCH, PAIR_BATCH = 64, 256, 20  # training slices; queries; pairs: temporaries stay in the cache
 MAX_SIMILARITY = 0.99  # so that Fisher's transform stays finite
 MIN_STD = 0.02  # of Fisher's z between patients
+CELLS, MIN_CELL_SIZE = 5, 20  # of the data-copying test; slices of either set that a cell needs
 VARIANCE_FLOOR = 0.02  # added to the variance of blocks; normalised slices have about 1
 MIN_VARIANCE = 0.3  # of a window; the score of windows with less structure is reduced in proportion
+SAMPLE, UNKNOWN = -1, -2  # labels of queries that are no training slices, and of training slices of unknown patients
 
 
 class Copies(NamedTuple):
@@ -52,17 +60,24 @@ class Copies(NamedTuple):
     scores: Tensor  # (N,): similarity, in standard deviations above the mean similarity of different patients
     indices: Tensor  # (N,) int64: of the training slice
     copied: Tensor  # (N,) bool: whether the score exceeds the threshold
-    threshold: float  # infinite if the training slices have one case: then scores are Fisher's z
-    rate: float  # expected share of a new patient's slices above the threshold, at most
+    threshold: float  # infinite if fewer than two patients are known: nothing is called, and scores are Fisher's z
+    rate: float  # expected share of a new patient's slices above the threshold, at most; NaN if it is infinite
     transforms: Tensor  # (N, 2, 3): theta of affine_grid; lays the training slice over the sample (`align`)
     boxes: Tensor  # (N, 4): the part of the sample that matched: top, bottom, left, right, in shares of the sides
+    distances: Tensor  # (N,): root mean squared difference from the nearest training slice (`match`), in [0, 2]
+    cells: Tensor  # (N,) int64: the cell of similar training slices that the sample falls into
+
+    def take(self, rows: Tensor) -> "Copies":
+        """Return those of some samples, by indices or a mask."""
+        taken: dict[str, Any] = {name: of[rows] for name, of in self._asdict().items() if isinstance(of, Tensor)}
+        return self._replace(**taken)
 
 
 class Pyramid(NamedTuple):
-    """Normalised slices at two resolutions."""
+    """Slices at two resolutions, in half precision: 10 kB a slice."""
 
-    fine: Tensor  # (N, 1, h, w), h * w about FINE_PIXELS
-    coarse: Tensor  # (N, 1, h, w), h * w about COARSE_PIXELS
+    pixels: Tensor  # (N, 1, h, w) in [-1, 1], h * w about FINE_PIXELS
+    coarse: Tensor  # (N, 1, h, w), h * w about COARSE_PIXELS, normalised
 
 
 class Blocks(NamedTuple):
@@ -83,12 +98,28 @@ class Blocks(NamedTuple):
         return self.covariances / floored.sqrt()
 
 
+class Pairs(NamedTuple):
+    """Q queries with k training slices each, which they may resemble."""
+
+    views: Tensor  # (Q, k) int64: q of query q, Q + q if mirrored
+    indices: Tensor  # (Q, k) int64: of the training slice
+    valid: Tensor  # (Q, k) bool: whether it is of another patient, as those of few patients may not suffice
+
+
+class Registered(NamedTuple):
+    """Training slices that are laid over queries."""
+
+    transforms: Tensor  # (Q, k, 2, 3): theta of affine_grid
+    similarities: Tensor  # (Q, k, W): within each window, in [-1, 1]
+
+
 class Matches(NamedTuple):
-    """The best candidate of N slices for each of the W windows."""
+    """The best candidate of N slices for each of the W windows, and their nearest training slice."""
 
     similarities: Tensor  # (N, W), in [-1, 1]
     indices: Tensor  # (N, W) int64: of the training slice
     transforms: Tensor  # (N, W, 2, 3): theta of affine_grid, flip included
+    distances: Tensor  # (N,): of the nearest training slice, in [0, 2]
 
 
 def find_copies(
@@ -105,25 +136,26 @@ def find_copies(
         samples: (N, 1, H, W) in [-1, 1].
         load_training: Returns the training slices (n, 1, H, W) of n indices. Each slice is loaded once.
         count: Number of training slices.
-        cases: Their patients (count). Slices of unknown patients count as one patient's.
+        cases: Their patients (count), None for unknown. Slices of unknown patients are searched, but do not calibrate.
         flip_axis: The axis, 2 or 3, along which copies may be mirrored; None if they may not.
-        rate: Share of the slices of a new patient that may be called copies. With K patients it is at least
+        rate: Share of the slices of a new patient that may be called copies. With K known patients it is at least
             1 / (K + 1).
     """
     batches = (range(start, min(start + BATCH_SIZE, count)) for start in range(0, count, BATCH_SIZE))
     training = join([build_pyramid(load_training(batch).to(samples.device)) for batch in batches])
-    numbers = {case: number for number, case in enumerate(dict.fromkeys(cases))}
-    labels = torch.tensor([numbers[case] for case in cases], device=samples.device)
+    numbers = {case: number for number, case in enumerate(dict.fromkeys(case for case in cases if case is not None))}
+    labels = torch.tensor([UNKNOWN if case is None else numbers[case] for case in cases], device=samples.device)
     calibrators = choose_calibrators(labels)
-    queries = join([*(build_pyramid(batch) for batch in samples.split(BATCH_SIZE)), select(training, calibrators)])
-    query_labels = torch.cat([labels.new_full((len(samples),), -1), labels[calibrators]])
+    queries = join([*map(build_pyramid, samples.split(BATCH_SIZE)), select(training, calibrators)])
+    query_labels = torch.cat([labels.new_full((len(samples),), SAMPLE), labels[calibrators]])
     matches = match(queries, query_labels, training, labels, flip_axis)
     similarities = matches.similarities.split([len(samples), len(calibrators)])
     scores, others = (window_scores(own, similarities[1]) for own in similarities)
-    threshold, rate = calibrate(others.amax(1), labels[calibrators], rate) if len(calibrators) else (math.inf, 0.0)
+    threshold, rate = calibrate(others.amax(1), labels[calibrators], rate) if len(calibrators) else (math.inf, math.nan)
     best, window = scores.max(1)
     rows = torch.arange(len(samples), device=samples.device)
     transforms = matches.transforms[rows, window]
+    centroids = k_means(flat_pixels(training), min(CELLS, count))
     return Copies(
         scores=best,
         indices=matches.indices[rows, window],
@@ -132,7 +164,18 @@ def find_copies(
         rate=rate,
         transforms=transforms,
         boxes=matched_boxes(window, transforms),
+        distances=matches.distances[: len(samples)],
+        cells=nearest_centroid(flat_pixels(queries)[: len(samples)], centroids),
     )
+
+
+def nearest_distances(slices: Tensor, others: Tensor, flip_axis: int | None) -> Tensor:
+    """Return the distances (N,) of slices (N, 1, H, W) to the nearest of others (M, 1, H, W), as in `Copies`."""
+    queries, training = (join([*map(build_pyramid, of.split(BATCH_SIZE))]) for of in (slices, others))
+    labels = [
+        torch.full((len(of),), label, device=slices.device) for of, label in ((slices, SAMPLE), (others, UNKNOWN))
+    ]
+    return match(queries, labels[0], training, labels[1], flip_axis).distances
 
 
 def align(training: Tensor, transforms: Tensor) -> Tensor:
@@ -172,9 +215,13 @@ def normalise(slices: Tensor, blur: float, sigma: float) -> Tensor:
 
 
 def build_pyramid(slices: Tensor) -> Pyramid:
-    """Downsample and normalise slices (N, 1, H, W); half precision halves the memory."""
-    fine, coarse = resize(slices, FINE_PIXELS), resize(slices, COARSE_PIXELS)
-    return Pyramid(normalise(fine, *FINE_SIGMAS).half(), normalise(coarse, *COARSE_SIGMAS).half())
+    """Downsample slices (N, 1, H, W), and normalise the smaller ones.
+
+    The 256 grey levels are averaged as integers, so that the pixels of mirrored slices are exactly mirrored.
+    """
+    levels = to_grey_levels(slices).float()
+    pixels, coarse = (resize(levels, size) / 127.5 - 1 for size in (FINE_PIXELS, COARSE_PIXELS))
+    return Pyramid(pixels.half(), normalise(coarse, *COARSE_SIGMAS).half())
 
 
 def join(pyramids: Sequence[Pyramid]) -> Pyramid:
@@ -182,9 +229,14 @@ def join(pyramids: Sequence[Pyramid]) -> Pyramid:
     return Pyramid(*map(torch.cat, zip(*pyramids)))
 
 
+def flat_pixels(slices: Pyramid) -> Tensor:
+    """Return about COARSE_PIXELS pixels of each slice: (N, D)."""
+    return torch.cat([resize(batch.float(), COARSE_PIXELS).flatten(1) for batch in slices.pixels.split(BATCH_SIZE)])
+
+
 def select(pyramid: Pyramid, indices: Tensor) -> Pyramid:
     """Return the slices at indices (n,)."""
-    return Pyramid(pyramid.fine[indices], pyramid.coarse[indices])
+    return Pyramid(*(of[indices] for of in pyramid))
 
 
 # ---------------------------------------------------------------- windows
@@ -225,57 +277,57 @@ def matched_boxes(windows: Tensor, transforms: Tensor) -> Tensor:
 
 
 def match(queries: Pyramid, query_labels: Tensor, training: Pyramid, labels: Tensor, flip_axis: int | None) -> Matches:
-    """Find the training slices that queries resemble most, window by window.
+    """Find the training slices that queries resemble most, window by window, and the distance to the nearest one.
+
+    The distance is the root mean squared difference of pixels, averaged to about FINE_PIXELS: the smallest of the
+    finalists, each unmoved (mirrored if it was found by the mirrored query) and as registered. Exact and exactly
+    mirrored copies have distance 0.
 
     Args:
         queries: Q slices.
-        query_labels: Their patients (Q,), as numbers; slices of the same patient are not searched. -1 is none.
+        query_labels: Their patients (Q,), as numbers; slices of the same patient are not searched. SAMPLE for none.
         training: M training slices.
-        labels: Their patients (M,).
+        labels: Their patients (M,), UNKNOWN for unknown.
         flip_axis: As in `find_copies`.
     """
-    mirror = torch.eye(3, device=labels.device)
-    views = [queries]
+    views, mirror = queries, torch.eye(3, device=labels.device)
     if flip_axis is not None:
-        views.append(Pyramid(*(of.flip(flip_axis) for of in queries)))
+        views = join([queries, Pyramid(*(of.flip(flip_axis) for of in queries))])
         mirror[3 - flip_axis, 3 - flip_axis] = -1
-    candidates, flipped, valid = find_candidates([view.coarse for view in views], query_labels, training.coarse, labels)
-    count = candidates.shape[1]
-    both = join(views)
-    parts = []
-    for rows in torch.arange(len(candidates), device=labels.device).split(max(1, PAIR_BATCH // count)):
-        indices, turned = candidates[rows].flatten(), flipped[rows].flatten()
-        pairs = rows.repeat_interleave(count) + len(candidates) * turned
-        transforms, similarities = register(select(both, pairs), select(training, indices))
-        transforms = torch.where(turned[:, None, None], transforms @ mirror, transforms)
-        similarities = similarities.masked_fill(~valid[rows].flatten()[:, None], -MAX_SIMILARITY)
-        similarities, best = similarities.unflatten(0, (len(rows), count)).max(1)
-        best = best + count * torch.arange(len(rows), device=best.device)[:, None]
-        parts.append(Matches(similarities, indices[best], transforms[best]))
-    return Matches(*map(torch.cat, zip(*parts)))
+    pairs = find_candidates(views.coarse, query_labels, training.coarse, labels)
+    rows = torch.arange(len(query_labels), device=labels.device)[:, None]
+    unmoved = torch.eye(2, 3, device=labels.device).expand(*pairs.views.shape, -1, -1)
+    coarse = register_pairs(views, training, pairs, unmoved, COARSE)
+    scores = window_scores(coarse.similarities, coarse.similarities[query_labels >= 0].flatten(0, 1)).amax(2)
+    finalists = scores.topk(min(FINALISTS, scores.shape[1])).indices
+    pairs = Pairs(*(of[rows, finalists] for of in pairs))
+    fine = register_pairs(views, training, pairs, coarse.transforms[rows, finalists], FINE)
+    similarities, best = fine.similarities.max(1)
+    transforms, mirrored = fine.transforms[rows, best], pairs.views[rows, best] >= len(rows)
+    return Matches(
+        similarities=similarities,
+        indices=pairs.indices[rows, best],
+        transforms=torch.where(mirrored[..., None, None], transforms @ mirror, transforms),
+        distances=pair_distances(views, training, pairs, fine.transforms).amin(1),
+    )
 
 
-def find_candidates(
-    views: Sequence[Tensor], query_labels: Tensor, training: Tensor, labels: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def find_candidates(views: Tensor, query_labels: Tensor, training: Tensor, labels: Tensor) -> Pairs:
     """Find the training slices whose blocks agree best with those of queries.
 
     Args:
-        views: The coarse queries and, where searched, the mirrored ones: (Q, 1, h, w) each.
+        views: The coarse queries and, where searched, the mirrored ones: (Q, 1, h, w) or (2 * Q, 1, h, w).
         query_labels: As in `match`.
         training: Coarse training slices (M, 1, h, w).
         labels: As in `match`.
-
-    Returns:
-        Indices of k training slices (Q, k); whether they were found by the mirrored query; and whether they are of
-        another patient, as those of few patients may not suffice.
     """
-    blocks, places = query_blocks(torch.cat(list(views)))
+    blocks, places = query_blocks(views)
+    sides = len(views) // len(query_labels)
     background = block_agreement(blocks, places, training[:: max(1, len(training) // BACKGROUND)])
     # Of both views together: views without any likeness must not be preferred for being even.
-    background = torch.cat(background.chunk(len(views)), 1)
-    std, mean = (of.repeat(len(views), 1, 1) for of in torch.std_mean(background, 1, keepdim=True, correction=0))
-    own = query_labels.repeat(len(views))[:, None]
+    background = torch.cat(background.chunk(sides), 1)
+    std, mean = (of.repeat(sides, 1, 1) for of in torch.std_mean(background, 1, keepdim=True, correction=0))
+    own = query_labels.repeat(sides)[:, None]
     kept = min(CANDIDATES, len(training))
     best, indices = blocks.new_zeros(len(own), 0), labels.new_zeros(len(own), 0)
     for part in torch.arange(len(training), device=training.device).split(BATCH_SIZE):
@@ -283,17 +335,18 @@ def find_candidates(
         scores = scores.masked_fill(own == labels[part], -torch.inf)
         best, order = torch.cat([best, scores], 1).topk(min(kept, best.shape[1] + len(part)))
         indices = torch.cat([indices, part.expand(len(own), -1)], 1).gather(1, order)
-    best, indices = (torch.cat(of.chunk(len(views)), 1) for of in (best, indices))
+    best, indices = (torch.cat(of.chunk(sides), 1) for of in (best, indices))
     best, order = best.topk(kept)
-    return indices.gather(1, order), order >= kept, best > -torch.inf
+    rows = torch.arange(len(query_labels), device=labels.device)[:, None]
+    return Pairs(rows + len(rows) * (order >= kept), indices.gather(1, order), best > -torch.inf)
 
 
 def unit_blocks(slices: Tensor) -> Tensor:
     """Return all blocks of coarse slices (N, 1, h, w) as unit vectors of mean 0: (N, D, rows, columns)."""
-    blocks = F.unfold(slices.float(), COARSE_BLOCK)
+    blocks = F.unfold(slices.float(), BLOCK)
     blocks = blocks - blocks.mean(1, keepdim=True)
-    blocks = blocks / (blocks.square().sum(1, keepdim=True) + VARIANCE_FLOOR * COARSE_BLOCK**2).sqrt()
-    return blocks.unflatten(2, [side - COARSE_BLOCK + 1 for side in slices.shape[2:]])
+    blocks = blocks / (blocks.square().sum(1, keepdim=True) + VARIANCE_FLOOR * BLOCK**2).sqrt()
+    return blocks.unflatten(2, [side - BLOCK + 1 for side in slices.shape[2:]])
 
 
 def query_blocks(queries: Tensor) -> tuple[Tensor, list[list[int]]]:
@@ -302,7 +355,7 @@ def query_blocks(queries: Tensor) -> tuple[Tensor, list[list[int]]]:
     places = [
         list(range((count - 1) % stride // 2, count, stride)) for count, stride in zip(blocks.shape[2:], SEARCH_STRIDE)
     ]
-    return blocks[:, :, places[0]][:, :, :, places[1]].permute(2, 3, 0, 1).flatten(0, 1).contiguous(), places
+    return torch.stack([blocks[:, :, row, column] for row, column in product(*places)]), places
 
 
 def block_agreement(blocks: Tensor, places: list[list[int]], training: Tensor) -> Tensor:
@@ -310,62 +363,97 @@ def block_agreement(blocks: Tensor, places: list[list[int]], training: Tensor) -
 
     The agreement is the mean cube of the blocks' correlations with the best block near their place.
     """
-    targets = unit_blocks(training)
-    agreement: list[Tensor] = []
-    for row in places[0]:
-        for column in places[1]:
-            rows, columns = (slice(max(0, at - SEARCH_REACH), at + SEARCH_REACH + 1) for at in (row, column))
-            near = targets[:, :, rows, columns].flatten(2).permute(1, 0, 2)
-            correlations = (blocks[len(agreement)] @ near.flatten(1)).unflatten(1, near.shape[1:])
-            agreement.append(correlations.amax(2).clamp(min=0) ** 3)
-    shares = [COARSE_BLOCK / side for side in training.shape[2:]]
+    targets = unit_blocks(training).permute(2, 3, 1, 0)
+    agreement = blocks.new_empty(blocks.shape[1], len(training), len(blocks))
+    for place, (row, column) in enumerate(product(*places)):
+        rows, columns = (slice(max(0, at - SEARCH_REACH), at + SEARCH_REACH + 1) for at in (row, column))
+        near = targets[rows, columns].flatten(0, 1)
+        for queries in (slice(start, start + QUERY_BATCH) for start in range(0, blocks.shape[1], QUERY_BATCH)):
+            correlations = blocks[place, queries] @ near.transpose(0, 1).flatten(1)
+            agreement[queries, :, place] = correlations.unflatten(1, (len(near), -1)).amax(1).clamp(min=0) ** 3
+    shares = [BLOCK / side for side in training.shape[2:]]
     members = window_members([len(places[0]), len(places[1])], shares, blocks.device)
-    return torch.stack(agreement, 2) @ (members / members.sum(1, keepdim=True).clamp(min=1)).T
+    return agreement @ (members / members.sum(1, keepdim=True).clamp(min=1)).T
 
 
 # ---------------------------------------------------------------- registration
 
 
-def register(fixed: Pyramid, moving: Pyramid) -> tuple[Tensor, Tensor]:
-    """Lay slices over others by block matching (Ourselin et al. 2001, Image Vis. Comput. 19:25), from coarse to fine.
+class Level(NamedTuple):
+    """How slices are registered at one resolution."""
+
+    details: Callable[[Pyramid], Tensor]  # returns normalised slices (N, 1, h, w)
+    stride: int  # pixels between neighbouring blocks
+    reaches: tuple[int, ...]  # pixels that blocks are searched over, in each round
+
+
+COARSE = Level(lambda slices: slices.coarse.float(), COARSE_STRIDE, COARSE_REACHES)
+FINE = Level(lambda slices: normalise(slices.pixels.float(), *FINE_SIGMAS), FINE_STRIDE, FINE_REACHES)
+
+
+def register_pairs(views: Pyramid, training: Pyramid, pairs: Pairs, transforms: Tensor, level: Level) -> Registered:
+    """Lay the training slices of pairs over the queries, from transforms (Q, k, 2, 3), and compare them."""
+    parts = []
+    for rows, indices, initial in split_pairs(pairs, transforms):
+        fixed, moving = level.details(select(views, rows)), level.details(select(training, indices))
+        found = register(fixed, moving, initial, level)
+        blocks = match_blocks(fixed, align(moving, found), level.stride, ELASTIC_REACH)
+        parts.append((found, window_similarities(blocks)))
+    found, similarities = (torch.cat(own).unflatten(0, pairs.views.shape) for own in zip(*parts))
+    return Registered(found, similarities.masked_fill(~pairs.valid[..., None], -MAX_SIMILARITY))
+
+
+def split_pairs(pairs: Pairs, transforms: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield the views (n,), training slices (n,) and transforms (n, 2, 3) of PAIR_BATCH pairs at a time."""
+    return zip(*(of.flatten(0, 1).split(PAIR_BATCH) for of in (pairs.views, pairs.indices, transforms)))
+
+
+def pair_distances(views: Pyramid, training: Pyramid, pairs: Pairs, transforms: Tensor) -> Tensor:
+    """Return the root mean squared differences (Q, k) of pairs, unmoved or by transforms (Q, k, 2, 3) if nearer."""
+    parts = []
+    for rows, indices, theta in split_pairs(pairs, transforms):
+        query, other = views.pixels[rows].float(), training.pixels[indices].float()
+        squares = [(query - own).square().mean((1, 2, 3)) for own in (other, align(other, theta))]
+        parts.append(torch.minimum(*squares).sqrt())
+    return torch.cat(parts).unflatten(0, pairs.views.shape).masked_fill(~pairs.valid, torch.inf)
+
+
+def register(fixed: Tensor, moving: Tensor, transforms: Tensor, level: Level) -> Tensor:
+    """Lay slices over others by block matching (Ourselin et al. 2001, Image Vis. Comput. 19:25).
 
     Args:
-        fixed: N slices.
+        fixed: (N, 1, h, w), normalised.
         moving: The N slices that are laid over them.
+        transforms: The first guess (N, 2, 3), theta of affine_grid.
+        level: Of the slices.
 
     Returns:
-        Theta of affine_grid (N, 2, 3), and the similarity of the two within each window (N, W).
+        The transforms (N, 2, 3).
     """
-    fixed, moving = (Pyramid(pyramid.fine.float(), pyramid.coarse.float()) for pyramid in (fixed, moving))
-    transforms = torch.eye(2, 3, device=fixed.fine.device).repeat(len(fixed.fine), 1, 1)
-    for a, b, block, stride, reaches in (
-        (fixed.coarse, moving.coarse, COARSE_BLOCK, COARSE_STRIDE, REACHES[0]),
-        (fixed.fine, moving.fine, FINE_BLOCK, FINE_STRIDE, REACHES[1]),
-    ):
-        for reach in reaches:
-            transforms = fit_transform(match_blocks(a, align(b, transforms), block, stride, reach), transforms, a.shape)
-    blocks = match_blocks(fixed.fine, align(moving.fine, transforms), FINE_BLOCK, FINE_STRIDE, ELASTIC_REACH)
-    return transforms, window_similarities(blocks)
+    for reach in level.reaches:
+        blocks = match_blocks(fixed, align(moving, transforms), level.stride, reach)
+        transforms = fit_transform(blocks, transforms, fixed.shape)
+    return transforms
 
 
-def match_blocks(fixed: Tensor, moving: Tensor, side: int, stride: int, reach: int) -> Blocks:
+def match_blocks(fixed: Tensor, moving: Tensor, stride: int, reach: int) -> Blocks:
     """Find where each block of slices (N, 1, h, w) correlates best with others, up to `reach` pixels away."""
     height, width = fixed.shape[2:]
     padded = F.pad(moving, (reach, reach, reach, reach), mode="reflect")
     moving_means, moving_squares = (
-        shifted_views(block_means(of, side, 1), reach)[..., ::stride, ::stride] for of in (padded, padded.square())
+        shifted_views(block_means(of, 1), reach)[..., ::stride, ::stride] for of in (padded, padded.square())
     )
     moving_variances = moving_squares - moving_means.square()
-    means = block_means(fixed, side, stride)
-    variances = block_means(fixed.square(), side, stride) - means.square()
-    covariances = block_means(fixed * shifted_views(padded, reach), side, stride) - means * moving_means
+    means = block_means(fixed, stride)
+    variances = block_means(fixed.square(), stride) - means.square()
+    covariances = block_means(fixed * shifted_views(padded, reach), stride) - means * moving_means
     floored = (variances + VARIANCE_FLOOR) * (moving_variances + VARIANCE_FLOOR)
     best = (covariances * floored.rsqrt()).argmax(1, keepdim=True)
     y, x = best[:, 0].flatten(1) // (2 * reach + 1) - reach, best[:, 0].flatten(1) % (2 * reach + 1) - reach
     pixel = 2 / math.sqrt(height * width)
     rows, columns = means.shape[2:]
     ends = torch.meshgrid(
-        *(stride * torch.arange(count, device=fixed.device) + (side - 1) / 2 for count in (rows, columns)),
+        *(stride * torch.arange(count, device=fixed.device) + (BLOCK - 1) / 2 for count in (rows, columns)),
         indexing="ij",
     )
     centres = torch.stack([ends[1] - (width - 1) / 2, ends[0] - (height - 1) / 2], -1).flatten(0, 1)
@@ -376,7 +464,7 @@ def match_blocks(fixed: Tensor, moving: Tensor, side: int, stride: int, reach: i
         variances=variances.flatten(1),
         matched_variances=moving_variances.gather(1, best).flatten(1),
         shape=(rows, columns),
-        share=(side / height, side / width),
+        share=(BLOCK / height, BLOCK / width),
     )
 
 
@@ -386,12 +474,17 @@ def shifted_views(padded: Tensor, reach: int) -> Tensor:
     return padded.unfold(2, height, 1).unfold(3, width, 1)[:, 0].flatten(1, 2)
 
 
-def block_means(images: Tensor, side: int, stride: int) -> Tensor:
-    """Return the means of the blocks of images (N, C, h, w): (N, C, rows, columns)."""
-    starts = torch.arange(0, images.shape[3] - side + 1, stride, device=images.device)
-    offsets = torch.arange(images.shape[3], device=images.device)[:, None] - starts
-    columns = ((offsets >= 0) & (offsets < side)).float() / side  # a product is faster than pooling along rows
-    return F.avg_pool2d(images @ columns, (side, 1), (stride, 1))
+def block_means(images: Tensor, stride: int) -> Tensor:
+    """Return the means of the blocks of images (N, C, h, w): (N, C, rows, columns), by matrix products."""
+    rows, columns = (block_averages(side, stride, images.device) for side in images.shape[2:])
+    return rows @ images @ columns.T
+
+
+def block_averages(side: int, stride: int, device: torch.device) -> Tensor:
+    """Return the matrix (count, side) that averages along a side within blocks."""
+    starts = torch.arange(0, side - BLOCK + 1, stride, device=device)
+    offsets = torch.arange(side, device=device) - starts[:, None]
+    return ((offsets >= 0) & (offsets < BLOCK)).float() / BLOCK
 
 
 def fit_transform(blocks: Blocks, transforms: Tensor, shape: torch.Size) -> Tensor:
@@ -404,11 +497,11 @@ def fit_transform(blocks: Blocks, transforms: Tensor, shape: torch.Size) -> Tens
     sides = transforms.new_tensor([shape[3], shape[2]]) * pixel / 2  # half sides of the slice, x and y
     to_units = sides[:, None] / torch.cat([sides, sides.new_ones(1)])
     current = transforms * to_units  # in the units of `centres`, which are the same along x and y
-    distances = (blocks.displacements[:, :, None] - blocks.displacements[:, None]).norm(dim=-1)
+    x, y = ((own[:, :, None] - own[:, None]).square() for own in blocks.displacements.unbind(2))
     tolerance = pixel + SLOPE * torch.cdist(blocks.centres, blocks.centres)
     weights = (blocks.correlations - MIN_CORRELATION).clamp(min=0) ** POWER
-    agree = distances < tolerance
-    leader = ((agree * weights[:, None]).sum(2) * (weights > 0)).argmax(1)
+    agree = (x + y < tolerance.square()).float()
+    leader = ((agree @ weights[:, :, None])[:, :, 0] * (weights > 0)).argmax(1)
     weights = weights * agree[torch.arange(len(leader), device=leader.device), leader]
     weights = weights / (weights.sum(1, keepdim=True) + 1e-9)
     ones = torch.ones_like(blocks.centres[:, :1])
@@ -455,11 +548,11 @@ def window_scores(similarities: Tensor, others: Tensor) -> Tensor:
 def choose_calibrators(labels: Tensor) -> Tensor:
     """Return the indices of about CALIBRATION_SLICES training slices: as many of each patient, at random heights.
 
-    None if there is one patient, who cannot be compared with others.
+    Only known patients; none if there are fewer than two, who cannot be compared with each other.
     """
     random = torch.Generator().manual_seed(0)
     cases = int(labels.max()) + 1
-    if cases == 1:
+    if cases < 2:
         return labels[:0]
     each = math.ceil(CALIBRATION_SLICES / cases)
     members = [(labels == case).nonzero()[:, 0] for case in range(cases)]
@@ -485,3 +578,72 @@ def calibrate(scores: Tensor, labels: Tensor, rate: float) -> tuple[float, float
     exceeding = (1 / (cases + 1) / counts[labels[order]].double()).cumsum(0) + 1 / (cases + 1)
     allowed = int((exceeding <= rate + 1e-9).sum())
     return scores[order[min(allowed, len(order) - 1)]].item(), max(rate, 1 / (cases + 1))
+
+
+# ---------------------------------------------------------------- distances of whole sets
+
+
+def k_means(points: Tensor, count: int) -> Tensor:
+    """Cluster points (N, D) with 20 iterations of k-means from random points; return centroids (count, D)."""
+    initial = torch.randperm(len(points), generator=torch.Generator().manual_seed(0))[:count]
+    centroids = points[initial.to(points.device)]
+    for _ in range(20):
+        cells = nearest_centroid(points, centroids)
+        members = [points[cells == cell] for cell in range(count)]
+        # An empty cell keeps its centroid.
+        centroids = torch.stack([own.mean(0) if len(own) else old for own, old in zip(members, centroids)])
+    return centroids
+
+
+def nearest_centroid(points: Tensor, centroids: Tensor) -> Tensor:
+    """Return the index (N,) int64 of the nearest centroid of each point (N, D)."""
+    return torch.cdist(points, centroids).argmin(1)
+
+
+def memorisation_rate(distances: Tensor, reference: Tensor) -> float:
+    """Return the share of samples, in [0, 1], closer to a training slice than every held-out slice.
+
+    If samples copy no more than slices of other patients do, 1 / (M + 1) is expected, for independent slices.
+
+    Args:
+        distances: Of samples to their nearest training slices, (N,).
+        reference: Of held-out slices to theirs, (M,).
+    """
+    return (distances < reference.min()).double().mean().item()
+
+
+def data_copying_statistic(samples: Copies, reference: Copies) -> float:
+    """Return the statistic C_T of the data-copying test (Meehan et al. 2020, arXiv:2004.05675).
+
+    The standardised Mann-Whitney statistic Z_U of the distances in each of five cells of similar slices, averaged with
+    the number of held-out slices in a cell as weight. It is about 0, with a standard deviation of at most 1, if samples
+    are as far from the training slices as held-out slices are; far below 0 for copies; far above 0 for samples unlike
+    any training slice. Cells with fewer than 20 slices of either set are left out; without any cell left, all slices
+    form one.
+
+    Held-out slices are of other patients: an adjacent slice of the same patient is near without being a copy. Slices of
+    one patient are not independent, so with few patients a C_T of several units occurs by chance. The baseline shows
+    how large.
+
+    Args:
+        samples: Of the samples; their distances and cells are used.
+        reference: Of held-out slices, from the same search.
+    """
+    pairs = [
+        (samples.distances[samples.cells == cell], reference.distances[reference.cells == cell])
+        for cell in range(int(reference.cells.max()) + 1)
+    ]
+    pairs = [pair for pair in pairs if min(map(len, pair)) >= MIN_CELL_SIZE]
+    pairs = pairs or [(samples.distances, reference.distances)]
+    return sum(len(b) * mann_whitney_z(a, b) for a, b in pairs) / sum(len(b) for _, b in pairs)
+
+
+def mann_whitney_z(first: Tensor, second: Tensor) -> float:
+    """Return Z_U: the standardised number of pairs of (n,) and (m,) in which the first is larger; ties count half.
+
+    Mann and Whitney 1947, Ann. Math. Stat. 18:50.
+    """
+    n, m = len(first), len(second)
+    differences = first[:, None] - second
+    u = (differences > 0).sum().item() + (differences == 0).sum().item() / 2
+    return (u - n * m / 2) / math.sqrt(n * m * (n + m + 1) / 12)

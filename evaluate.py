@@ -31,19 +31,17 @@ from comparison import (
 )
 from config import RunConfig
 from console import Parser, RunError, log_notices, logger, nonempty, number, run_command, say
-from copying import Copies, align
+from copying import Copies, align, nearest_distances
 from dataset import DataSplits, Slices, describe_changes, load_dataset
 from membership import attack_metrics, attack_scores, pair_patients, roc_curve
 from metrics import (
     MIN_SIDE,
-    NearestNeighbours,
     RandomFeatures,
     all_reconstruction_metrics,
     bits_per_pixel,
     code_counts,
     codebook_use,
     jpeg2000_bits_per_slice,
-    nearest_neighbours,
     round_to_grey_levels,
     two_fold_split,
 )
@@ -222,25 +220,22 @@ def evaluate(options: EvaluateOptions, config: RunConfig, networks: Networks, de
 
     print(f"searching {len(data.train)} training slices for copies")
     flip_axis = left_right_axis(np.array(config.affine))
-    nn_samples, nn_reconstructions, nn_real = (
-        nearest_neighbours(own.slices, data.train.batch, len(data.train), flip_axis)
-        for own in (samples, reconstructions, real)
-    )
+    sets = {"samples": samples, "reconstructions": reconstructions, f"{options.split} slices": real}
+    copies = find_set_copies(sets, data.train, flip_axis)
+    sampled, reconstructed, held = copies.values()
     second_half = torch.from_numpy(two_fold_split(real.cases)).to(device)
-    nn_halves = [NearestNeighbours(*(field[half] for field in nn_real)) for half in (~second_half, second_half)]
     of_copying = [
-        copying_metrics(nn_samples, nn_real),
-        copying_metrics(nn_reconstructions, nn_real),
-        copying_metrics(nn_samples, nn_reconstructions),
-        copying_metrics(*nn_halves),
+        copying_metrics(sampled, held),
+        copying_metrics(reconstructed, held),
+        copying_metrics(sampled, reconstructed),
+        copying_metrics(held.take(~second_half), held.take(second_half)),
     ]
     for name, sample_values, copying_values in zip(COMPARISONS, of_samples, of_copying):
         comparison = {"samples": sample_values, "copying": copying_values}
         results |= comparison if name == "samples" else {name: comparison}
 
-    print("judging single slices: copies and anatomy")
-    sets = {"samples": samples, "reconstructions": reconstructions, f"{options.split} slices": real}
-    copies, anatomy = find_set_copies(sets, data.train, flip_axis), judge_anatomy(sets, data.train, flip_axis)
+    print("judging the anatomy of single slices")
+    anatomy = judge_anatomy(sets, data.train, flip_axis)
     results["slices"] = {
         name.replace(f"{options.split} ", "heldout_"): of for name, of in slice_metrics(copies, anatomy).items()
     }
@@ -258,9 +253,8 @@ def evaluate(options: EvaluateOptions, config: RunConfig, networks: Networks, de
         "samples": samples.slices[drawn.positions.argsort()[evenly_spaced(count)]],
     }
     distances = {
-        "samples": nn_samples.distances,
-        f"reconstructions of {options.split} slices": nn_reconstructions.distances,
-        f"{options.split} slices": nn_real.distances,
+        name.replace("reconstructions", f"reconstructions of {options.split} slices"): own.distances
+        for name, own in copies.items()
     }
     evaluation_figure(
         options.images / "evaluation.png",
@@ -359,8 +353,7 @@ def infer_membership(
     positions = np.concatenate([train.positions[pairs.members.ravel()], held_out.positions[pairs.non_members.ravel()]])
     with autocast(device):
         found = attack_scores(slices, torch.from_numpy(positions).to(device), *networks, augment)
-    nearest = nearest_neighbours(slices, lambda chosen: samples.slices[list(chosen)], len(samples.slices), flip_axis)
-    found["samples"] = -nearest.distances
+    found["samples"] = -nearest_distances(slices, samples.slices, flip_axis)
     scores = {name: tuple(own.cpu().view(2, *shape)) for name, own in found.items()}
     attacks = {name: attack_metrics(*own) for name, own in scores.items()}
     return scores, {"patients": shape[0], "slices": pairs.members.size, "attacks": attacks}

@@ -10,9 +10,7 @@ baseline, the same metric of as many real slices.
 import io
 import math
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from itertools import product
-from typing import NamedTuple
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 import torch
@@ -35,9 +33,6 @@ RESOLUTIONS = (3, 4, 5, 6)  # of JPEG 2000 that are tried: Pillow's default of 6
 TRIED_SLICES = 20  # on which they are compared
 PATCH_SIZE, PATCHES = 7, 16384  # side in pixels; patches per level
 PAIRS = 500  # pairs of slices compared for diversity
-MAX_SHIFT = 4  # pixels that a copy may be shifted by: the side of a code's square in the default VQ-VAE
-CANDIDATES = 8  # training slices compared at full resolution
-CELLS, MIN_CELL_SIZE = 5, 20  # of the data-copying test; slices of either set that a cell needs
 
 
 # ---------------------------------------------------------------- reconstructions
@@ -429,157 +424,3 @@ def two_fold_split(groups: Sequence[Hashable]) -> np.ndarray:
         fold_of[group] = fold_sizes[1] < fold_sizes[0]
         fold_sizes[fold_of[group]] += size
     return np.array([fold_of[group] for group in groups])
-
-
-# ---------------------------------------------------------------- samples: data copying
-
-
-class NearestNeighbours(NamedTuple):
-    """Nearest training slices of N slices."""
-
-    distances: Tensor  # (N,): root mean squared difference from the nearest training slice, in [0, 2]
-    indices: Tensor  # (N,) int64: of that training slice
-    cells: Tensor  # (N,) int64: the cell of similar training slices that the slice falls into
-
-
-def nearest_neighbours(
-    slices: Tensor, load_training: Callable[[Sequence[int]], Tensor], count: int, flip_axis: int | None = None
-) -> NearestNeighbours:
-    """Find the nearest training slice of each slice, over shifts of up to MAX_SHIFT pixels and flips.
-
-    The MAX_SHIFT outer pixels of training slices are left out, so that every shift compares as many pixels. The search
-    has two passes. The first compares all training slices, downsampled to about 512 pixels; the second compares the
-    CANDIDATES nearest at full resolution, so that the distance is exact. A copy is always found, because its
-    downsampled pixels are equal too. For other slices the true nearest neighbour may be missed; this affects all sets
-    of slices alike.
-
-    Args:
-        slices: (N, 1, H, W) in [-1, 1].
-        load_training: Returns the training slices (n, 1, H, W) of n indices.
-        count: Number of training slices.
-        flip_axis: The axis, 2 or 3, along which training flipped slices; None if it did not.
-    """
-    batches = (range(start, min(start + BATCH_SIZE, count)) for start in range(0, count, BATCH_SIZE))
-    small_training = torch.cat([downsample(interior_crop(load_training(batch).to(slices.device))) for batch in batches])
-    distances = torch.full((len(slices), count), torch.inf, device=slices.device)
-    for crops in shifted_crops(slices, flip_axis):
-        torch.minimum(distances, squared_distances(downsample(crops), small_training), out=distances)
-    candidates = distances.topk(min(CANDIDATES, count), largest=False).indices
-    exact, indices = [], []
-    for one, nearest in zip(slices.split(1), candidates):
-        crop, other, index = best_aligned_pair(one, load_training(nearest.tolist()).to(slices.device), flip_axis)
-        exact.append((crop - other).square().mean().sqrt())
-        indices.append(nearest[index])
-    cells = nearest_centroid(downsample(interior_crop(slices)), k_means(small_training, min(CELLS, count)))
-    return NearestNeighbours(torch.stack(exact), torch.stack(indices), cells)
-
-
-def interior_crop(slices: Tensor) -> Tensor:
-    """Remove the MAX_SHIFT outer pixels at each side."""
-    return slices[:, :, MAX_SHIFT:-MAX_SHIFT, MAX_SHIFT:-MAX_SHIFT]
-
-
-def shifted_crops(slices: Tensor, flip_axis: int | None) -> Iterator[Tensor]:
-    """Yield crops of `interior_crop`'s size at each shift, the unshifted first; then those of the flipped slices."""
-    shifts = sorted(
-        product(range(-MAX_SHIFT, MAX_SHIFT + 1), repeat=2), key=lambda shift: abs(shift[0]) + abs(shift[1])
-    )
-    height, width = (side - 2 * MAX_SHIFT for side in slices.shape[2:])
-    for variant in (slices,) if flip_axis is None else (slices, slices.flip(flip_axis)):
-        for y, x in shifts:
-            yield variant[:, :, MAX_SHIFT + y : MAX_SHIFT + y + height, MAX_SHIFT + x : MAX_SHIFT + x + width]
-
-
-def downsample(slices: Tensor) -> Tensor:
-    """Average pool slices to about 512 pixels each, flattened to (N, D)."""
-    side = max(1, round(math.sqrt(math.prod(slices.shape[2:]) / 512)))
-    return F.avg_pool2d(slices, side).flatten(1)
-
-
-def squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    """Return squared distances (N, M) of vectors (N, D) and (M, D), by a matrix product; exact up to rounding."""
-    return a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T
-
-
-def best_aligned_pair(one: Tensor, training: Tensor, flip_axis: int | None) -> tuple[Tensor, Tensor, int]:
-    """Align a slice with the nearest of a few training slices.
-
-    Args:
-        one: The slice, (1, 1, H, W).
-        training: Training slices (n, 1, H, W).
-        flip_axis: As in `nearest_neighbours`.
-
-    Returns:
-        The best shifted crop of the slice and the interior crop of the training slice, (1, h, w) each, and the index of
-        the training slice.
-    """
-    crops, interiors = torch.cat(list(shifted_crops(one, flip_axis))), interior_crop(training)
-    nearest = int(squared_distances(crops.flatten(1), interiors.flatten(1)).argmin())
-    crop, index = divmod(nearest, len(training))
-    return crops[crop], interiors[index], index
-
-
-def k_means(points: Tensor, count: int) -> Tensor:
-    """Cluster points (N, D) with 20 iterations of k-means from random points; return centroids (count, D)."""
-    initial = torch.randperm(len(points), generator=torch.Generator().manual_seed(0))[:count]
-    centroids = points[initial.to(points.device)]
-    for _ in range(20):
-        cells = nearest_centroid(points, centroids)
-        members = [points[cells == cell] for cell in range(count)]
-        # An empty cell keeps its centroid.
-        centroids = torch.stack([own.mean(0) if len(own) else old for own, old in zip(members, centroids)])
-    return centroids
-
-
-def nearest_centroid(points: Tensor, centroids: Tensor) -> Tensor:
-    """Return the index (N,) int64 of the nearest centroid of each point (N, D)."""
-    return torch.cdist(points, centroids).argmin(1)
-
-
-def memorisation_rate(distances: Tensor, reference: Tensor) -> float:
-    """Return the share of samples, in [0, 1], closer to a training slice than every held-out slice.
-
-    If samples copy no more than slices of other patients do, 1 / (M + 1) is expected, for independent slices.
-
-    Args:
-        distances: Of samples to their nearest training slices, (N,).
-        reference: Of held-out slices to theirs, (M,).
-    """
-    return (distances < reference.min()).double().mean().item()
-
-
-def data_copying_statistic(samples: NearestNeighbours, reference: NearestNeighbours) -> float:
-    """Return the statistic C_T of the data-copying test (Meehan et al. 2020, arXiv:2004.05675).
-
-    The standardised Mann-Whitney statistic Z_U of the distances in each of five cells of similar slices, averaged with
-    the number of held-out slices in a cell as weight. It is about 0, with a standard deviation of at most 1, if samples
-    are as far from the training slices as held-out slices are; far below 0 for copies; far above 0 for samples unlike
-    any training slice. Cells with fewer than 20 slices of either set are left out; without any cell left, all slices
-    form one.
-
-    Held-out slices are of other patients: an adjacent slice of the same patient is near without being a copy. Slices of
-    one patient are not independent, so with few patients a C_T of several units occurs by chance. The baseline shows
-    how large.
-
-    Args:
-        samples: Nearest neighbours of the samples.
-        reference: Nearest neighbours of held-out slices.
-    """
-    pairs = [
-        (samples.distances[samples.cells == cell], reference.distances[reference.cells == cell])
-        for cell in range(int(reference.cells.max()) + 1)
-    ]
-    pairs = [pair for pair in pairs if min(map(len, pair)) >= MIN_CELL_SIZE]
-    pairs = pairs or [(samples.distances, reference.distances)]
-    return sum(len(b) * mann_whitney_z(a, b) for a, b in pairs) / sum(len(b) for _, b in pairs)
-
-
-def mann_whitney_z(first: Tensor, second: Tensor) -> float:
-    """Return Z_U: the standardised number of pairs of (n,) and (m,) in which the first is larger; ties count half.
-
-    Mann and Whitney 1947, Ann. Math. Stat. 18:50.
-    """
-    n, m = len(first), len(second)
-    differences = first[:, None] - second
-    u = (differences > 0).sum().item() + (differences == 0).sum().item() / 2
-    return (u - n * m / 2) / math.sqrt(n * m * (n + m + 1) / 12)

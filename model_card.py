@@ -4,6 +4,7 @@
 between two markers, and leave what people wrote.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -107,8 +108,11 @@ def describe_metrics(results: Mapping[str, Any]) -> Iterator[tuple[str, str, str
     memorised = results["prior_alone"]["copying"]["memorisation_rate"]
     yield "memorisation rate, prior alone", f"{memorised:.1%}", f"{baseline['copying']['memorisation_rate']:.1%}"
     samples, held_out = results["slices"]["samples"], results["slices"]["heldout_slices"]
-    expected = f"held-out slices {held_out['copied']:.1%}, new patients at most {samples['copied_expected']:.1%}"
-    yield "samples called copies of a training slice", f"{samples['copied']:.1%}", expected
+    called, expected = "unknown", "fewer than two training patients are known"
+    if not math.isnan(samples["copied"]):
+        called = f"{samples['copied']:.1%}"
+        expected = f"held-out slices {held_out['copied']:.1%}, new patients at most {samples['copied_expected']:.1%}"
+    yield "samples called copies of a training slice", called, expected
     incoherent = f"{samples['tail_share']:.1%} (p = {samples['tail_p_value']:.4f})"
     yield "samples with incoherent anatomy", incoherent, f"held-out slices {held_out['tail_share']:.1%}"
     for name, attack in results["membership"]["attacks"].items():
@@ -153,6 +157,11 @@ def judge_samples(results: Mapping[str, Any]) -> str:
         found.append(f"training slices can be told from held-out ones by them (AUC {attack['auc']:.2f})")
     if found:
         return f"Do not share: {'; '.join(found)}."
+    if math.isnan(own["copied"]):
+        return (
+            "Copies cannot be called, as fewer than two training patients are known. Do not share any before you have "
+            "compared them with the training slices."
+        )
     return "These tests found no copy and no sign of membership. Look at `copying.png` before you share any."
 
 

@@ -1,17 +1,24 @@
 """The search for copies on drawn patients: smooth random fields that share a part, as anatomy does."""
 
+import math
 from typing import NamedTuple
 
-import copy_faults as faults
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 import copying
-from copying import align, calibrate, find_copies
+import faults
+from copying import Copies, align, calibrate, find_copies
 
 CASES, SLICES, SIZE = 12, 3, (64, 32)
 COPIED = 5  # a training slice of each patient from the second on is altered
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
 
 
 def field(count, seed):
@@ -54,23 +61,19 @@ def searched():
         "gamma": faults.change_gamma(own, 0.6),
         "darker": faults.brighten(own, 0.6),
         "noisy": faults.add_noise(own, 0.1),
-        "blurred": faults.blur(own, 1),
+        "blurred": copying.gaussian_blur(own, 1),
         "bent": faults.bend(own, 0.7),
         "first half of H": faults.join_halves(own, others, 2),
         "first half of W": faults.join_halves(own, others, 3),
         "new": draw_patients(COPIED, 100)[::SLICES],
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(copying, "CANDIDATES", 4)
+        patch.setattr(copying, "CANDIDATES", 6)
+        patch.setattr(copying, "FINALISTS", 2)
         patch.setattr(copying, "CALIBRATION_SLICES", 2 * CASES)
         cases = [f"case_{i // SLICES}" for i in range(len(training))]
         found = find_copies(torch.cat(list(samples.values())), lambda i: training[list(i)], len(training), cases, 2)
-    parts = zip(found.scores.split(COPIED), found.indices.split(COPIED), found.copied.split(COPIED))
-    maps = zip(found.transforms.split(COPIED), found.boxes.split(COPIED))
-    copies = {
-        kind: found._replace(scores=scores, indices=indices, copied=copied, transforms=transforms, boxes=boxes)
-        for kind, (scores, indices, copied), (transforms, boxes) in zip(samples, parts, maps)
-    }
+    copies = {kind: found.take(rows) for kind, rows in zip(samples, torch.arange(len(found.scores)).split(COPIED))}
     return Searched(training, sources, samples, copies)
 
 
@@ -110,6 +113,24 @@ def test_the_training_slice_is_laid_over_the_sample(searched, kind):
     aligned = align(searched.training[found.indices], found.transforms)
     inner = (slice(None), slice(None), slice(8, -8), slice(6, -6))
     assert (correlation(aligned[inner], searched.samples[kind][inner]) > 0.95).all()
+
+
+def test_exact_and_mirrored_copies_have_distance_0_and_altered_ones_are_near(searched):
+    assert not searched.copies["exact"].distances.any()
+    assert not searched.copies["mirrored"].distances.any()
+    new = searched.copies["new"].distances
+    for kind in ("shifted", "turned", "turned back", "stretched", "noisy", "blurred"):
+        assert 0 < searched.copies[kind].distances.max() < 0.6 * new.min()
+
+
+def test_a_slice_has_the_same_distance_from_samples_as_from_training_slices(searched):
+    samples = torch.cat([searched.samples["turned"], searched.samples["new"]])
+    found = torch.cat([searched.copies["turned"].distances, searched.copies["new"].distances])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(copying, "CANDIDATES", 6)
+        distances = copying.nearest_distances(samples, searched.training, 2)
+    assert (distances[:COPIED] - found[:COPIED]).abs().max() < 0.01
+    assert distances[:COPIED].max() < 0.6 * distances[COPIED:].min()
 
 
 def test_the_box_shows_the_half_that_was_copied(searched):
@@ -160,11 +181,23 @@ def test_patients_are_not_compared_with_their_own_slices():
     assert matches.similarities.max() < copying.MAX_SIMILARITY
 
 
-def test_one_patient_gives_no_threshold():
+@pytest.mark.parametrize("cases", [[None] * SLICES, ["case"] * SLICES, ["case", None, None]])
+def test_fewer_than_two_known_patients_give_no_threshold(cases):
     training = draw_patients(1, 1)
-    found = find_copies(training, lambda i: training[list(i)], len(training), [None] * SLICES)
-    assert found.threshold == torch.inf and found.rate == 0 and not found.copied.any()
+    found = find_copies(training, lambda i: training[list(i)], len(training), cases)
+    assert found.threshold == torch.inf and math.isnan(found.rate) and not found.copied.any()
     assert found.indices.tolist() == [0, 1, 2]
+    assert found.distances.tolist() == [0, 0, 0]
+
+
+def test_slices_of_unknown_patients_are_searched_but_do_not_calibrate():
+    training = draw_patients(4, 1)
+    cases = [None if i // SLICES == 1 else i // SLICES for i in range(len(training))]
+    found = find_copies(training[SLICES : 2 * SLICES], lambda i: training[list(i)], len(training), cases)
+    assert found.indices.tolist() == [3, 4, 5] and found.copied.all()
+    assert found.rate == pytest.approx(1 / 4)  # of three patients
+    labels = torch.tensor([0, copying.UNKNOWN, 1, copying.UNKNOWN, 0])
+    assert sorted(copying.choose_calibrators(labels).tolist()) == [0, 2, 4]
 
 
 def test_slices_without_structure_resemble_nothing():
@@ -202,7 +235,28 @@ def test_new_patients_exceed_the_threshold_at_most_at_the_rate():
 
 def test_block_means_are_those_of_pooling():
     images = torch.rand(2, 3, 21, 14, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(copying.block_means(images, 8, 3), F.avg_pool2d(images, 8, 3))
+    torch.testing.assert_close(copying.block_means(images, 3), F.avg_pool2d(images, copying.BLOCK, 3))
+
+
+def test_pixels_of_mirrored_slices_are_exactly_mirrored():
+    """96x48 pixels are averaged from windows that are unequal and overlap."""
+    slices = torch.rand(3, 1, 250, 130, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    pixels = copying.build_pyramid(slices).pixels
+    for axis in (2, 3):
+        assert torch.equal(copying.build_pyramid(slices.flip(axis)).pixels, pixels.flip(axis))
+
+
+def test_pair_distances_by_hand():
+    """Two queries and two training slices; the transform moves what comes from the right half into the left one."""
+    left = torch.tensor([1.0, -1.0]).repeat_interleave(4).expand(1, 1, 8, 8)
+    slices = copying.Pyramid(torch.cat([left, -left, 0.5 * left]).half(), torch.zeros(3, 1, 1, 1))
+    views, indices = torch.tensor([[0, 0], [1, 1]]), torch.tensor([[0, 2], [0, 2]])
+    pairs = copying.Pairs(views, indices, torch.tensor([[True, True], [True, False]]))
+    mirror = torch.tensor([[-1.0, 0, 0], [0, 1, 0]]).expand(2, 2, -1, -1)
+    found = copying.pair_distances(slices, slices, pairs, mirror)
+    assert found.tolist() == [[0, 0.5], [0, torch.inf]]
+    unmoved = torch.eye(2, 3).expand(2, 2, -1, -1)
+    assert copying.pair_distances(slices, slices, pairs, unmoved).tolist() == [[0, 0.5], [2, torch.inf]]
 
 
 def test_a_window_holds_the_blocks_inside_it():
@@ -225,7 +279,10 @@ def test_registration_recovers_an_affine_map(size):
             torch.stack([angle.sin() * width / height, 0.97 * angle.cos(), torch.tensor(-0.03)]),
         ]
     ).expand(2, -1, -1)
-    found, _ = copying.register(copying.build_pyramid(align(moving, true)), copying.build_pyramid(moving))
+    slices = [copying.build_pyramid(of) for of in (align(moving, true), moving)]
+    found = torch.eye(2, 3).expand(2, -1, -1)
+    for level in (copying.COARSE, copying.FINE):
+        found = copying.register(*map(level.details, slices), found, level)
     places = F.affine_grid(found, [2, 1, 9, 9], align_corners=False) - F.affine_grid(
         true, [2, 1, 9, 9], align_corners=False
     )
@@ -233,33 +290,74 @@ def test_registration_recovers_an_affine_map(size):
     assert pixels.norm(dim=-1).mean() < 1
 
 
-# ---------------------------------------------------------------- alterations
+# ---------------------------------------------------------------- distances of whole sets
 
 
-def test_move_shifts_turns_and_stretches_about_the_centre():
-    slices = field(1, 5)
-    assert torch.allclose(
-        faults.move(slices, (3, -2))[..., 8:-8, 8:-8], slices.roll((3, -2), (2, 3))[..., 8:-8, 8:-8], atol=1e-4
+def test_cells_group_similar_slices():
+    """With slices of three brightnesses, no cell mixes two of them."""
+    levels = torch.tensor([-0.8, 0.0, 0.8]).repeat_interleave(30)[:, None]
+    points = levels + 0.01 * torch.randn(90, 8, generator=torch.Generator().manual_seed(0))
+    cells = copying.nearest_centroid(points, copying.k_means(points, copying.CELLS))
+    kinds = [{*cells[start : start + 30].tolist()} for start in (0, 30, 60)]
+    assert sum(map(len, kinds)) == len(set.union(*kinds))
+
+
+def test_samples_fall_into_the_cells_of_similar_training_slices(monkeypatch):
+    monkeypatch.setattr(copying, "CANDIDATES", 1)
+    monkeypatch.setattr(copying, "CELLS", 3)
+    training = torch.cat([0.1 * draw_patients(3, 1) + level for level in (-0.8, 0, 0.8)])
+    cases = [i // SLICES for i in range(len(training))]
+    cells = find_copies(training[::SLICES], lambda i: training[list(i)], len(training), cases).cells.unflatten(
+        0, (3, 3)
     )
-    assert torch.allclose(faults.move(slices, degrees=180), slices.flip(2, 3), atol=1e-4)
-    y = torch.linspace(-1, 1, SIZE[0]).view(1, 1, -1, 1).expand(1, 1, *SIZE)
-    assert torch.allclose(faults.move(y, stretch=(1.25, 1))[..., 8:-8, :], y[..., 8:-8, :] / 1.25, atol=1e-2)
+    assert (cells == cells[:, :1]).all() and len(cells.unique()) > 1
 
 
-def test_parts_come_from_the_slices_named():
-    slices, others = torch.zeros(1, 1, *SIZE), torch.ones(1, 1, *SIZE)
-    assert faults.join_halves(slices, others, 2)[0, 0, :, 0].tolist() == [0] * 32 + [1] * 32
-    assert faults.join_halves(slices, others, 3)[0, 0, 0].tolist() == [0] * 16 + [1] * 16
-    disc = faults.paste_disc(slices, others, 10)
-    assert (SIZE[0] * SIZE[1] - disc.sum()).item() == pytest.approx(torch.pi * 100, rel=0.02)
+def test_memorisation_rate_counts_samples_closer_than_every_held_out_slice():
+    assert copying.memorisation_rate(torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([0.5, 0.3])) == 0.5
+    assert copying.memorisation_rate(torch.tensor([0.3]), torch.tensor([0.3])) == 0
 
 
-def test_alterations_of_intensity():
-    slices = field(1, 5).clamp(-1, 1)
-    assert torch.allclose(faults.change_gamma(slices, 1), slices, atol=1e-6)
-    assert faults.brighten(torch.zeros(1, 1, 4, 4), 0.5).unique().item() == -0.5
-    assert (faults.add_noise(torch.zeros(1, 1, 64, 64), 0.1).std() - 0.1).abs() < 0.005
-    assert faults.blur(slices, 2).std() < 0.8 * slices.std()
-    assert torch.equal(faults.bend(slices, 1, seed=2), faults.bend(slices, 1, seed=2))
-    assert not torch.allclose(faults.bend(slices, 1, seed=2), faults.bend(slices, 1, seed=3), atol=0.01)
-    assert torch.allclose(faults.bend(slices, 0), slices, atol=1e-5)
+def neighbours(distances, cells=None):
+    """Copies with these distances, in one cell by default."""
+    distances = torch.as_tensor(distances, dtype=torch.float32)
+    zeros = torch.zeros(len(distances))
+    cells = (zeros if cells is None else torch.as_tensor(cells)).long()
+    return Copies(zeros, cells, zeros > 0, 0.0, 0.0, zeros, zeros, distances, cells)
+
+
+def test_mann_whitney_z_equals_brute_force():
+    first, second = np.round(np.random.default_rng(0).random(30), 1), np.round(np.random.default_rng(1).random(20), 1)
+    u = sum(1.0 if a > b else 0.5 if a == b else 0.0 for a in first for b in second)
+    expected = (u - 300) / math.sqrt(30 * 20 * 51 / 12)
+    assert copying.mann_whitney_z(torch.tensor(first), torch.tensor(second)) == pytest.approx(expected, rel=1e-9)
+
+
+def test_data_copying_statistic_is_negative_for_copies_and_about_0_for_independent_draws():
+    """For independent draws it is about standard normal; 4 is exceeded with a probability of 6e-5."""
+    held_out = torch.rand(100) + 0.5
+    lowest = -math.sqrt(3 * 100 * 80 / 181)  # U = 0
+
+    def c_t(distances):
+        return copying.data_copying_statistic(neighbours(distances), neighbours(held_out))
+
+    assert c_t(0.1 * torch.rand(80)) == pytest.approx(lowest, rel=1e-6)
+    assert c_t(2 + torch.rand(80)) == pytest.approx(-lowest, rel=1e-6)
+    assert abs(c_t(torch.rand(80) + 0.5)) < 4
+    assert c_t(held_out) == 0
+
+
+def test_data_copying_statistic_finds_copies_within_a_cell():
+    """Without cells, samples far from all training slices would hide the copies of another kind (Meehan et al.)."""
+    cells, held_cells = [0] * 40 + [1] * 60, [0] * 50 + [1] * 30 + [2] * 10
+    samples = neighbours(torch.cat([0.1 * torch.rand(40), 2 + torch.rand(60)]), cells)
+    held_out = neighbours(torch.cat([0.5 + torch.rand(50), 1.5 + torch.rand(30), torch.zeros(10)]), held_cells)
+    z = [
+        copying.mann_whitney_z(samples.distances[a:b], held_out.distances[c:d])
+        for a, b, c, d in ((0, 40, 0, 50), (40, 100, 50, 80))
+    ]
+    assert z[0] < -8 < 0 < z[1]
+    assert copying.data_copying_statistic(samples, held_out) == pytest.approx((50 * z[0] + 30 * z[1]) / 80, rel=1e-9)
+    few = neighbours(samples.distances[30:50], cells[30:50])  # ten per cell: too few
+    together = copying.mann_whitney_z(few.distances, held_out.distances)
+    assert copying.data_copying_statistic(few, held_out) == pytest.approx(together, rel=1e-9)

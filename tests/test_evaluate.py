@@ -8,6 +8,7 @@ import math
 import re
 import shutil
 import tempfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ import predict
 from c2st import TwoSampleTest
 from checkpoints import read_config
 from console import RunError
+from copying import Copies
 from dataset import Slices, load_dataset
 
 SAMPLE_KEYS = {
@@ -222,9 +224,9 @@ def test_temperature_and_seed_change_the_evaluated_samples(evaluated, evaluation
 
 
 def test_copying_metrics_detect_a_model_that_copies(evaluated, trained, monkeypatch):
-    """Its samples are training slices, flipped and shifted."""
+    """Its samples are training slices, flipped."""
     data = load_dataset(str(trained.data), (64, 32), (4, 4), 0)
-    copies = data.train.batch(range(6)).roll((3, -2), (2, 3)).flip(2)
+    copies = data.train.batch(range(6)).flip(2)
 
     def draw_samples(options, networks, positions, device):
         return predict.Samples(copies, torch.zeros(6, 16, 8, dtype=torch.int64), torch.linspace(0, 1, 6), (1.0, 1.0))
@@ -236,6 +238,20 @@ def test_copying_metrics_detect_a_model_that_copies(evaluated, trained, monkeypa
         assert part["copying"]["memorisation_rate"] == 1
         assert part["copying"]["c_t"] < -2
     assert results["baseline"]["copying"]["min_distance"] > 0
+
+
+def found_copies(distances, threshold=1.0):
+    """Copies at these distances; none is called."""
+    zeros = torch.zeros(len(distances))
+    return Copies(zeros, zeros.long(), zeros > 0, threshold, 0.01, zeros, zeros, distances, zeros.long())
+
+
+def test_copies_are_unknown_without_a_threshold():
+    anatomy = SimpleNamespace(tail_shares={"a": 0.0, "b": 0.0}, p_values={"a": 1.0, "b": 1.0})
+    copies = {"a": found_copies(torch.zeros(2)), "b": found_copies(torch.zeros(2), math.inf)}
+    found = evaluate.slice_metrics(copies, anatomy)
+    assert found["a"]["copied"] == 0
+    assert math.isnan(found["b"]["copied"])
 
 
 def test_each_comparison_uses_the_right_sets_of_slices(evaluated, trained, monkeypatch):
@@ -250,17 +266,20 @@ def test_each_comparison_uses_the_right_sets_of_slices(evaluated, trained, monke
         compared.append((means(slices), means(reference), means(examples)))
         return TwoSampleTest(0.5, (0.4, 0.6), 1.0)
 
-    def nearest_neighbours(slices, load_training, count, flip_axis):
-        assert flip_axis == 2
+    def find_copies(slices, load_training, count, cases, flip_axis):
+        assert (len(cases), flip_axis) == (count, 2)
         searched.append(count)
-        zeros = torch.zeros(len(slices), dtype=torch.int64)
-        return metrics.NearestNeighbours(slices.mean((1, 2, 3)), zeros, zeros)
+        return found_copies(slices.mean((1, 2, 3)))
+
+    def nearest_distances(slices, others, flip_axis):
+        searched.append(len(others))
+        return torch.zeros(len(slices))
 
     def data_copying_statistic(samples, reference):
         copying.append((samples.distances.tolist(), reference.distances.tolist()))
         return 0.0
 
-    for replacement in (c2st, nearest_neighbours, data_copying_statistic):
+    for replacement in (c2st, find_copies, nearest_distances, data_copying_statistic):
         monkeypatch.setattr(evaluate, replacement.__name__, replacement)
     _, results, table = evaluated(num=14, batch_size=5)  # two more than training slices
     assert (results["settings"]["samples"], results["settings"]["samples_compared"]) == (14, 12)
@@ -273,7 +292,7 @@ def test_each_comparison_uses_the_right_sets_of_slices(evaluated, trained, monke
         metrics.round_to_grey_levels(refiner.sample(range(10**6, 10**6 + len(codes)), codes, vqvae))
         for codes in map(vqvae.encode, (real, training))
     )
-    assert searched == [12, 12, 12, 14]  # training slices; samples, by the attack on them
+    assert searched == [12, 14]  # training slices; samples, by the attack on them
     samples, all_samples = compared[0][0], copying[0][0]
     assert (len(samples), len(all_samples)) == (12, 14)
     assert all_samples[:12] == samples

@@ -172,7 +172,7 @@ def few_anatomy_updates(patch):
 
 
 def measure(patch, trained, folder, device):
-    fewer = {"PATCHES": 256, "PAIRS": 10, "MAX_SHIFT": 1}
+    fewer = {"PATCHES": 256, "PAIRS": 10}
     for name, value in fewer.items():
         patch.setattr(metrics, name, value)
     few_anatomy_updates(patch)
@@ -262,7 +262,7 @@ def test_too_little_memory_for_one_slice_is_an_error(trained, tmp_path, monkeypa
 def test_gpu_check_completes_without_failures(gpu, tiny_preset, tmp_path, monkeypatch, capsys):
     """With the networks of the tests, in this process; with those of the demo it takes minutes."""
     real = gpu_check.train_options
-    fewer = {"PATCHES": 256, "PAIRS": 10, "MAX_SHIFT": 1}
+    fewer = {"PATCHES": 256, "PAIRS": 10}
     for name, value in fewer.items():
         monkeypatch.setattr(metrics, name, value)
     few_anatomy_updates(monkeypatch)

@@ -1,6 +1,7 @@
 """model_card.py: what is filled in, what people wrote, and when the card speaks against sharing."""
 
 import copy
+import math
 
 import pytest
 
@@ -93,6 +94,14 @@ def test_a_card_without_markers_is_refused(run_config):
         (
             with_value(JUDGED | {"copied": 0.03}, "slices", "samples"),
             "**Samples.** Do not share: 3.0% of them are called copies",
+        ),
+        (
+            with_value(JUDGED | {"copied": math.nan, "copied_expected": math.nan}, "slices", "samples"),
+            "**Samples.** Copies cannot be called, as fewer than two training patients are known.",
+        ),
+        (
+            with_value(JUDGED | {"copied": math.nan, "copied_expected": math.nan}, "slices", "samples"),
+            "| samples called copies of a training slice | unknown | fewer than two training patients are known |",
         ),
         (
             with_value(JUDGED | {"tail_share": 0.1, "tail_p_value": 0.001}, "slices", "samples"),
