@@ -8,7 +8,6 @@ import math
 import re
 import shutil
 import tempfile
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,14 +16,17 @@ from matplotlib.image import imread
 from trainings import arguments
 
 import anatomy
+import comparison
 import evaluate
 import metrics
 import predict
+from anatomy import Coherence, Tail
 from c2st import TwoSampleTest
 from checkpoints import read_config
 from console import RunError
 from copying import Copies
 from dataset import Slices, load_dataset
+from utils import autocast
 
 SAMPLE_KEYS = {
     "c2st_accuracy",
@@ -247,9 +249,10 @@ def found_copies(distances, threshold=1.0):
 
 
 def test_copies_are_unknown_without_a_threshold():
-    anatomy = SimpleNamespace(tail_shares={"a": 0.0, "b": 0.0}, p_values={"a": 1.0, "b": 1.0})
+    tail = Tail(np.zeros(2), np.zeros(10))
+    anatomy = Coherence({}, {"a": tail, "b": tail})
     copies = {"a": found_copies(torch.zeros(2)), "b": found_copies(torch.zeros(2), math.inf)}
-    found = evaluate.slice_metrics(copies, anatomy)
+    found = comparison.slice_metrics(copies, anatomy)
     assert found["a"]["copied"] == 0
     assert math.isnan(found["b"]["copied"])
 
@@ -279,8 +282,13 @@ def test_each_comparison_uses_the_right_sets_of_slices(evaluated, trained, monke
         copying.append((samples.distances.tolist(), reference.distances.tolist()))
         return 0.0
 
-    for replacement in (c2st, find_copies, nearest_distances, data_copying_statistic):
-        monkeypatch.setattr(evaluate, replacement.__name__, replacement)
+    for module, replacement in (
+        (evaluate, c2st),
+        (evaluate, nearest_distances),
+        (comparison, find_copies),
+        (comparison, data_copying_statistic),
+    ):
+        monkeypatch.setattr(module, replacement.__name__, replacement)
     _, results, table = evaluated(num=14, batch_size=5)  # two more than training slices
     assert (results["settings"]["samples"], results["settings"]["samples_compared"]) == (14, 12)
     assert "14 samples; only the rows on copying use more than the first 12" in table
@@ -288,10 +296,12 @@ def test_each_comparison_uses_the_right_sets_of_slices(evaluated, trained, monke
     config, cpu = read_config(trained.run), torch.device("cpu")
     vqvae, _, refiner = predict.load_networks(trained.run, config, predict.load_vqvae(trained.run, config, cpu), cpu)
     real, training = data.test.batch(range(4)), data.train.batch(range(12))
-    refined, refined_training = (  # with sample ids that no sample has
-        metrics.round_to_grey_levels(refiner.sample(range(10**6, 10**6 + len(codes)), codes, vqvae))
-        for codes in map(vqvae.encode, (real, training))
-    )
+    grids = [vqvae.encode(slices) for slices in (real, training)]
+    with autocast(cpu):
+        refined, refined_training = (  # with sample ids that no sample has
+            metrics.round_to_grey_levels(refiner.sample(range(10**6, 10**6 + len(codes)), codes, vqvae))
+            for codes in grids
+        )
     assert searched == [12, 14]  # training slices; samples, by the attack on them
     samples, all_samples = compared[0][0], copying[0][0]
     assert (len(samples), len(all_samples)) == (12, 14)
@@ -367,7 +377,7 @@ def test_unwritable_folders_are_refused_before_the_evaluation(trained, tmp_path,
 
 def test_evaluation_json_has_null_for_nan(evaluated, monkeypatch):
     """NaN is not JSON."""
-    monkeypatch.setattr(evaluate, "ms_ssim_diversity", lambda _: math.nan)
+    monkeypatch.setattr(comparison, "ms_ssim_diversity", lambda _: math.nan)
     _, results, _ = evaluated(num=6)
     assert results["samples"]["ms_ssim_diversity"] is None
     assert results["baseline"]["samples"]["coverage"] >= 0
