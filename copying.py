@@ -136,7 +136,8 @@ def find_copies(
         samples: (N, 1, H, W) in [-1, 1].
         load_training: Returns the training slices (n, 1, H, W) of n indices. Each slice is loaded once.
         count: Number of training slices.
-        cases: Their patients (count), None for unknown. Slices of unknown patients are searched, but do not calibrate.
+        cases: Their patients (count), None for unknown. Slices of unknown patients are searched, but do not calibrate:
+            nobody knows which of them are of one patient.
         flip_axis: The axis, 2 or 3, along which copies may be mirrored; None if they may not.
         rate: Share of the slices of a new patient that may be called copies. With K known patients it is at least
             1 / (K + 1).

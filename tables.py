@@ -62,7 +62,7 @@ SAMPLE_ROWS = (
     TableRow("copying", "c_t", "data-copying C_T", ".1f", "about 0; far below 0 for copies"),
 )
 SLICE_ROWS = (
-    TableRow("slices", "copied", "called copies", ".3f", "the expected share is best; nan: no patients are known"),
+    TableRow("slices", "copied", "called copies", ".3f", "the expected share is best; nan is unknown"),
     TableRow("slices", "copied_expected", "  expected of new patients", ".3f", "at most"),
     TableRow("slices", "tail_share", "incoherent anatomy", ".3f", f"{TAIL:g} is expected of new patients"),
     TableRow("slices", "tail_p_value", "  p-value", ".4f", "below 0.01: more than new patients have"),
