@@ -33,7 +33,7 @@ from config import RunConfig
 from console import Parser, RunError, log_notices, logger, nonempty, number, run_command, say
 from copying import Copies, align, nearest_distances
 from dataset import DataSplits, Slices, describe_changes, load_dataset
-from membership import attack_metrics, attack_scores, pair_patients, roc_curve
+from membership import attack_metrics, attack_scores, code_nll, pair_patients, roc_curve
 from metrics import (
     MIN_SIDE,
     RandomFeatures,
@@ -324,9 +324,8 @@ def network_metrics(
     size = networks.vqvae.config.codebook_size
     rate = bits_per_pixel(codes.shape[1:], size, originals.slices.shape[2:])
     used, perplexity = codebook_use(code_counts(codes, size))
-    batches = zip(codes.split(batch_size), torch.from_numpy(positions).to(codes.device).split(batch_size))
-    total = sum(networks.prior.nll(*batch).item() * batch[0].numel() for batch in batches)
-    nats = total / codes.numel()
+    with autocast(codes.device):
+        nats = code_nll(networks.prior, codes, torch.from_numpy(positions).to(codes.device)).mean().item()
     bits = nats / math.log(2)
     return {
         "reconstructions": {name: value.item() for name, value in metrics.compute().items()} | {"bits_per_pixel": rate},

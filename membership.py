@@ -88,14 +88,10 @@ def nearest_positions(wanted: np.ndarray, positions: np.ndarray, candidates: np.
 # ---------------------------------------------------------------- attacks
 
 
-@torch.no_grad()
 def code_nll(prior: GatedPixelCNN, codes: Tensor, positions: Tensor) -> Tensor:
     """Return the negative log-likelihood of each code (N, h * w), in nats, of codes (N, h, w) at positions (N,)."""
-    nll = [
-        F.cross_entropy(prior(*batch).float(), batch[0], reduction="none").flatten(1)
-        for batch in zip(codes.split(BATCH_SIZE), positions.split(BATCH_SIZE))
-    ]
-    return torch.cat(nll)
+    batches = zip(codes.split(BATCH_SIZE), positions.split(BATCH_SIZE))
+    return torch.cat([prior.code_nll(*batch).flatten(1) for batch in batches])
 
 
 @torch.no_grad()

@@ -445,6 +445,18 @@ class GatedPixelCNN(nn.Module):
         given = rows, output.weight[:, :, 0, 0], output.bias, codes.flatten(), torch.is_grad_enabled()
         return LinearCrossEntropy.apply(*given) / codes.numel()
 
+    @torch.no_grad()
+    def code_nll(self, codes: Tensor, position: Tensor) -> Tensor:
+        """Return the negative log-likelihood of each code (N, h, w) in nats; arguments as in `forward`."""
+        rows = self.features(codes, position, None).permute(0, 2, 3, 1).flatten(0, 2)
+        output = cast(nn.Conv2d, self.head[-1])
+        count = rows_per_chunk(rows, self.config.codebook_size)
+        nll = [
+            F.cross_entropy(F.linear(chunk, output.weight[:, :, 0, 0], output.bias).float(), own, reduction="none")
+            for chunk, own in zip(rows.split(count), codes.flatten().split(count))
+        ]
+        return torch.cat(nll).view(codes.shape)
+
     def features(self, codes: Tensor, position: Tensor, augmentation: Tensor | None) -> Tensor:
         """Return the features before the output layer (N, head_channels, h, w)."""
         x = self.embedding(codes).permute(0, 3, 1, 2)  # (N, C, h, w)
