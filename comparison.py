@@ -10,7 +10,7 @@ from torch import Tensor
 
 from anatomy import Coherence, coherence
 from c2st import TwoSampleTest
-from copying import Copies, data_copying_statistic, find_copies, memorisation_rate
+from copying import Copies, data_copying_statistic, duplicate_rate, find_copies, memorisation_rate
 from dataset import Slices
 from metrics import (
     RandomFeatures,
@@ -63,6 +63,7 @@ def distribution_metrics(features: RandomFeatures, samples: SliceSet, reference:
         "sliced_wasserstein": sum(levels.values()) / len(levels),
         "sliced_wasserstein_levels": levels,
         "ms_ssim_diversity": ms_ssim_diversity(samples.slices),
+        "duplicates": duplicate_rate(*samples, *reference),
     }
 
 

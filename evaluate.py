@@ -1,9 +1,10 @@
 """Evaluate a trained run on held-out slices: reconstructions, the prior, samples, and copying of training slices.
 
     python evaluate.py --run runs/default
+    python evaluate.py --run runs/default --self-test
 
 Prints a table, and writes RUN/evaluation.json, RUN/MODEL_CARD.md, and the figures evaluation.png, copying.png,
-membership.png and outliers.png.
+membership.png and outliers.png. The self-test plants faults in real slices instead, and shows which figure sees which.
 """
 
 import math
@@ -407,6 +408,7 @@ def test_figures(options: EvaluateOptions, config: RunConfig, device: torch.devi
     started = time.perf_counter()
     data = training_data(options, config)
     splits = [own for own in (data.validate, data.test) if len(own)]
+    print("planting faults in held-out slices, and copying training slices")
     results = self_test(data.train, splits, left_right_axis(np.array(config.affine)), device)
     print_self_test(results)
     write_file(options.run / "self_test.json", lambda part: part.write_text(strict_json(results)))

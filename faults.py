@@ -239,9 +239,9 @@ def pure_noise(originals: Originals) -> Tensor:
 
 
 def each_twice(originals: Originals) -> Tensor:
-    """Draw half of the slices, each twice."""
+    """Draw the first half of the slices, each twice."""
     count = len(originals.slices)
-    return originals.slices[torch.arange(count, device=originals.slices.device) // 2 * 2]
+    return originals.slices[torch.arange(count, device=originals.slices.device) % ((count + 1) // 2)]
 
 
 def upper_half(originals: Originals) -> Tensor:

@@ -33,6 +33,7 @@ SPREADS = (
     "random_feature_frechet",
     "sliced_wasserstein",
     "ms_ssim_diversity",
+    "duplicates",
 )
 
 

@@ -10,6 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import equal_time
+import network_c2st
 import noise_floor
 import peers
 import sampling
@@ -166,3 +167,42 @@ def test_optimiser_step_clips_the_gradient_norm(max_norm, moved):
     weights = [torch.nn.Parameter(torch.zeros(())) for _ in range(2)]
     peers.optimiser_step(torch.optim.SGD(weights, lr=1.0), [-3 * weights[0], -4 * weights[1]], max_norm)
     assert [weight.item() for weight in weights] == pytest.approx(moved)
+
+
+def blurred_noise(count):
+    """Smooth random slices (count, 1, 32, 16) in about [-1, 1]."""
+    return 3 * torch.nn.functional.avg_pool2d(torch.randn(count, 1, 36, 20), 5, stride=1)
+
+
+def test_networks_tell_different_distributions_apart_and_equal_ones_not(monkeypatch):
+    """By Hoeffding's inequality, 200 trials of mean 1/2 deviate by more than 0.16 with a probability of 7e-5. With 30
+    slices in one set and 100 in the other, 30 of each are tested."""
+    monkeypatch.setattr(network_c2st, "UPDATES", 60)
+    torch.manual_seed(0)
+    slices = blurred_noise(200)
+    correct, trials = network_c2st.network_c2st(slices[:100], range(100), slices[100:], range(100))
+    assert trials == 200
+    assert abs(correct / trials - 0.5) < 0.16
+    changed = slices[:100] + 0.3 * torch.randn(100, 1, 32, 16)
+    correct, trials = network_c2st.network_c2st(changed, range(100), slices[100:130], ["a"] * 10 + ["b"] * 20)
+    assert trials == 2 * 30
+    assert correct >= 57
+
+
+@pytest.mark.parametrize(
+    ("correct", "trials", "low", "high"), [(5, 10, 0.2366, 0.7634), (0, 10, 0, 0.2775), (81, 263, 0.2553, 0.3662)]
+)
+def test_wilson_interval_equals_published_values(correct, trials, low, high):
+    """Newcombe 1998, Stat. Med. 17:857, table I, method 3."""
+    assert network_c2st.wilson_interval(correct, trials) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_network_c2st_reports_all_comparisons(lines, trained, monkeypatch):
+    monkeypatch.setattr(network_c2st, "UPDATES", 2)
+    monkeypatch.setattr(network_c2st, "CLASSIFIERS_PER_FOLD", 1)
+    printed, sentence = lines(network_c2st, "--run", trained.run, "--num", 4, "--device", "cpu")
+    assert list(printed) == [f"network_c2st_{of}" for of in ("samples", "decoder_alone", "prior_alone", "baseline")]
+    for line in printed.values():
+        low, high = line["interval"]
+        assert low <= line["value"] <= high
+    assert f"{printed['network_c2st_samples']['value']:.2f}" in sentence

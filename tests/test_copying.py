@@ -361,3 +361,15 @@ def test_data_copying_statistic_finds_copies_within_a_cell():
     few = neighbours(samples.distances[30:50], cells[30:50])  # ten per cell: too few
     together = copying.mann_whitney_z(few.distances, held_out.distances)
     assert copying.data_copying_statistic(few, held_out) == pytest.approx(together, rel=1e-9)
+
+
+def test_duplicates_are_more_alike_than_any_two_patients():
+    reference, slices = draw_patients(20, 1), draw_patients(8, 50)
+    cases = [i // SLICES for i in range(len(reference))]
+    assert copying.duplicate_rate(slices, [i // SLICES for i in range(len(slices))], reference, cases) == 0
+    first = slices[::SLICES]  # of eight patients
+    pairs = torch.cat([first, faults.add_noise(first, 0.02)])
+    assert copying.duplicate_rate(pairs, range(16), reference, cases) == 1
+    assert copying.duplicate_rate(pairs, [*range(8)] * 2, reference, cases) == 0  # not compared
+    assert copying.duplicate_rate(pairs[:10], range(10), reference, cases) == pytest.approx(0.4)
+    assert math.isnan(copying.duplicate_rate(slices, range(24), reference, ["a"] * len(reference)))
