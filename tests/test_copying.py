@@ -364,7 +364,7 @@ def test_data_copying_statistic_finds_copies_within_a_cell():
 
 
 def test_duplicates_are_more_alike_than_any_two_patients():
-    reference, slices = draw_patients(20, 1), draw_patients(8, 50)
+    reference, slices = draw_patients(20, 1), draw_patients(8, 51)
     cases = [i // SLICES for i in range(len(reference))]
     assert copying.duplicate_rate(slices, [i // SLICES for i in range(len(slices))], reference, cases) == 0
     first = slices[::SLICES]  # of eight patients
