@@ -256,6 +256,7 @@ class CheckpointHeader(StrictModel):
     update: Annotated[int, Ge(0), Le(MOST_UPDATES)] = Field(0, description="the last that was completed")
     best: float | None = Field(None, description="lowest validation loss; null before the first validation")
     validation_pending: bool = Field(False, description="stopped before the validation after this update was complete")
+    validations_since_best: Annotated[int, Ge(0), Le(MOST_UPDATES)] = Field(0, description="for --patience")
     losses: Annotated[list[Text], MaxLen(100)] = Field([], description="names of the rows of the tensor `losses`")
     log_bytes: Annotated[int, Ge(0), Le(MAX_LOG)] = Field(description="length of metrics.jsonl at that update")
 

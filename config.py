@@ -183,6 +183,9 @@ class TrainConfig(StrictModel):
         OPTIMISER, 1.0, "gradient clipping: the largest norm of a gradient"
     )
     ema_decay: Decay = option(OPTIMISER, 0.99, "decay per update of the EMA of the prior's and the refiner's weights")
+    patience: Annotated[int, Ge(0), Le(MOST_UPDATES)] = option(
+        OPTIMISER, 0, "validations, 20 per stage, without a lower loss after which the stage ends; 0 ends none"
+    )
 
 
 # What differs from the defaults.

@@ -9,6 +9,7 @@ command again to resume a stopped run.
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,8 @@ from plots import (
 from trainer import BatchLoader, StopSignals, Trainer, device_batches, micro_batches
 from utils import autocast, channels_last, check_folder, make_folder, pick_device, seed_update
 
+COLLAPSE_SHARE, COLLAPSE_UPDATES = 0.1, 500  # codebook collapse: a smaller share of codes used for so many updates
+DRIFT = 0.1  # share of nats per code that validation slices need more than training slices when a warning is due
 UNIGRAM_SHARE = 0.95  # of the entropy of the code frequencies, the loss of a unigram model: a prior must reach less
 
 
@@ -76,6 +79,17 @@ class VQVAETrainer(Trainer[VQVAE]):
         batches = self.until_stopped(self.data.validate.batches(self.options.batch_size))
         values, self.counts = evaluate_vqvae(self.model, device_batches(batches, self.device))
         return values
+
+    def warn(self, values: dict[str, float]) -> None:
+        """Warn once if the codebook has collapsed: hardly any codes have been used for long."""
+        updates, used = self.run.curves(self.stage)["validate", "codes_used"]
+        # The latest validations in a row with few codes. Warn at the first that makes the row long enough.
+        few = [update for update, _ in takewhile(lambda line: line[1] < COLLAPSE_SHARE, zip(updates[::-1], used[::-1]))]
+        if len(few) > 1 and few[0] - few[-1] >= COLLAPSE_UPDATES > few[1] - few[-1]:
+            logger.warning(
+                f"codebook collapse: under {COLLAPSE_SHARE:.0%} of the codes have been used since update {few[-1]}; "
+                "try a larger --batch-size, another --seed or a smaller --codebook-size"
+            )
 
     def draw_figures(self) -> None:
         curves, images = self.run.curves(self.stage), self.options.images
@@ -160,6 +174,7 @@ class PriorTrainer(Trainer[GatedPixelCNN]):
         seed_update(options.seed, self.stage, 0)
         model = channels_last(GatedPixelCNN(network_config(PriorConfig, options, "prior_", **shape)), loader.device)
         model.init_embedding(vqvae.codebook.embeddings)
+        self.warned = False
         super().__init__(run, stop, options, loader, model, options.prior_updates, options.prior_learning_rate)
 
     def compute_losses(self) -> Iterator[dict[str, Tensor]]:
@@ -175,6 +190,18 @@ class PriorTrainer(Trainer[GatedPixelCNN]):
         batches = zip(self.validation_codes.split(size), self.validation_positions.split(size))
         nats = evaluate_prior(self.saved_model, self.until_stopped(batches))
         return {"nats_per_code": nats, "bits_per_code": nats / math.log(2)}
+
+    def warn(self, values: dict[str, float]) -> None:
+        """Warn once if the prior knows its training slices better than others, although those are augmented."""
+        _, training = self.run.curves(self.stage).get(("train", self.criterion), ([], []))
+        more = values[self.criterion] / np.mean(training[-10:]) - 1 if training else 0.0
+        if more > DRIFT and not self.warned:
+            self.warned = True
+            logger.warning(
+                f"the prior needs {more:.0%} more bits for validation than for training slices: weights and samples "
+                "may give patients away; try --patience 3, a higher --augmentation or --prior-dropout, or fewer "
+                "--prior-updates"
+            )
 
     def draw_figures(self) -> None:
         curves = self.run.curves(self.stage)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from importlib import util
-from itertools import takewhile
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Generic, TypeVar
@@ -20,7 +19,7 @@ from tqdm import tqdm
 from augmentation import augment, random_flip
 from checkpoints import Checkpoint, Run, check_tensors, save_weights
 from config import TrainConfig
-from console import RunError, logger, say
+from console import RunError, say
 from dataset import Slices, batch_indices, to_float
 from modules import AUGMENTATIONS, MICRO_BATCH_CODES
 from utils import autocast, seed_update, writing
@@ -36,7 +35,6 @@ LOG_LINES = 250  # of the training losses, per stage
 INTERVAL_SECONDS = 60  # between checkpoints, and between figures
 SPLIT_NAMES = {"train": "training", "validate": "validation"}
 COPIED_SLICES = 4096  # at a time to a GPU's memory: 128 MB of 256x128
-COLLAPSE_SHARE, COLLAPSE_UPDATES = 0.1, 500  # codebook collapse: a smaller share of codes used for so many updates
 
 
 # ---------------------------------------------------------------- optimiser
@@ -186,6 +184,7 @@ class Trainer(Generic[Network]):
         self.ema = EMA(model, options.ema_decay) if with_ema else None
         self.saved_model = self.ema.network if self.ema else model
         self.update, self.best, self.validation_pending = 0, math.inf, False
+        self.validations_since_best = 0
         self.losses: dict[str, list[Tensor]] = {}  # since the last log line
         self.checkpoint_interval, self.figure_interval = Interval(INTERVAL_SECONDS), Interval(INTERVAL_SECONDS)
         self.writer: SummaryWriter | None = None
@@ -204,10 +203,13 @@ class Trainer(Generic[Network]):
         """Write the figures of this stage."""
         raise NotImplementedError
 
+    def warn(self, values: dict[str, float]) -> None:
+        """Warn of what the values of a validation and those before show."""
+
     # The loop.
 
     def fit(self, checkpoint: Checkpoint | None) -> None:
-        """Train to the last update, from a checkpoint if it is of this stage.
+        """Train to the last update or until patience ends, from a checkpoint if it is of this stage.
 
         Raises:
             SystemExit: A stop signal came; the checkpoint is written.
@@ -219,7 +221,7 @@ class Trainer(Generic[Network]):
             try:
                 if self.validation_pending:  # it was stopped within a validation
                     self.run_validation()
-                while self.update < self.total:
+                while self.update < self.total and not self.is_out_of_patience():
                     self.update += 1
                     self.train_update()
                     bar.update()
@@ -234,6 +236,8 @@ class Trainer(Generic[Network]):
                 self.save_checkpoint()
                 raise
             self.save_checkpoint()
+        if self.update < self.total:
+            say(f"{self.stage} ends: no better {self.criterion} in {self.options.patience} validations")
 
     def train_update(self) -> None:
         """Make one update: losses in micro-batches, gradient clipping, an optimiser step, the EMA."""
@@ -259,12 +263,18 @@ class Trainer(Generic[Network]):
         self.validation_pending = True
         values = self.validate()
         self.log("validate", values)
+        self.validations_since_best += 1
         if values[self.criterion] < self.best:
-            self.best = values[self.criterion]
+            self.best, self.validations_since_best = values[self.criterion], 0
             save_weights(self.run.path / f"{self.stage}.safetensors", self.saved_model)
         self.validation_pending = False
-        if self.figure_interval.is_due() or self.update == self.total:
+        self.warn(values)
+        if self.figure_interval.is_due() or self.update == self.total or self.is_out_of_patience():
             self.draw_figures()
+
+    def is_out_of_patience(self) -> bool:
+        """Return whether too many validations in a row were no better than the best."""
+        return 0 < self.options.patience <= self.validations_since_best
 
     def until_stopped(self, batches: Iterable[T]) -> Iterator[T]:
         """Yield batches of validation until a stop signal comes, then raise SystemExit."""
@@ -330,7 +340,6 @@ class Trainer(Generic[Network]):
                 self.writer.add_scalar(f"{self.stage}/{split}/{name}", value, self.update)
         if split == "validate":
             self.report_validation(values)
-            self.warn_of_collapse()
 
     def report_validation(self, values: dict[str, float]) -> None:
         """Print the values of a validation, the speed and the time that is left."""
@@ -339,17 +348,6 @@ class Trainer(Generic[Network]):
         listed = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         speed = f"{rate:.2f} updates/s  {left // 60}:{left % 60:02d} left"
         say(f"{self.stage} {self.update}/{self.total}  {listed}  {speed}")
-
-    def warn_of_collapse(self) -> None:
-        """Warn once if the codebook has collapsed: hardly any codes have been used for long."""
-        updates, used = self.run.curves(self.stage).get(("validate", "codes_used"), ([], []))
-        # The latest validations in a row with few codes. Warn at the first that makes the row long enough.
-        few = [update for update, _ in takewhile(lambda line: line[1] < COLLAPSE_SHARE, zip(updates[::-1], used[::-1]))]
-        if len(few) > 1 and few[0] - few[-1] >= COLLAPSE_UPDATES > few[1] - few[-1]:
-            logger.warning(
-                f"codebook collapse: under {COLLAPSE_SHARE:.0%} of the codes have been used since update {few[-1]}; "
-                "try a larger --batch-size, another --seed or a smaller --codebook-size"
-            )
 
     def divergence_error(self, what: str, update: int) -> RunError:
         """Return the error for a value that is not finite."""
@@ -385,6 +383,7 @@ class Trainer(Generic[Network]):
             update=self.update,
             best=self.best if math.isfinite(self.best) else None,
             validation_pending=self.validation_pending,
+            validations_since_best=self.validations_since_best,
             losses=list(losses),
         )
         if self.writer:
@@ -412,6 +411,7 @@ class Trainer(Generic[Network]):
         self.losses = {name: list(values) for name, values in zip(header.losses, losses.to(self.device))}
         self.update, self.validation_pending = header.update, header.validation_pending
         self.best = math.inf if header.best is None else header.best
+        self.validations_since_best = header.validations_since_best
 
 
 def open_tensorboard(path: Path, update: int) -> "SummaryWriter | None":

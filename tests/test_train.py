@@ -650,6 +650,49 @@ def test_a_non_finite_validation_loss_ends_the_run(options, monkeypatch, stage, 
     assert all(math.isfinite(value) for line in lines_of(options["run"]) for value in list(line.values())[2:])
 
 
+# ---------------------------------------------------------------- warnings
+
+
+@pytest.mark.parametrize(
+    ("used", "warned"),
+    [
+        ([0.05] * 11, [600]),
+        ([0.05] * 5, []),
+        ([0.05] * 5 + [0.2] + [0.05] * 6, [1200]),
+        ([0.1] * 11, []),
+        ([1.0] * 3 + [0.0] * 7, [900]),
+    ],
+)
+def test_codebook_collapse_is_warned_of_once(tmp_path, run_config, caplog, used, warned):
+    """The share of codes in use, at validations every 100 updates."""
+    warnings = []
+    with checkpoints.Run(tmp_path / "run", run_config(), {}) as run:
+        trainer = SimpleNamespace(run=run, stage="vqvae")
+        for number, share in enumerate(used, 1):
+            run.log("vqvae", "validate", 100 * number, {"codes_used": share})
+            train.VQVAETrainer.warn(trainer, {})
+            warnings += [100 * number] * len(caplog.records)
+            assert all("codebook collapse" in record.message for record in caplog.records)
+            caplog.clear()
+    assert warnings == warned
+
+
+@pytest.mark.parametrize(("validation", "warned"), [([2.1, 2.19], 0), ([2.1, 2.3, 2.4], 1), ([], 0)])
+def test_a_prior_that_knows_its_training_slices_better_is_warned_of_once(
+    tmp_path, run_config, caplog, validation, warned
+):
+    """The mean of the last ten training losses is 2."""
+    with checkpoints.Run(tmp_path / "run", run_config(), {}) as run:
+        trainer = SimpleNamespace(run=run, stage="prior", criterion="nats_per_code", warned=False)
+        train.PriorTrainer.warn(trainer, {"nats_per_code": 9.0})  # before the first log line
+        for update, nats in enumerate([9.0] * 5 + [1.9, 2.1] * 5):
+            run.log("prior", "train", update + 1, {"nats_per_code": nats})
+        for nats in validation:
+            train.PriorTrainer.warn(trainer, {"nats_per_code": nats})
+    assert len(caplog.records) == warned
+    assert all("% more bits for validation than for training slices" in record.message for record in caplog.records)
+
+
 # ---------------------------------------------------------------- untrusted run directories
 
 

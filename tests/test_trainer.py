@@ -151,29 +151,25 @@ def test_non_finite_weights_or_adam_moments_are_never_saved(tmp_path, run_config
         assert not run.checkpoint_path.exists()
 
 
-@pytest.mark.parametrize(
-    ("used", "warned"),
-    [
-        ([0.05] * 11, [600]),
-        ([0.05] * 5, []),
-        ([0.05] * 5 + [0.2] + [0.05] * 6, [1200]),
-        ([0.1] * 11, []),
-        ([1.0] * 3 + [0.0] * 7, [900]),
-    ],
-)
-def test_codebook_collapse_is_warned_of_once(tmp_path, run_config, caplog, used, warned):
-    """The share of codes in use, at validations every 100 updates."""
-    warnings = []
-    with checkpoints.Run(tmp_path / "run", run_config(), {}) as run:
-        made = make_trainer(torch.nn.Linear(1, 1), stage="vqvae", run=run, updates=5000)
-        made.started, made.first = 0, 0
-        for number, share in enumerate(used, 1):
-            made.update = 100 * number
-            made.log("validate", {"codes_used": share})
-            warnings += [made.update] * len(caplog.records)
-            assert all("codebook collapse" in record.message for record in caplog.records)
-            caplog.clear()
-    assert warnings == warned
+@pytest.mark.parametrize(("patience", "last"), [(0, 20), (1, 3), (3, 8)])
+def test_a_stage_ends_when_patience_does(tmp_path, run_config, monkeypatch, patience, last):
+    """The loss of the validation after each of 20 updates is lowest at the fifth."""
+    values = [5.0, 4.0, 4.5, 3.0, 1.0, *[2.0] * 15]
+    monkeypatch.setattr(trainer, "save_weights", lambda path, network: None)
+
+    def fit(run, checkpoint):
+        made = make_trainer(torch.nn.Linear(1, 1), lambda layer: layer(torch.ones(1, 1)).mean(), run=run, updates=20)
+        made.options = run.config.options
+        made.validate = lambda: {"loss": values[made.update - 1]}
+        made.draw_figures = lambda: None
+        with StopSignals() as made.stop:
+            made.fit(checkpoint)
+        return made
+
+    with checkpoints.Run(tmp_path / "run", run_config(patience=patience), {}) as run:
+        assert fit(run, None).update == last
+        resumed = fit(run, run.load_checkpoint())
+        assert (resumed.update, resumed.best) == (last, min(values[:last]))
 
 
 # ---------------------------------------------------------------- the loop: stops
