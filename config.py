@@ -107,6 +107,9 @@ class TrainConfig(StrictModel):
     )
     device: str = option(RUN, "auto", "cpu, cuda, cuda:1 ...; auto takes a GPU if there is one", free=True)
     seed: Annotated[int, Ge(0), Le(MAX_SEED)] = option(RUN, 0, "random seed")
+    init: FilePath | None = option(
+        RUN, None, "run directory whose weights training starts from, with networks of the same shape"
+    )
     checkpoint_every: Updates | None = option(
         RUN, None, "updates between checkpoints; without it one per minute. A stop signal writes one too", free=True
     )

@@ -59,11 +59,11 @@ class VQVAETrainer(Trainer[VQVAE]):
         model = channels_last(VQVAE(network_config(VQVAEConfig, options)), loader.device)
         super().__init__(run, stop, options, loader, model, options.updates, options.learning_rate, with_ema=False)
         self.data, self.counts = data, torch.zeros(0)
-        self.encoder_warmup = min(options.encoder_warmup, options.updates // 6)
+        self.encoder_warmup = 0 if options.init else min(options.encoder_warmup, options.updates // 6)
         self.first_validation = self.encoder_warmup + 1
 
     def compute_losses(self) -> Iterator[dict[str, Tensor]]:
-        if self.update == self.encoder_warmup + 1:
+        if self.update == self.encoder_warmup + 1 and not self.options.init:
             self.model.codebook.kmeans_init(encode_latents(self.model, self.data.train, self.options, self.device))
         slices, _, _ = self.loader(self.update)  # not augmented: interpolation blurs, which lowered SSIM
         with autocast(self.device):
@@ -246,6 +246,7 @@ class RefinerTrainer(Trainer[Refiner]):
     """Train the refiner on training slices and their reconstructions; its EMA is validated and saved."""
 
     stage, objective, criterion = "refiner", "flow_loss", "flow_loss"
+    fitted = ("residual_std",)
 
     def __init__(
         self, run: Run, stop: StopSignals, options: TrainConfig, loader: BatchLoader, data: DataSplits, vqvae: VQVAE

@@ -3,13 +3,13 @@
 import math
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from importlib import util
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from augmentation import augment, random_flip
-from checkpoints import Checkpoint, Run, check_tensors, save_weights
+from checkpoints import Checkpoint, Run, check_tensors, load_weights, save_weights
 from config import TrainConfig
 from console import RunError, say
 from dataset import Slices, batch_indices, to_float
@@ -160,6 +160,7 @@ class Trainer(Generic[Network]):
     objective: str  # the loss that is minimised, one of `compute_losses`
     criterion: str  # the value of `validate` at whose minimum the weights are kept
     first_validation = 1  # the first update that a validation may follow
+    fitted: Sequence[str] = ()  # tensors of the network that are not learned, but fitted to these data beforehand
 
     def __init__(
         self,
@@ -217,6 +218,8 @@ class Trainer(Generic[Network]):
         """
         if checkpoint and checkpoint.header.stage == self.stage:
             self.restore(checkpoint)
+        elif self.options.init:
+            self.start_from(self.options.init)
         with self.progress() as bar, self.stop.deferred():
             try:
                 if self.validation_pending:  # it was stopped within a validation
@@ -389,6 +392,21 @@ class Trainer(Generic[Network]):
         if self.writer:
             with writing(self.run.path / "tensorboard"):
                 self.writer.flush()
+
+    def start_from(self, run: Path) -> None:
+        """Take the weights of another run. Raises RunError if they do not fit."""
+        path, own = run / f"{self.stage}.safetensors", self.model.state_dict()
+        prefix = "" if self.stage == "vqvae" else f"{self.stage}_"  # of its options
+        given = load_weights(path, type(self.model), type(cast(Any, self.model).config), prefix).state_dict()
+        try:
+            check_tensors(own, given)
+        except ValueError as error:
+            raise RunError(
+                f"{path} does not fit these options: {error}; give those of its run, or leave out --init"
+            ) from None
+        given |= {name: own[name].clone() for name in self.fitted}
+        self.model.load_state_dict(given)
+        self.saved_model.load_state_dict(given)
 
     @torch.no_grad()
     def restore(self, checkpoint: Checkpoint) -> None:

@@ -396,6 +396,35 @@ def test_different_seeds_give_different_weights(options, trained):
         assert not torch.equal(here, there)
 
 
+# ---------------------------------------------------------------- starting from another run
+
+
+def test_a_run_starts_from_the_weights_of_another(trained, options, monkeypatch):
+    """Without updates, all weights stay; the refiner's standard deviations are fitted to the own slices."""
+    monkeypatch.setattr(trainer.Trainer, "train_update", lambda self: None)
+    monkeypatch.setattr(train, "encode_latents", lambda *_: pytest.fail("k-means began"))
+    train.main(arguments(**options, init=trained.run))
+    for name in WEIGHTS:
+        here, there = load_file(options["run"] / name), load_file(trained.run / name)
+        assert same_weights(here, there)
+
+
+def test_k_means_is_left_out_when_a_run_starts_from_another(trained, options, monkeypatch):
+    monkeypatch.setattr(train, "encode_latents", lambda *_: pytest.fail("k-means began"))
+    train.main(arguments(**options, init=trained.run))
+    header = checkpoint_header(options["run"])
+    assert header.stage == "done"
+    assert not same_weights(load_file(options["run"] / WEIGHTS[0]), load_file(trained.run / WEIGHTS[0]))
+
+
+@pytest.mark.parametrize(
+    ("given", "part"),
+    [({"codebook_size": 20}, "vqvae.safetensors does not fit these options"), ({"init": "gone"}, "does not exist")],
+)
+def test_weights_that_do_not_fit_are_refused(trained, options, error_line, given, part):
+    assert part in error_line("train.py", arguments(**options | {"init": trained.run} | given))
+
+
 # ---------------------------------------------------------------- stopping and resuming
 
 
