@@ -72,7 +72,7 @@ from predict import (
     warn_if_incomplete,
 )
 from self_test import self_test
-from tables import COMPARISONS, print_self_test, print_table
+from tables import COMPARISONS, SPLIT_NAMES, print_self_test, print_table
 from utils import autocast, check_folder, make_folder, write_file
 
 MIN_SLICES = 4  # slices or samples that can be evaluated
@@ -175,7 +175,7 @@ def evaluate(options: EvaluateOptions, config: RunConfig, networks: Networks, de
     started = time.perf_counter()
     data = training_data(options, config)
     make_folder(options.images)  # fails now rather than after minutes
-    held_out = getattr(data, options.split)
+    held_out, held_out_name = getattr(data, options.split), f"{SPLIT_NAMES[options.split]} slices"
     count = options.num or max(DEFAULT_NUM, len(held_out))
     drawn = draw_samples(options, networks, draw_positions(range(count), options.seed, config.positions), device)
     samples = SliceSet(round_to_grey_levels(drawn.slices.to(device)), range(count))
@@ -221,7 +221,7 @@ def evaluate(options: EvaluateOptions, config: RunConfig, networks: Networks, de
 
     print(f"searching {len(data.train)} training slices for copies")
     flip_axis = left_right_axis(np.array(config.affine))
-    sets = {"samples": samples, "reconstructions": reconstructions, f"{options.split} slices": real}
+    sets = {"samples": samples, "reconstructions": reconstructions, held_out_name: real}
     copies = find_set_copies(sets, data.train, flip_axis)
     sampled, reconstructed, held = copies.values()
     second_half = torch.from_numpy(two_fold_split(real.cases)).to(device)
@@ -238,7 +238,7 @@ def evaluate(options: EvaluateOptions, config: RunConfig, networks: Networks, de
     print("judging the anatomy of single slices")
     anatomy = judge_anatomy(sets, data.train, flip_axis)
     results["slices"] = {
-        name.replace(f"{options.split} ", "heldout_"): of for name, of in slice_metrics(copies, anatomy).items()
+        name.replace(held_out_name, "heldout_slices"): of for name, of in slice_metrics(copies, anatomy).items()
     }
     results["called_copies"] = describe_copies(copies["samples"], data.train)
 
@@ -249,12 +249,12 @@ def evaluate(options: EvaluateOptions, config: RunConfig, networks: Networks, de
     write_model_card(options.run / "MODEL_CARD.md", config, results)
     by_position = np.argsort(held_out.positions)[evenly_spaced(len(held_out))]
     rows = {
-        f"{options.split} slices": real.slices[by_position],
+        held_out_name: real.slices[by_position],
         "reconstructions": reconstructions.slices[by_position],
         "samples": samples.slices[drawn.positions.argsort()[evenly_spaced(count)]],
     }
     distances = {
-        name.replace("reconstructions", f"reconstructions of {options.split} slices"): own.distances
+        name.replace("reconstructions", f"reconstructions of {held_out_name}"): own.distances
         for name, own in copies.items()
     }
     evaluation_figure(
@@ -262,15 +262,15 @@ def evaluate(options: EvaluateOptions, config: RunConfig, networks: Networks, de
         results,
         {label: slices[:, 0].cpu().numpy() for label, slices in rows.items()},
         {label: values.cpu().numpy() for label, values in distances.items()},
-        f"{options.run}: {count} samples ({describe_sampling(options)}) and {len(held_out)} {options.split} slices",
+        f"{options.run}: {count} samples ({describe_sampling(options)}) and {len(held_out)} {held_out_name}",
     )
     membership_figure(
         options.images / "membership.png",
         {attack: roc_curve(*own) for attack, own in scores.items()},
         {attack: values["auc"] for attack, values in results["membership"]["attacks"].items()},
-        f"{options.run}: {results['membership']['slices']} training and as many {options.split} slices",
+        f"{options.run}: {results['membership']['slices']} training and as many {held_out_name}",
     )
-    both = ("samples", f"{options.split} slices")
+    both = ("samples", held_out_name)
     write_copying_figure(
         options.images / "copying.png", data.train, {name: (sets[name], copies[name]) for name in both}
     )

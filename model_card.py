@@ -11,6 +11,7 @@ from typing import Any
 
 from config import FREE_OPTIONS, RunConfig, configure
 from console import printable
+from tables import SPLIT_NAMES
 
 TEMPLATE = Path(__file__).resolve().parent / "docs" / "MODEL_CARD_TEMPLATE.md"
 BEGIN, END = "<!-- measured by evaluate.py: begin -->", "<!-- measured by evaluate.py: end -->"
@@ -47,9 +48,10 @@ def measured_part(config: RunConfig, results: Mapping[str, Any]) -> Iterator[str
         yield f"| {name} | {escape(value)} |"
     yield "\n## Measured\n"
     settings = results["settings"]
+    held_out = f"{settings['heldout_slices']} {SPLIT_NAMES[settings['split']]} slices"
     yield (
-        f"On {settings['heldout_slices']} {settings['split']} slices of {settings['heldout_cases']} patients and "
-        f"{settings['samples']} samples (`evaluation.json`; definitions in docs/evaluation.md).\n"
+        f"On {held_out} of {settings['heldout_cases']} patients and {settings['samples']} samples (`evaluation.json`; "
+        "definitions in docs/evaluation.md).\n"
     )
     yield "| metric | value | baseline or reference |\n|---|---|---|"
     for row in describe_metrics(results):

@@ -7,6 +7,7 @@ import numpy as np
 
 from anatomy import TAIL
 
+SPLIT_NAMES = {"validate": "validation", "test": "test"}
 COMPARISONS = ("samples", "decoder_alone", "prior_alone", "baseline")
 LEGEND = """
 samples        samples vs. held-out slices
@@ -81,8 +82,9 @@ MEMBERSHIP_ROWS = (
 def print_table(results: Mapping[str, Any]) -> None:
     """Print the metrics of the networks, then those of samples for each comparison."""
     settings = results["settings"]
-    print(f"\n{settings['heldout_slices']} {settings['split']} slices (cases: {settings['heldout_cases']})")
-    print_rows(NETWORK_ROWS, {settings["split"]: results, "training": results["training"]})
+    split = SPLIT_NAMES[settings["split"]]
+    print(f"\n{settings['heldout_slices']} {split} slices (cases: {settings['heldout_cases']})")
+    print_rows(NETWORK_ROWS, {split: results, "training": results["training"]})
     fewer = settings["samples_compared"] < settings["samples"]
     note = f"; only the rows on copying use more than the first {settings['samples_compared']}" if fewer else ""
     print(f"\n{settings['samples']} samples{note}")
@@ -101,7 +103,7 @@ def print_table(results: Mapping[str, Any]) -> None:
     membership = results["membership"]
     print(
         f"membership inference: {membership['slices']} training slices of {membership['patients']} patients, "
-        f"and as many {settings['split']} slices"
+        f"and as many {split} slices"
     )
     print_rows(
         MEMBERSHIP_ROWS,
