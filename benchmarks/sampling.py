@@ -55,6 +55,7 @@ def main() -> None:
     seconds = interleave(
         {
             "batch": lambda: prior.sample(range(BATCH), positions, top_p=predict.TOP_P),
+            "all_codes": lambda: prior.sample(range(BATCH), positions),
             "one": lambda: prior.sample(range(1), positions[:1], top_p=predict.TOP_P),
             "forwards": lambda: sample_by_full_forwards(lambda c: prior(c, positions), codes, PLACES),
             "slices": lambda: sample_and_decode(networks, device),
@@ -76,6 +77,7 @@ def main() -> None:
     report("sampling_by_full_forwards_seconds", by_forwards, "s", **settings, extrapolated_from=len(PLACES))
     report("sampling_speedup", speedup, "times", **settings)
     report("sampling_over_one_forward", seconds["batch"] / forward, "times", **settings)
+    report("top_p_over_all_codes", seconds["batch"] / seconds["all_codes"], "times", **settings)
     report("sampled_and_decoded_seconds", seconds["slices"], "s", **settings, slices=count)
     report("decoding_seconds", seconds["decoding"], "s", **settings)
     report("refiner_seconds", seconds["refiner"], "s", **settings)
