@@ -919,9 +919,8 @@ def test_changed_data_are_named_and_may_be_allowed(options, slices_folder, tmp_p
     assert "is complete" in capsys.readouterr().out
     train.main(arguments(**options))  # recorded as the run's own data
     config = checkpoints.read_config(options["run"])
-    vqvae = load_weights(options["run"] / "vqvae.safetensors", VQVAE, VQVAEConfig)
     given = SimpleNamespace(run=options["run"], data=None, split="test")
-    assert len(evaluate.training_data(given, config, vqvae).train) == 12
+    assert len(evaluate.training_data(given, config).train) == 12
 
 
 def test_a_run_that_another_process_trains_is_refused(options):
