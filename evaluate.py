@@ -137,10 +137,11 @@ def training_data(options: EvaluateOptions, config: RunConfig) -> DataSplits:
         raise RunError(
             f"{folder} does not hold the data {options.run} was trained on ({changes}): name their folder with --data"
         )
-    if len(getattr(data, options.split)) < MIN_SLICES or len(data.train) < MIN_TRAINING:
+    held_out = (data.validate, data.test) if options.self_test else (getattr(data, options.split),)
+    if sum(map(len, held_out)) < MIN_SLICES or len(data.train) < MIN_TRAINING:
+        kind = "held-out" if options.self_test else SPLIT_NAMES[options.split]
         raise RunError(
-            f"{folder} has fewer than {MIN_TRAINING} training or {MIN_SLICES} {options.split} slices: choose another "
-            "--split"
+            f"{folder} has fewer than {MIN_TRAINING} training or {MIN_SLICES} {kind} slices: choose another --split"
         )
     if min(data.slice_size) < MIN_SIDE:
         raise RunError(f"slices of {data.slice_size} pixels cannot be evaluated: a side needs at least {MIN_SIDE}")

@@ -1,9 +1,11 @@
 """The self-test: its parts by hand, and `evaluate.py --self-test` on a tiny run."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +18,9 @@ import faults
 import metrics
 import self_test
 from anatomy import Tail
-from dataset import Slices
+from checkpoints import read_config
+from console import RunError
+from dataset import Slices, load_dataset
 from self_test import HeldOut, gather, nearest_height, plant, smallest_share, win_rate
 
 
@@ -67,6 +71,18 @@ def test_self_test_draws_nothing_and_needs_no_weights(tested, tmp_path):
     _, _, folder = tested
     assert not (folder / "images").exists()
     assert not (folder / "run" / "evaluation.json").exists()
+
+
+def test_self_test_needs_no_particular_split(trained, monkeypatch):
+    """Data without test slices, with the default --split."""
+    data, config = load_dataset(str(trained.data), None, (4, 4), 0), read_config(trained.run)
+    nothing = Slices(data.test.pixels[:0], [], [], data.test.positions[:0], data.test.scales[:0])
+    monkeypatch.setattr(evaluate, "load_dataset", lambda *_: dataclasses.replace(data, test=nothing))
+    given = SimpleNamespace(run=trained.run, data=None, split="test", self_test=True)
+    assert len(evaluate.training_data(given, config).validate) == 4
+    given.self_test = False
+    with pytest.raises(RunError, match="fewer than 8 training or 4 test slices: choose another --split"):
+        evaluate.training_data(given, config)
 
 
 def some_slices(count, cases, seed=0):

@@ -919,7 +919,7 @@ def test_changed_data_are_named_and_may_be_allowed(options, slices_folder, tmp_p
     assert "is complete" in capsys.readouterr().out
     train.main(arguments(**options))  # recorded as the run's own data
     config = checkpoints.read_config(options["run"])
-    given = SimpleNamespace(run=options["run"], data=None, split="test")
+    given = SimpleNamespace(run=options["run"], data=None, split="test", self_test=False)
     assert len(evaluate.training_data(given, config).train) == 12
 
 
