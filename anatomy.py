@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metrics import to_grey_levels, two_fold_split
+from metrics import number_groups, to_grey_levels, two_fold_split
 from utils import autocast, channels_last
 
 WORKING_PIXELS = 3200  # per slice, such as 80x40; larger slices are reduced
@@ -694,9 +694,7 @@ def coherence(
     """
     if len(cases) < MIN_TRAINING:
         raise ValueError(f"{len(cases)} training slices are too few: {MIN_TRAINING} are needed")
-    numbers = {case: number for number, case in enumerate(dict.fromkeys(cases))}
-    patients = np.array([numbers[case] for case in cases])
-    pool = gather_pool(training, positions, patients)
+    pool = gather_pool(training, positions, number_groups(cases))
     half = two_fold_split(pool.patients.tolist())
     references = [make_reference(pool, learned, flip_axis, seed + i) for i, learned in enumerate((half, ~half))]
     scores, tails = {}, {}
@@ -758,8 +756,7 @@ def draw_ranks(
     ranks = np.concatenate([own.ranks.numpy() for own in references])[patients.argsort(kind="stable")]
     sizes = np.unique(patients, return_counts=True)[1]
     starts = sizes.cumsum() - sizes
-    numbers = {case: number for number, case in enumerate(dict.fromkeys(cases))}
-    case_of = np.array([numbers[case] for case in cases])
+    case_of = number_groups(cases)
     for part in np.array_split(np.arange(DRAWS), math.ceil(DRAWS * len(cases) / 2**20)):
-        drawn = rng.integers(len(sizes), size=(len(part), len(numbers)))[:, case_of]
+        drawn = rng.integers(len(sizes), size=(len(part), case_of.max() + 1))[:, case_of]
         yield part, ranks[starts[drawn] + (rng.random(drawn.shape) * sizes[drawn]).astype(np.int64)]

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metrics import BATCH_SIZE, to_grey_levels, two_fold_split
+from metrics import BATCH_SIZE, number_groups, to_grey_levels, two_fold_split
 
 RIDGE = 2.0  # penalty of the classifier's weights, for standardised features
 MAX_DEVIATION = 3.0  # standard deviations to which features are clamped, so that no few slices dominate
@@ -175,8 +175,7 @@ class RidgeClassifier:
 
 def sums_by_case(values: np.ndarray, cases: Sequence[Hashable]) -> tuple[np.ndarray, np.ndarray]:
     """Return the sum of values (N,) of each of C patients, (C,), and their numbers of slices, (C,)."""
-    numbers = {case: number for number, case in enumerate(dict.fromkeys(cases))}
-    case_of = [numbers[case] for case in cases]
+    case_of = number_groups(cases)
     return np.bincount(case_of, values), np.bincount(case_of)
 
 

@@ -1,6 +1,5 @@
 """What is measured of a set of slices: beside another set, beside the training slices, and of each slice alone."""
 
-import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -104,7 +103,7 @@ def slice_metrics(copies: Mapping[str, Copies], anatomy: Coherence) -> dict[str,
     """
     return {
         name: {
-            "copied": own.copied.double().mean().item() if math.isfinite(own.threshold) else math.nan,
+            "copied": own.share,
             "copied_expected": own.rate,
             "tail_share": anatomy.tails[name].share,
             "tail_p_value": anatomy.tails[name].p_value(anatomy.tails[name].share),

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metrics import to_grey_levels
+from metrics import number_groups, to_grey_levels
 
 RATE = 0.01  # share of the slices of new patients that may be called copies
 CALIBRATION_SLICES = 240  # training slices compared with the other patients', about
@@ -66,6 +66,11 @@ class Copies(NamedTuple):
     boxes: Tensor  # (N, 4): the part of the sample that matched: top, bottom, left, right, in shares of the sides
     distances: Tensor  # (N,): root mean squared difference from the nearest training slice (`match`), in [0, 2]
     cells: Tensor  # (N,) int64: the cell of similar training slices that the sample falls into
+
+    @property
+    def share(self) -> float:
+        """Return the share of the samples that are called copies; NaN without a threshold."""
+        return self.copied.double().mean().item() if math.isfinite(self.threshold) else math.nan
 
     def take(self, rows: Tensor) -> "Copies":
         """Return those of some samples, by indices or a mask."""
@@ -674,6 +679,5 @@ def highest_correlations(slices: Tensor, cases: Sequence[Hashable]) -> Tensor:
     """Return the correlations (N,) of slices (N, 1, H, W) with the most similar one of another patient."""
     coarse = torch.cat([build_pyramid(batch).coarse for batch in slices.split(BATCH_SIZE)]).float()
     units = F.normalize(coarse.flatten(1) - coarse.mean((1, 2, 3))[:, None])
-    numbers = {case: number for number, case in enumerate(dict.fromkeys(cases))}
-    labels = torch.tensor([numbers[case] for case in cases], device=slices.device)
+    labels = torch.from_numpy(number_groups(cases)).to(slices.device)
     return (units @ units.T).masked_fill(labels[:, None] == labels, -1).amax(1)

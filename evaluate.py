@@ -33,7 +33,7 @@ from comparison import (
 from config import RunConfig
 from console import Parser, RunError, log_notices, logger, nonempty, number, run_command, say
 from copying import Copies, align, nearest_distances
-from dataset import DataSplits, Slices, describe_changes, load_dataset
+from dataset import SPLIT_TITLES, DataSplits, Slices, describe_changes, load_dataset
 from membership import attack_metrics, attack_scores, code_nll, pair_patients, roc_curve
 from metrics import (
     MIN_SIDE,
@@ -72,12 +72,13 @@ from predict import (
     warn_if_incomplete,
 )
 from self_test import self_test
-from tables import COMPARISONS, SPLIT_NAMES, print_self_test, print_table
+from tables import COMPARISONS, print_self_test, print_table
 from utils import autocast, check_folder, make_folder, write_file
 
 MIN_SLICES = 4  # slices or samples that can be evaluated
 OUTLIERS = 8  # slices of a set in outliers.png
 MAX_CARD = 1 << 20  # bytes of a model card that is read
+
 
 # ---------------------------------------------------------------- options and data
 
@@ -139,7 +140,7 @@ def training_data(options: EvaluateOptions, config: RunConfig) -> DataSplits:
         )
     held_out = (data.validate, data.test) if options.self_test else (getattr(data, options.split),)
     if sum(map(len, held_out)) < MIN_SLICES or len(data.train) < MIN_TRAINING:
-        kind = "held-out" if options.self_test else SPLIT_NAMES[options.split]
+        kind = "held-out" if options.self_test else SPLIT_TITLES[options.split]
         raise RunError(
             f"{folder} has fewer than {MIN_TRAINING} training or {MIN_SLICES} {kind} slices: choose another --split"
         )
@@ -176,7 +177,7 @@ def evaluate(options: EvaluateOptions, config: RunConfig, networks: Networks, de
     started = time.perf_counter()
     data = training_data(options, config)
     make_folder(options.images)  # fails now rather than after minutes
-    held_out, held_out_name = getattr(data, options.split), f"{SPLIT_NAMES[options.split]} slices"
+    held_out, held_out_name = getattr(data, options.split), f"{SPLIT_TITLES[options.split]} slices"
     count = options.num or max(DEFAULT_NUM, len(held_out))
     drawn = draw_samples(options, networks, draw_positions(range(count), options.seed, config.positions), device)
     samples = SliceSet(round_to_grey_levels(drawn.slices.to(device)), range(count))

@@ -383,8 +383,7 @@ def density_and_coverage(
     distances = torch.cdist(reference, reference, compute_mode="donot_use_mm_for_euclid_dist")
     if cases is None or len(set(cases)) < 2:
         cases = range(len(reference))
-    numbers = {case: number for number, case in enumerate(dict.fromkeys(cases))}
-    patients = torch.tensor([numbers[case] for case in cases], device=distances.device)
+    patients = torch.from_numpy(number_groups(cases)).to(distances.device)
     same_patient = patients[:, None] == patients
     k = min(5, int((~same_patient).sum(1).min()))
     radii = distances.masked_fill(same_patient, torch.inf).kthvalue(k, 1).values
@@ -408,7 +407,13 @@ def ms_ssim_diversity(slices: Tensor) -> float:
     return 1 - total.item() / PAIRS
 
 
-# ---------------------------------------------------------------- folds of patients
+# ---------------------------------------------------------------- patients
+
+
+def number_groups(groups: Sequence[Hashable]) -> np.ndarray:
+    """Number groups, such as patients, from 0 in the order in which they first occur; return (N,) int64."""
+    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+    return np.array([numbers[group] for group in groups])
 
 
 def two_fold_split(groups: Sequence[Hashable]) -> np.ndarray:

@@ -11,7 +11,7 @@ from typing import Any
 
 from config import FREE_OPTIONS, RunConfig, configure
 from console import printable
-from tables import SPLIT_NAMES
+from dataset import SPLIT_TITLES
 
 TEMPLATE = Path(__file__).resolve().parent / "docs" / "MODEL_CARD_TEMPLATE.md"
 BEGIN, END = "<!-- measured by evaluate.py: begin -->", "<!-- measured by evaluate.py: end -->"
@@ -48,7 +48,7 @@ def measured_part(config: RunConfig, results: Mapping[str, Any]) -> Iterator[str
         yield f"| {name} | {escape(value)} |"
     yield "\n## Measured\n"
     settings = results["settings"]
-    held_out = f"{settings['heldout_slices']} {SPLIT_NAMES[settings['split']]} slices"
+    held_out = f"{settings['heldout_slices']} {SPLIT_TITLES[settings['split']]} slices"
     yield (
         f"On {held_out} of {settings['heldout_cases']} patients and {settings['samples']} samples (`evaluation.json`; "
         "definitions in docs/evaluation.md).\n"

@@ -17,6 +17,7 @@ from comparison import SliceSet, compare, distribution_metrics, find_set_copies,
 from copying import data_copying_statistic, memorisation_rate
 from dataset import Slices
 from faults import ANATOMY_FAULTS, COPIES, TEXTURE_FAULTS, VARIETY_FAULTS, Fault, Originals
+from membership import win_rates
 from metrics import RandomFeatures, round_to_grey_levels, two_fold_split
 
 MAX_SLICES = 200  # that play the samples, and as many that they are compared with
@@ -130,7 +131,7 @@ def judge_faults(
         tail = anatomy.tails[name]
         test = c2st(*own, *reference.set(), *training)
         figures = compare(features, own, reference.set(), test) | {
-            "coherence_auc": win_rate(anatomy.scores["none"], anatomy.scores[name]),
+            "coherence_auc": win_rates(anatomy.scores["none"][None], anatomy.scores[name][None]).item(),
             "tail_share": tail.share,
             "tail_p_value": tail.p_value(tail.share),
         }
@@ -154,11 +155,6 @@ def natural_spreads(features: RandomFeatures, held_out: HeldOut) -> dict[str, fl
         halves = [held_out.select(np.flatnonzero(half)).set() for half in (own, ~own) if half.any()]
         found.append(distribution_metrics(features, halves[0], halves[-1]))
     return {key: max(own[key] for own in found) - min(own[key] for own in found) for key in SPREADS}
-
-
-def win_rate(good: Tensor, bad: Tensor) -> float:
-    """Return the probability that a score (N,) of real slices is above one (M,) of faulty slices; ties count half."""
-    return ((good[:, None] > bad).double() + (good[:, None] == bad).double() / 2).mean().item()
 
 
 def smallest_share(faulty: Tail, unaltered: Tail) -> float | None:
@@ -196,7 +192,7 @@ def judge_copies(
     indices = torch.from_numpy(sources).to(device)
     figures: dict[str, dict[str, float | None]] = {
         name: {
-            "copied": copies.copied.double().mean().item(),
+            "copied": copies.share,
             "named": None if name == "none" else (copies.indices == indices).double().mean().item(),
             "memorisation_rate": memorisation_rate(copies.distances, found["none"].distances),
             "c_t": data_copying_statistic(copies, found["none"]),

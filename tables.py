@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from anatomy import TAIL
+from dataset import SPLIT_TITLES
 
-SPLIT_NAMES = {"validate": "validation", "test": "test"}
 COMPARISONS = ("samples", "decoder_alone", "prior_alone", "baseline")
 LEGEND = """
 samples        samples vs. held-out slices
@@ -82,7 +82,7 @@ MEMBERSHIP_ROWS = (
 def print_table(results: Mapping[str, Any]) -> None:
     """Print the metrics of the networks, then those of samples for each comparison."""
     settings = results["settings"]
-    split = SPLIT_NAMES[settings["split"]]
+    split = SPLIT_TITLES[settings["split"]]
     print(f"\n{settings['heldout_slices']} {split} slices (cases: {settings['heldout_cases']})")
     print_rows(NETWORK_ROWS, {split: results, "training": results["training"]})
     fewer = settings["samples_compared"] < settings["samples"]

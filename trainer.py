@@ -20,7 +20,7 @@ from augmentation import augment, random_flip
 from checkpoints import Checkpoint, Run, check_tensors, load_weights, save_weights
 from config import TrainConfig
 from console import RunError, say
-from dataset import Slices, batch_indices, to_float
+from dataset import SPLIT_TITLES, Slices, batch_indices, to_float
 from modules import AUGMENTATIONS, MICRO_BATCH_CODES
 from utils import autocast, seed_update, writing
 
@@ -33,7 +33,6 @@ T = TypeVar("T")
 VALIDATIONS = 20  # per stage
 LOG_LINES = 250  # of the training losses, per stage
 INTERVAL_SECONDS = 60  # between checkpoints, and between figures
-SPLIT_NAMES = {"train": "training", "validate": "validation"}
 COPIED_SLICES = 4096  # at a time to a GPU's memory: 128 MB of 256x128
 
 
@@ -336,7 +335,7 @@ class Trainer(Generic[Network]):
         """
         for name, value in values.items():
             if not math.isfinite(value):
-                raise self.divergence_error(f"the {name} in {SPLIT_NAMES[split]}", self.update)
+                raise self.divergence_error(f"the {name} in {SPLIT_TITLES[split]}", self.update)
         self.run.log(self.stage, split, self.update, values)
         if self.writer:
             for name, value in values.items():

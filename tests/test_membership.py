@@ -133,3 +133,7 @@ def test_roc_curve_encloses_the_area():
     assert (np.diff(true) >= 0).all()
     area = np.trapezoid(true, false)
     assert area == pytest.approx(membership.win_rates(members, non_members).mean().item(), abs=1e-9)
+
+
+def test_win_rates_count_ties_half():
+    assert membership.win_rates(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 0.0]])).item() == pytest.approx(3.5 / 4)

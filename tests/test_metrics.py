@@ -416,6 +416,10 @@ def test_ms_ssim_diversity_of_equal_slices_a_pair_and_noise():
 # ---------------------------------------------------------------- folds of patients
 
 
+def test_groups_are_numbered_as_they_first_occur():
+    assert metrics.number_groups(["b", None, "a", "b", None]).tolist() == [0, 1, 2, 0, 1]
+
+
 def test_two_fold_split_keeps_patients_together():
     cases = ["a"] * 7 + ["b"] * 3 + ["c"] * 5 + ["d"] * 1
     folds = metrics.two_fold_split(cases)

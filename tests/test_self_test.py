@@ -21,7 +21,7 @@ from anatomy import Tail
 from checkpoints import read_config
 from console import RunError
 from dataset import Slices, load_dataset
-from self_test import HeldOut, gather, nearest_height, plant, smallest_share, win_rate
+from self_test import HeldOut, gather, nearest_height, plant, smallest_share
 
 
 @pytest.fixture(scope="module")
@@ -114,10 +114,6 @@ def test_a_tenth_of_the_slices_has_the_fault_and_all_are_grey_levels(monkeypatch
     assert changed == [0, 10]
     for own in planted.values():
         torch.testing.assert_close(own, metrics.round_to_grey_levels(own))
-
-
-def test_win_rate_counts_ties_half():
-    assert win_rate(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 0.0])) == pytest.approx(3.5 / 4)
 
 
 def test_smallest_share_is_the_first_that_is_called():
