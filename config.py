@@ -137,12 +137,12 @@ class TrainConfig(StrictModel):
     )
     kmeans_slices: Annotated[int, Ge(1), Le(100_000)] = option(VQVAE, 128, "slices whose latents start the codebook")
     downsampling: Annotated[int, Ge(1), Le(64)] = option(
-        VQVAE, 4, "side in pixels of the square that one code stands for"
+        VQVAE, 8, "side in pixels of the square that one code stands for"
     )
     channels: Width = option(VQVAE, 128, "width of encoder and decoder")
     residual_blocks: Layers = option(VQVAE, 2, "residual blocks of each")
     hidden_channels: Width = option(VQVAE, 64, "width inside a residual block")
-    codebook_size: Width = option(VQVAE, 2048, "K, the number of embeddings")
+    codebook_size: Width = option(VQVAE, 512, "K, the number of embeddings")
     embedding_dim: Width = option(VQVAE, 64, "D, the length of an embedding")
     commitment_cost: Annotated[float, Ge(0), Le(100)] = option(
         VQVAE, 0.25, "weight of the commitment term, which the embedding loss is"
@@ -160,16 +160,23 @@ class TrainConfig(StrictModel):
     )
     prior_head_channels: Width = option(PRIOR, 256, "width of the layer before the logits")
     prior_dropout: Annotated[float, Ge(0), Le(0.99)] = option(PRIOR, 0.1, "share of channels dropped")
+    prior_code_noise: Annotated[float, Ge(0), Le(1)] = option(
+        PRIOR, 0.2, "largest share of the previous codes of a slice that are replaced at random in training"
+    )
     prior_position_frequencies: Layers = option(PRIOR, 4, "Fourier features of the slice position")
 
     refiner_updates: Updates = option(
         REFINER, 20_000, "updates of the refiner; by default not more slices than the VQ-VAE sees"
     )
-    refiner_learning_rate: Rate = option(REFINER, 4e-3, "peak learning rate")
-    refiner_channels: Width = option(REFINER, 128, "width on the code grid")
-    refiner_residual_blocks: Layers = option(REFINER, 4, "residual blocks on the code grid")
-    refiner_hidden_channels: Width = option(REFINER, 64, "width inside a residual block")
-    refiner_pixel_features: Width = option(REFINER, 14, "channels per pixel from the code grid")
+    refiner_learning_rate: Rate = option(REFINER, 2e-3, "peak learning rate")
+    refiner_channels: Width = option(
+        REFINER, 128, "width of the U-Net on squares of 4 pixels; twice that on larger ones"
+    )
+    refiner_levels: Annotated[int, Ge(1), Le(8)] = option(
+        REFINER, 3, "levels of the U-Net, each with squares of twice the side"
+    )
+    refiner_residual_blocks: Layers = option(REFINER, 2, "residual blocks of a level on each way, down and up")
+    refiner_pixel_features: Width = option(REFINER, 14, "channels per pixel from the U-Net")
     refiner_pixel_channels: Width = option(REFINER, 32, "width of the layers on pixels")
     refiner_time_frequencies: Layers = option(REFINER, 8, "Fourier features of the flow's time")
     refiner_ode_steps: Layers = option(REFINER, 8, "steps of the ODE solver per sample, each one pass")
@@ -198,10 +205,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "phantom_size": (128, 64),
         "augmentation": 0.0,
         "updates": 1000,
-        "codebook_size": 512,
+        "downsampling": 4,
         "prior_updates": 1600,
         "prior_dilation_cycles": 1,
         "refiner_updates": 3000,
+        "refiner_channels": 64,
     },
 }
 FREE_OPTIONS = {name for name, field in TrainConfig.model_fields.items() if group_and_free(field)[1]}
@@ -230,7 +238,10 @@ def network_config(kind: type, options: TrainConfig, prefix: str = "", **given: 
 def network_model(kind: type, prefix: str = "") -> type[StrictModel]:
     """Return the strict model of a network's config, with the ranges of the options that its fields come from."""
     options, annotated = TrainConfig.model_fields, cast(Any, Annotated)  # whose arguments are dynamic here
-    types: dict[str, Any] = {"grid": Annotated[tuple[Width, Width], Strict(False)]}
+    types: dict[str, Any] = {
+        "grid": Annotated[tuple[Width, Width], Strict(False)],
+        "left_right": Annotated[int, Ge(0), Le(1)],
+    }
     for name in (field.name for field in fields(kind) if field.name not in types):
         field = options[prefix + name] if prefix + name in options else options[name]
         parts = (field.annotation, *field.metadata)
@@ -242,7 +253,7 @@ def network_model(kind: type, prefix: str = "") -> type[StrictModel]:
 
 # ---------------------------------------------------------------- config.json
 
-FORMAT = 2  # of a run directory; increment it when this version and an older one would misread each other's files
+FORMAT = 3  # of a run directory; increment it when this version and an older one would misread each other's files
 FLOAT32 = np.finfo(np.float32)
 Text = Annotated[str, MaxLen(4096)]
 Row = Annotated[tuple[float, float, float, float], Strict(False)]

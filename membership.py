@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modules import VQVAE, GatedPixelCNN, Refiner
+from modules import VQVAE, GatedPixelCNN
+from refiner import Refiner
 
 MAX_SLICES = 100  # members, and as many non-members
 MIN_K = 0.1  # share of a slice's codes, the least likely ones

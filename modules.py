@@ -28,7 +28,6 @@ CHUNK_LOGITS, GPU_CHUNK_LOGITS = 2**21, 2**26
 MICRO_BATCH_CODES = 8192  # codes per forward pass on a CPU, so that its activations stay in the caches
 MIN_TEMPERATURE = 1e-6  # logits divided by less overflow
 AUGMENTATIONS = 6  # parameters that describe how a slice was augmented
-REFINER_SEED_OFFSET = 2**32  # added to a seed, which is smaller: the refiner's random streams differ from the prior's
 
 
 @dataclass(frozen=True)
@@ -47,11 +46,11 @@ class VQVAEConfig:
         dead_code_threshold: Codes used less than this share of the mean are dead, and replaced.
     """
 
-    downsampling: int = 4
+    downsampling: int = 8
     channels: int = 128
     residual_blocks: int = 2
     hidden_channels: int = 64
-    codebook_size: int = 2048
+    codebook_size: int = 512
     embedding_dim: int = 64
     commitment_cost: float = 0.25
     codebook_decay: float = 0.99
@@ -65,49 +64,24 @@ class PriorConfig:
     Attributes:
         grid: Rows and columns of a code grid.
         codebook_size: K, the number of codes.
+        left_right: The axis of the grid that runs left-right: 0 along the rows' numbers, 1 along the columns'.
         channels: Width of both stacks.
         dilation_cycles: Cycles of layers through the dilations; the receptive field of each covers the whole grid.
         head_channels: Width of the layer before the logits.
         dropout: Share of channels dropped in each layer.
+        code_noise: Share of the previous codes that are replaced at random in training, at most.
         position_frequencies: Fourier features of the slice position.
     """
 
-    grid: tuple[int, int] = (64, 32)
-    codebook_size: int = 2048
+    grid: tuple[int, int] = (32, 16)
+    codebook_size: int = 512
+    left_right: int = 0
     channels: int = 64
     dilation_cycles: int = 2
     head_channels: int = 256
     dropout: float = 0.1
+    code_noise: float = 0.2
     position_frequencies: int = 4
-
-
-@dataclass(frozen=True)
-class RefinerConfig:
-    """Shape of a refiner.
-
-    Attributes:
-        downsampling: As in the VQ-VAE.
-        codebook_size: As in the VQ-VAE.
-        embedding_dim: As in the VQ-VAE.
-        channels: Width of the layers on the code grid.
-        residual_blocks: Residual blocks on the code grid.
-        hidden_channels: Width inside a residual block.
-        pixel_features: Channels per pixel that the code grid hands to the layers on pixels.
-        pixel_channels: Width of the layers on pixels.
-        time_frequencies: Fourier features of the flow's time.
-        ode_steps: Steps of the ODE solver, each one pass of the network.
-    """
-
-    downsampling: int = 4
-    codebook_size: int = 2048
-    embedding_dim: int = 64
-    channels: int = 128
-    residual_blocks: int = 4
-    hidden_channels: int = 64
-    pixel_features: int = 14
-    pixel_channels: int = 32
-    time_frequencies: int = 8
-    ode_steps: int = 8
 
 
 # ---------------------------------------------------------------- encoder
@@ -373,9 +347,14 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 class GatedPixelCNN(nn.Module):
-    """Autoregressive prior: p(codes) = product over the grid, row by row, of p(code | previous codes).
+    """Autoregressive prior: p(codes) = product over the grid of p(code | previous codes).
 
     van den Oord et al. 2016, arXiv:1606.05328.
+
+    The grid is folded along the midline of the body, so that the codes of both sides lie on each other: a row of the
+    folded grid is a pair of rows, as far left of the midline as right of it. From the midline outward, these rows are
+    drawn one after another, code by code, at each place first the one side and then the other. So both hips are drawn
+    together, and an organ grows outward from its middle.
 
     The vertical stack sees all rows above, the horizontal stack the codes to the left in its own row: there is no blind
     spot (there, section 2.2). Dilations double from layer to layer, so that the receptive field of each cycle through
@@ -383,14 +362,19 @@ class GatedPixelCNN(nn.Module):
     and on the slice position (Fourier features), NaN where it is unknown. In training they are also conditioned on how
     the slice was augmented, so that samples, drawn without that, look like slices that were not augmented (non-leaking
     augmentation, Karras et al. 2022, arXiv:2206.00364, appendix F.2).
+
+    In training some of the previous codes are replaced at random, a share of them that differs from slice to slice: in
+    sampling, an unlikely code does not lead astray all that follow, and slices are not learned by heart.
     """
 
     def __init__(self, config: PriorConfig):
         super().__init__()
         self.config = config
-        rows, columns = config.grid
-        c = config.channels
-        self.embedding = nn.Embedding(config.codebook_size, c)
+        sides, columns = config.grid if config.left_right == 0 else config.grid[::-1]
+        rows, c = (sides + 1) // 2, config.channels
+        self.rows, self.columns = rows, columns  # of the folded grid
+        self.embeddings = nn.ModuleList(nn.Embedding(config.codebook_size, c) for _ in range(2))  # of the two sides
+        self.first_embedding = nn.Embedding(config.codebook_size, c)  # of the first side's code, given to the second
         self.row_embedding = nn.Parameter(0.1 * torch.randn(c, rows, 1))
         self.column_embedding = nn.Parameter(0.1 * torch.randn(c, 1, columns))
         self.position = nn.Linear(1 + 2 * config.position_frequencies, c, bias=False)
@@ -411,14 +395,29 @@ class GatedPixelCNN(nn.Module):
 
     @torch.no_grad()
     def init_embedding(self, embeddings: Tensor) -> None:
-        """Initialise the embedding of codes from the codebook (K, D), standardised and projected to C.
+        """Initialise the embeddings of codes from the codebook (K, D), standardised and projected to C at random.
 
         Codes with similar decodings then start close together, which a few dozen patients could not teach.
         """
         standardised = (embeddings - embeddings.mean(0)) / embeddings.std()
         d, c = embeddings.shape[1], self.config.channels
-        projection = torch.eye(d) if d == c else torch.randn(d, c) / d**0.5
-        self.embedding.weight.copy_(standardised @ projection.to(standardised))
+        for own in (*self.embeddings, self.first_embedding):
+            cast(nn.Embedding, own).weight.copy_(standardised @ torch.randn(d, c).to(standardised) / d**0.5)
+
+    def fold(self, grids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return both sides (..., rows, columns) of grids (..., h, w), from the midline outward.
+
+        If their number is odd, the first side has a row of zeros at its end, which nothing else depends on.
+        """
+        grids = grids if self.config.left_right == 0 else grids.transpose(-2, -1)
+        half, odd = divmod(grids.shape[-2], 2)
+        return F.pad(grids[..., :half, :].flip(-2), (0, 0, 0, odd)), grids[..., half:, :]
+
+    def unfold(self, first: Tensor, second: Tensor) -> Tensor:
+        """Return grids (..., h, w) of both sides (..., rows, columns)."""
+        half = self.config.grid[self.config.left_right] // 2
+        grids = torch.cat([first[..., :half, :].flip(-2), second], -2)
+        return grids if self.config.left_right == 0 else grids.transpose(-2, -1)
 
     def position_features(self, position: Tensor) -> Tensor:
         """Return the conditioning (N, C) on slice positions (N,); zero where a position is NaN."""
@@ -459,11 +458,14 @@ class GatedPixelCNN(nn.Module):
 
     def features(self, codes: Tensor, position: Tensor, augmentation: Tensor | None) -> Tensor:
         """Return the features before the output layer (N, head_channels, h, w)."""
-        x = self.embedding(codes).permute(0, 3, 1, 2)  # (N, C, h, w)
+        if self.training:
+            codes = self.replace_at_random(codes)
+        first, second = self.fold(codes)
+        x = self.embed(first, second).permute(0, 3, 1, 2)  # (N, C, rows, columns)
         conditioning = self.position_features(position)  # (N, C)
         if augmentation is not None:
             conditioning = conditioning + self.augmentation(augmentation)
-        place_embedding = self.row_embedding + self.column_embedding + conditioning[:, :, None, None]  # (N, C, h, w)
+        place_embedding = self.row_embedding + self.column_embedding + conditioning[:, :, None, None]
         if torch.is_autocast_enabled(x.device.type):  # else the stacks stay float32, and each layer casts them anew
             dtype = torch.get_autocast_dtype(x.device.type)
             x, place_embedding = x.to(dtype), place_embedding.to(dtype)
@@ -471,7 +473,18 @@ class GatedPixelCNN(nn.Module):
         h = F.pad(x, (1, 0, 0, 0))[..., :-1] + place_embedding  # column c holds column c-1
         for layer in self.layers:
             v, h = layer(v, h)
-        return self.head[:-1](h)
+        of_second = h + self.first_embedding(first).permute(0, 3, 1, 2).to(h.dtype)
+        return self.unfold(self.head[:-1](h), self.head[:-1](of_second))
+
+    def embed(self, first: Tensor, second: Tensor) -> Tensor:
+        """Return the embedding (..., C) of the codes (...) of both sides."""
+        return self.embeddings[0](first) + self.embeddings[1](second)
+
+    def replace_at_random(self, codes: Tensor) -> Tensor:
+        """Return codes (N, h, w) of which up to `code_noise` are replaced by any others."""
+        shares = self.config.code_noise * torch.rand(len(codes), 1, 1, device=codes.device)
+        replaced = torch.rand(codes.shape, device=codes.device) < shares
+        return torch.where(replaced, torch.randint_like(codes, self.config.codebook_size), codes)
 
     @torch.inference_mode()
     def sample(
@@ -496,7 +509,7 @@ class GatedPixelCNN(nn.Module):
             temperature: Divides the logits; at least MIN_TEMPERATURE.
             top_p: In (0, 1]. Nucleus sampling: keeps the fewest codes that together have at least this probability
                 (Holtzman et al. 2020, arXiv:1904.09751, section 3.1).
-            progress: Called with the number of each row as it begins.
+            progress: Called with the number of each row of the folded grid as it begins.
 
         Returns:
             Codes (N, h, w) int64.
@@ -508,10 +521,9 @@ class GatedPixelCNN(nn.Module):
             raise ValueError(
                 f"temperature {temperature} must be at least {MIN_TEMPERATURE}, and top_p {top_p} in (0, 1]"
             )
-        _, columns = self.config.grid
         device = position.device
         streams = [torch.Generator(device).manual_seed(stream_seed(seed, sample_id)) for sample_id in sample_ids]
-        noise = torch.empty(len(streams), columns, self.config.codebook_size, device=device)
+        noise = torch.empty(len(streams), self.columns, 2, self.config.codebook_size, device=device)
 
         def start_row(row: int) -> None:
             progress(row)
@@ -520,14 +532,14 @@ class GatedPixelCNN(nn.Module):
             noise.clamp_(min=torch.finfo(noise.dtype).tiny)  # uniform_ draws 0 too, whose logarithm is infinite
             noise.log_().neg_().log_()  # Gumbel noise, its sign reversed
 
-        def draw(logits: Tensor, column: int) -> Tensor:
-            return argmax_in_nucleus(logits / temperature, noise[:, column], top_p)
+        def draw(logits: Tensor, column: int, side: int) -> Tensor:
+            return argmax_in_nucleus(logits / temperature, noise[:, column, side], top_p)
 
         return self.generate(position, start_row, draw)
 
     @torch.inference_mode()
     def generate(
-        self, position: Tensor, start_row: Callable[[int], None], draw: Callable[[Tensor, int], Tensor]
+        self, position: Tensor, start_row: Callable[[int], None], draw: Callable[[Tensor, int, int], Tensor]
     ) -> Tensor:
         """Return code grids (N, h, w), generated code by code.
 
@@ -536,53 +548,54 @@ class GatedPixelCNN(nn.Module):
 
         Args:
             position: (N,), as in `sample`.
-            start_row: Called with the number of each row before it is drawn.
-            draw: Maps logits (N, K) and a column to codes (N,).
+            start_row: Called with the number of each row of the folded grid before it is drawn.
+            draw: Maps logits (N, K), a column and a side, 0 or 1, to codes (N,).
         """
         sampler = RowSampler(self, position, draw)
-        grid = []
+        rows = []
         with torch.cuda.device_of(position):  # does nothing on a CPU
             sample_row = sampler.capture_graph() if position.is_cuda else sampler.sample_row
-            for row in range(self.config.grid[0]):
+            for row in range(self.rows):
                 start_row(row)
                 sample_row()
-                grid.append(sampler.codes.clone())
-        return torch.stack(grid, 1)
+                rows.append(sampler.codes.clone())
+        return self.unfold(*torch.stack(rows, 2).unbind(1))
 
 
 # ---------------------------------------------------------------- sampler
 
 
 class RowSampler:
-    """Incremental sampling, row by row: the vertical stack runs once per row, the horizontal stack once per code.
+    """Incremental sampling, row by row of the folded grid.
+
+    The vertical stack runs once per row, the horizontal stack once per place, the output layers once per code.
 
     Caches what later steps need: `dilation` rows of each vertical layer, one row of each horizontal layer (Ramachandran
     et al. 2017, arXiv:1704.06001). Memory grows with N, not with the grid squared. All state that passes from row to
     row, including the row's number, stays at fixed addresses, so that a captured row can be replayed.
     """
 
-    def __init__(self, prior: GatedPixelCNN, position: Tensor, draw: Callable[[Tensor, int], Tensor]):
+    def __init__(self, prior: GatedPixelCNN, position: Tensor, draw: Callable[[Tensor, int, int], Tensor]):
         self.prior, self.draw = prior, draw
         self.layers = cast(list[GatedLayer], list(prior.layers))
         self.head = cast(nn.Conv2d, prior.head[1]), cast(nn.Conv2d, prior.head[3])
         self.matrices = [horizontal_matrices(layer) for layer in self.layers]
         self.conditioning = prior.position_features(position)  # (N, C)
-        n, c, columns = *self.conditioning.shape, prior.config.grid[1]
+        n, c, columns = *self.conditioning.shape, prior.columns
         self.row = torch.zeros(1, dtype=torch.int64, device=position.device)
-        self.codes = self.row.new_zeros(n, columns)
+        self.codes = self.row.new_zeros(n, 2, columns)
         self.previous_row = self.conditioning.new_zeros(n, c, columns)  # embedded
         self.row_caches = [self.conditioning.new_zeros(layer.rows, n, c, columns) for layer in self.layers]
 
     def sample_row(self) -> None:
-        """Draw the next row of codes into `codes` (N, w)."""
+        """Draw the next row of codes of both sides into `codes` (N, 2, columns)."""
         prior = self.prior
-        first, last = self.head
-        place_embedding = prior.row_embedding.index_select(1, self.row) + prior.column_embedding  # (C, 1, w)
-        place_embedding = place_embedding.permute(2, 1, 0) + self.conditioning  # (w, N, C)
+        place_embedding = prior.row_embedding.index_select(1, self.row) + prior.column_embedding  # (C, 1, columns)
+        place_embedding = place_embedding.permute(2, 1, 0) + self.conditioning  # (columns, N, C)
         links = self.vertical_row(self.previous_row + place_embedding.permute(1, 2, 0))
         past_inputs: list[list[Tensor]] = [[] for _ in self.layers]
         x = self.conditioning.new_zeros(self.conditioning.shape)
-        for column in range(prior.config.grid[1]):
+        for column in range(prior.columns):
             h = x + place_embedding[column]
             for layer, link, inputs, (present, past, output) in zip(self.layers, links, past_inputs, self.matrices):
                 gates = torch.addmm(link[column], h, present)  # (N, 2C)
@@ -590,12 +603,18 @@ class RowSampler:
                     gates.addmm_(inputs[column - layer.left], past)
                 inputs.append(h)
                 h = torch.addmm(h, F.glu(gates, 1), output)
-            hidden = F.linear(h.relu(), first.weight[:, :, 0, 0], first.bias).relu()
-            codes = self.draw(F.linear(hidden, last.weight[:, :, 0, 0], last.bias), column)
-            self.codes[:, column] = codes
-            x = prior.embedding(codes)
-        self.previous_row.copy_(prior.embedding(self.codes).transpose(1, 2))
+            first = self.draw(self.logits(h), column, 0)
+            second = self.draw(self.logits(h + prior.first_embedding(first)), column, 1)
+            self.codes[:, 0, column], self.codes[:, 1, column] = first, second
+            x = prior.embed(first, second)
+        self.previous_row.copy_(prior.embed(*self.codes.unbind(1)).transpose(1, 2))
         self.row += 1
+
+    def logits(self, h: Tensor) -> Tensor:
+        """Return the logits (N, K) of features (N, C)."""
+        first, last = self.head
+        hidden = F.linear(h.relu(), first.weight[:, :, 0, 0], first.bias).relu()
+        return F.linear(hidden, last.weight[:, :, 0, 0], last.bias)
 
     def vertical_row(self, v: Tensor) -> list[Tensor]:
         """Run the vertical stack on one row (N, C, w); return its links to the horizontal stack, each (w, N, 2C)."""
@@ -671,144 +690,3 @@ def stream_seed(seed: int, sample_id: int) -> int:
     for multiplier in (0xBF58476D1CE4E5B9, 0x94D049BB133111EB):
         x = (x ^ (x >> 30)) * multiplier % 2**64
     return (x ^ (x >> 31)) >> 1
-
-
-# ---------------------------------------------------------------- refiner
-
-
-def spread(time: Tensor) -> Tensor:
-    """Return the standard deviation of x = (1 - t) x_0 + t x_1 at times t for independent x_0, x_1 of variance 1."""
-    return (time**2 + (1 - time) ** 2).sqrt()
-
-
-def gaussian_rate(time: Tensor) -> Tensor:
-    """Return c(t) of the flow dx/dt = c(t) x between two Gaussians of variance 1: the derivative of log `spread`."""
-    return (2 * time - 1) / spread(time) ** 2
-
-
-class Refiner(nn.Module):
-    """Flow-matching network for p(slice | codes): samples the fine detail that codes leave open (arXiv:2210.02747).
-
-    Many slices share one code grid, and the MSE decoder returns their mean, which is blurred. The refiner samples the
-    standardised residual x_1 = (slice - decoded) / residual_std: it transports noise x_0 along the ODE dx/dt = v(x, t)
-    from t = 0 to 1. It is trained to predict x_1 - x_0 at x = (1 - t) x_0 + t x_1 (there, eq. 23 with sigma_min = 0).
-
-    The residual's standard deviation is estimated for each pixel of each code's square in the training slices, so that
-    x_1 has unit variance in air as in muscle. If x_1 were Gaussian noise, v would be `gaussian_rate`(t) x; the network
-    learns the rest. Most convolutions run on the code grid, as in the
-    encoder. The last three run on pixels, because grain does not depend on where in a square it lies.
-    """
-
-    PRIOR_COUNT = 10  # pseudo-observations: rare codes take the standard deviation of all codes
-    residual_std: Tensor  # (K, downsampling^2)
-
-    def __init__(self, config: RefinerConfig):
-        super().__init__()
-        self.config = config
-        square, c = config.downsampling**2, config.channels
-        self.register_buffer("residual_std", torch.ones(config.codebook_size, square))
-        self.stem = nn.Conv2d(square, c, 3, padding=1)
-        self.context = nn.Conv2d(2 * square + config.embedding_dim, c, 3, padding=1, bias=False)
-        self.time = nn.Linear(1 + 2 * config.time_frequencies, 2 * config.residual_blocks * c)
-        self.blocks = nn.ModuleList(ResidualBlock(c, config.hidden_channels) for _ in range(config.residual_blocks))
-        self.to_pixels = nn.Conv2d(c, square * config.pixel_features, 1)
-        self.pixels = nn.Sequential(
-            nn.Conv2d(config.pixel_features + 2, config.pixel_channels, 3, padding=1),
-            nn.ReLU(inplace=True),  # saves memory, of which pixels take most
-            nn.Conv2d(config.pixel_channels, config.pixel_channels, 3, padding=1),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(config.pixel_channels, 1, 3, padding=1),
-        )
-        for parameter in self.pixels[-1].parameters():
-            nn.init.zeros_(parameter)
-
-    @torch.no_grad()
-    def fit_residual_std(self, slices: Tensor, decoded: Tensor, codes: Tensor) -> None:
-        """Estimate residual_std from training slices, their decodings (N, 1, H, W), and their codes (N, h, w)."""
-        squares = F.pixel_unshuffle((slices - decoded).square(), self.config.downsampling)  # (N, s*s, h, w)
-        squares = squares.permute(0, 2, 3, 1).flatten(0, 2)
-        sums = torch.zeros_like(self.residual_std).index_add_(0, codes.flatten(), squares)
-        counts = torch.bincount(codes.flatten(), minlength=len(sums))[:, None]
-        variances = (sums + self.PRIOR_COUNT * squares.mean(0)) / (counts + self.PRIOR_COUNT)
-        self.residual_std.copy_(variances.sqrt().clamp(min=1e-3))  # half a grey level of 256 is 4e-3
-
-    def pixel_std(self, codes: Tensor) -> Tensor:
-        """Return the residual's standard deviation at each pixel (N, 1, H, W) for codes (N, h, w)."""
-        return F.pixel_shuffle(F.embedding(codes, self.residual_std).permute(0, 3, 1, 2), self.config.downsampling)
-
-    def condition(self, codes: Tensor, decoded: Tensor, vqvae: VQVAE) -> tuple[Tensor, Tensor]:
-        """Return the conditioning, which does not depend on time: features (N, C, h, w) and `decoded` (N, 1, H, W)."""
-        pictures = decoded, self.pixel_std(codes).log() / 2  # both about in [-2, 1]
-        squares = [F.pixel_unshuffle(picture, self.config.downsampling) for picture in pictures]
-        return self.context(torch.cat([*squares, vqvae.embed(codes)], 1)), decoded
-
-    def forward(self, x: Tensor, time: Tensor, conditioning: tuple[Tensor, Tensor]) -> Tensor:
-        """Return the velocity (N, 1, H, W) at x (N, 1, H, W), times (N,) in [0, 1] and `condition`'s conditioning."""
-        side, (features, decoded) = self.config.downsampling, conditioning
-        phases = time[:, None] * torch.arange(1, self.config.time_frequencies + 1, device=time.device) * torch.pi
-        # FiLM (Perez et al. 2018, arXiv:1709.07871): time scales and shifts the features of each block.
-        modulation = self.time(torch.cat([time[:, None], phases.sin(), phases.cos()], 1))[:, :, None, None]
-        h = self.stem(F.pixel_unshuffle(x, side)) + features
-        for block, film in zip(self.blocks, modulation.to(h.dtype).chunk(self.config.residual_blocks, 1)):
-            scale, shift = film.chunk(2, 1)
-            h = block(h + h * scale + shift)
-        pixels = F.pixel_shuffle(F.relu(self.to_pixels(F.relu(h))), side)
-        pixels = torch.cat([pixels, x.to(pixels.dtype), decoded.to(pixels.dtype)], 1)
-        pixels = pixels.contiguous(memory_format=torch.channels_last)  # PixelShuffle loses it; convolutions need it
-        t = time[:, None, None, None]
-        return self.pixels(pixels).float() + gaussian_rate(t) * x
-
-    def loss(self, slices: Tensor, codes: Tensor, vqvae: VQVAE) -> Tensor:
-        """Return the flow-matching loss (): 1.74 for Gaussian residuals of the right standard deviation.
-
-        Times are logit-normal, because the middle of the trajectory is the hardest (Esser et al. 2024,
-        arXiv:2403.03206, section 3.1).
-
-        Args:
-            slices: (N, 1, H, W) in [-1, 1].
-            codes: Their codes (N, h, w).
-            vqvae: The frozen VQ-VAE.
-        """
-        decoded = vqvae.decode(codes)
-        residual = (slices - decoded) / self.pixel_std(codes)
-        noise = torch.randn_like(residual)
-        time = torch.randn(len(slices), device=slices.device).sigmoid()
-        x = torch.lerp(noise, residual, time[:, None, None, None])
-        return F.mse_loss(self(x, time, self.condition(codes, decoded, vqvae)), residual - noise)
-
-    @torch.no_grad()
-    def sample(
-        self, sample_ids: Sequence[int], codes: Tensor, vqvae: VQVAE, seed: int = 0, noise_scale: float = 1.0
-    ) -> Tensor:
-        """Draw slices for code grids.
-
-        Integrates the ODE in `ode_steps` steps, each one pass of the network. The velocity of Gaussian residuals, which
-        is linear in x, is integrated exactly; the rest by the two-step Adams-Bashforth method (an exponential
-        integrator, Hochbruck and Ostermann 2010, Acta Numer. 19:209, section 2.5).
-
-        Args:
-            sample_ids: N integers; each sample has its own random stream, as in `GatedPixelCNN.sample`.
-            codes: (N, h, w); their device computes.
-            vqvae: The VQ-VAE that the codes belong to.
-            seed: Of all samples, in [0, 2^32).
-            noise_scale: Scale of the initial noise, in [0, 1]. Below 1 the detail is smoother; at 0 it is
-                deterministic.
-
-        Returns:
-            Slices (N, 1, H, W) in [-1, 1].
-        """
-        with torch.autocast(codes.device.type, enabled=False):  # bfloat16 would round the result to half a grey level
-            decoded = vqvae.decode(codes)
-        conditioning = self.condition(codes, decoded, vqvae)
-        x = torch.empty_like(decoded)
-        for own, sample_id in zip(x, sample_ids):
-            stream = torch.Generator(x.device).manual_seed(stream_seed(seed + REFINER_SEED_OFFSET, sample_id))
-            own.normal_(generator=stream)
-        y, slope = noise_scale * x, None  # x = spread(t) y, and spread is 1 at both ends
-        for step in range(self.config.ode_steps):
-            time = torch.full((len(y),), step / self.config.ode_steps, device=y.device)
-            t = time[:, None, None, None]
-            x = spread(t) * y
-            before, slope = slope, (self(x, time, conditioning) - gaussian_rate(t) * x) / spread(t)
-            y = y + (slope if before is None else 1.5 * slope - 0.5 * before) / self.config.ode_steps
-        return (decoded + self.pixel_std(codes) * y).clamp(-1, 1)

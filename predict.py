@@ -24,18 +24,10 @@ from config import MAX_BATCH_SIZE, MAX_SEED, Positions, RunConfig
 from console import Parser, RunError, log_notices, logger, nonempty, number, printable, run_command, say
 from dataset import SAME_SPACING, denormalize, read_slices
 from metrics import reconstruction_metrics
-from modules import (
-    MICRO_BATCH_CODES,
-    MIN_TEMPERATURE,
-    VQVAE,
-    GatedPixelCNN,
-    PriorConfig,
-    Refiner,
-    RefinerConfig,
-    VQVAEConfig,
-)
+from modules import MIN_TEMPERATURE, VQVAE, GatedPixelCNN, PriorConfig, VQVAEConfig
 from nifti import write_slice
 from plots import caption, evenly_spaced, reconstructions_figure, samples_figure
+from refiner import MICRO_BATCH_PIXELS, Refiner, RefinerConfig, side_multiple
 from utils import autocast, channels_last, check_folder, pick_device, writing
 
 DEFAULT_NUM = 64  # samples
@@ -244,7 +236,7 @@ def draw_samples(options: SamplingOptions, networks: Networks, positions: Tensor
 def sample_codes(options: SamplingOptions, prior: GatedPixelCNN, positions: Tensor, device: torch.device) -> Tensor:
     """Draw the code grids (N, h, w) of samples 0 to N - 1 at positions (N,); return them on the CPU."""
     settings = options.seed, options.temperature, options.top_p
-    with tqdm(total=len(positions) * prior.config.grid[0], desc="codes", unit="row", disable=None) as bar:
+    with tqdm(total=len(positions) * prior.rows, desc="codes", unit="row", disable=None) as bar:
 
         def sample_batch(batch: range) -> Tensor:
             def progress(row: int) -> None:
@@ -260,7 +252,8 @@ def refine(
     options: SamplingOptions, networks: Networks, sample_ids: Sequence[int], codes: Tensor, device: torch.device
 ) -> Tensor:
     """Decode codes (N, h, w) and refine them for N sample ids; return slices (N, 1, H, W) on the CPU."""
-    size = REFINER_BATCH_SIZE if device.type == "cuda" else max(1, MICRO_BATCH_CODES // codes[0].numel())
+    pixels = codes[0].numel() * networks.vqvae.config.downsampling**2
+    size = REFINER_BATCH_SIZE if device.type == "cuda" else max(1, MICRO_BATCH_PIXELS // pixels)
     with tqdm(total=len(codes), desc="refining", unit="slice", disable=None) as bar:
 
         def refine_batch(batch: range) -> Tensor:
@@ -394,7 +387,7 @@ def load_vqvae(run: Path, config: RunConfig, device: torch.device) -> VQVAE:
         RunError: It cannot be used, or the slice size of config.json does not fit it.
     """
     vqvae = load_weights(run / "vqvae.safetensors", VQVAE, VQVAEConfig)
-    side = vqvae.config.downsampling
+    side = side_multiple(vqvae.config.downsampling)
     rows, columns = config.slice_size
     if rows % side or columns % side:
         raise RunError(f"{run}: vqvae.safetensors takes no slices of {rows}x{columns}, which config.json has")

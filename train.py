@@ -22,7 +22,7 @@ from config import FORMAT, SMALLEST_SIDE, RunConfig, TrainConfig, add_options, c
 from console import Parser, RunError, log_notices, logger, run_command, say
 from dataset import PERCENTILE, DataError, DataSplits, Slices, batch_indices, describe_changes, load_dataset
 from metrics import code_counts, codebook_use, reconstruction_metrics
-from modules import VQVAE, GatedPixelCNN, PriorConfig, Refiner, RefinerConfig, VQVAEConfig
+from modules import VQVAE, GatedPixelCNN, PriorConfig, VQVAEConfig
 from nifti import left_right_axis
 from plots import (
     caption,
@@ -34,10 +34,12 @@ from plots import (
     refiner_loss_figure,
     vqvae_loss_figure,
 )
+from refiner import MICRO_BATCH_PIXELS, Refiner, RefinerConfig, side_multiple
 from trainer import BatchLoader, StopSignals, Trainer, device_batches, micro_batches
 from utils import autocast, channels_last, check_folder, make_folder, pick_device, seed_update
 
 COLLAPSE_SHARE, COLLAPSE_UPDATES = 0.1, 500  # codebook collapse: a smaller share of codes used for so many updates
+AUGMENTED_SHARE = 0.5  # of the refiner's slices: it learns detail from the others, as interpolation blurs
 DRIFT = 0.1  # share of nats per code that validation slices need more than training slices when a warning is due
 UNIGRAM_SHARE = 0.95  # of the entropy of the code frequencies, the loss of a unigram model: a prior must reach less
 
@@ -170,7 +172,11 @@ class PriorTrainer(Trainer[GatedPixelCNN]):
         self.vqvae = vqvae
         self.validation_codes = extract_codes(vqvae, data.validate, options.batch_size, loader.device)
         self.validation_positions = torch.from_numpy(data.validate.positions).to(loader.device)
-        shape = {"grid": tuple(self.validation_codes.shape[1:]), "codebook_size": options.codebook_size}
+        shape = {
+            "grid": tuple(self.validation_codes.shape[1:]),
+            "codebook_size": options.codebook_size,
+            "left_right": 1 if loader.left_right == 3 else 0,  # where it is unknown, any midline will do
+        }
         seed_update(options.seed, self.stage, 0)
         model = channels_last(GatedPixelCNN(network_config(PriorConfig, options, "prior_", **shape)), loader.device)
         model.init_embedding(vqvae.codebook.embeddings)
@@ -259,11 +265,16 @@ class RefinerTrainer(Trainer[Refiner]):
         super().__init__(run, stop, options, loader, model, options.refiner_updates, options.refiner_learning_rate)
 
     def compute_losses(self) -> Iterator[dict[str, Tensor]]:
-        slices, _, _ = self.loader(self.update, self.options.batch_divisor)  # not augmented: interpolation blurs
+        options = self.options
+        slices, _, augmented = self.loader(self.update, options.batch_divisor, options.augmentation, AUGMENTED_SHARE)
         with autocast(self.device):
             codes = self.vqvae.encode(slices)
-        for loss in micro_batches(lambda codes, slices: self.model.loss(slices, codes, self.vqvae), codes, slices):
+        for loss in micro_batches(self.flow_loss, slices, codes, augmented, elements=MICRO_BATCH_PIXELS):
             yield {"flow_loss": loss}
+
+    def flow_loss(self, slices: Tensor, codes: Tensor, augmented: Tensor) -> Tensor:
+        """Return the refiner's loss () of a micro-batch."""
+        return self.model.loss(slices, codes, self.vqvae, augmented)
 
     def validate(self) -> dict[str, float]:
         batches = self.until_stopped(self.data.validate.batches(self.options.batch_size))
@@ -371,7 +382,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = pick_device(options.device)
     check_folder("--run", options.run)
     check_folder("--images", options.images)
-    side = options.downsampling
+    side = side_multiple(options.downsampling)
     size = options.slice_size or (options.phantom_size if options.data == "phantom" else None)
     with StopSignals() as stop:
         data = load_dataset(options.data, size, (side, side), options.seed)

@@ -461,16 +461,20 @@ class BatchLoader:
         resident = device.type == "cuda" and train.pixels.nbytes < free_memory(device) / 2
         self.pixels = to_device(train.pixels, device) if resident else None
 
-    def __call__(self, update: int, divisor: int = 1, augmentation: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(
+        self, update: int, divisor: int = 1, augmentation: float = 0.0, share: float = 1.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the batch of an update, on the device.
 
         Args:
             update: Counted from 1.
             divisor: Of the batch size.
             augmentation: Strength; 0 is none.
+            share: Of the slices that are augmented, drawn at random.
 
         Returns:
-            Slices (N, 1, H, W) in [-1, 1], positions (N,) and augmentation parameters (N, AUGMENTATIONS).
+            Slices (N, 1, H, W) in [-1, 1], positions (N,) and augmentation parameters (N, AUGMENTATIONS), 0 where a
+            slice is not augmented.
         """
         chosen = batch_indices(len(self.train), -(-self.batch_size // divisor), self.seed, update - 1)
         indices = self.send(torch.from_numpy(chosen))
@@ -478,7 +482,9 @@ class BatchLoader:
         parameters = augmentation * torch.randn(len(chosen), AUGMENTATIONS, device=self.device)
         slices = random_flip(to_float(pixels), self.left_right)
         if augmentation:
-            slices = augment(slices, parameters)
+            augmented = torch.rand(len(chosen), 1, device=self.device) < share
+            parameters = parameters * augmented
+            slices = torch.where(augmented[..., None, None], augment(slices, parameters), slices)
         return slices.contiguous(memory_format=torch.channels_last), self.positions[indices], parameters
 
     def send(self, values: Tensor) -> Tensor:
@@ -507,18 +513,21 @@ def device_batches(batches: Iterable[Tensor], device: torch.device) -> Iterator[
         yield batch.to(device, memory_format=torch.channels_last)
 
 
-def micro_batches(loss_of: Callable[..., Tensor], codes: Tensor, *others: Tensor) -> Iterator[Tensor]:
+def micro_batches(
+    loss_of: Callable[..., Tensor], first: Tensor, *others: Tensor, elements: int = MICRO_BATCH_CODES
+) -> Iterator[Tensor]:
     """Yield the losses of micro-batches, weighted so that their sum is the loss of the batch.
 
-    On a CPU a micro-batch has about MICRO_BATCH_CODES codes, so that its activations stay in the caches.
+    On a CPU a micro-batch is so small that its activations stay in the caches.
 
     Args:
-        loss_of: Maps codes and others to a mean over slices.
-        codes: (N, h, w).
+        loss_of: Maps the tensors to a mean over slices.
+        first: Codes (N, h, w) or slices (N, 1, H, W).
         others: Tensors (N, ...), which are split likewise.
+        elements: Codes or pixels of a micro-batch on a CPU.
     """
-    size = len(codes) if codes.is_cuda else max(1, MICRO_BATCH_CODES // codes[0].numel())
-    for micro_batch in zip(*(of.split(size) for of in (codes, *others))):
-        with autocast(codes.device):
-            loss = loss_of(*micro_batch) * (len(micro_batch[0]) / len(codes))
+    size = len(first) if first.is_cuda else max(1, elements // first[0].numel())
+    for micro_batch in zip(*(of.split(size) for of in (first, *others))):
+        with autocast(first.device):
+            loss = loss_of(*micro_batch) * (len(micro_batch[0]) / len(first))
         yield loss

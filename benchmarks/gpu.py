@@ -5,8 +5,8 @@
 
 Trains all three networks on a small phantom, with a stop and a resume. Compares training, networks, samples,
 reconstructions and evaluation with those of the CPU. Then runs benchmarks/training.py and benchmarks/sampling.py with
-the sizes of the full preset. Writes OUT/report.json and OUT/report.md. The exit status is 1 if a value is out of its
-tolerance.
+the published sizes and K = 2048. Writes OUT/report.json and OUT/report.md. The exit status is 1 if a value is out of
+its tolerance.
 """
 
 import argparse

@@ -13,14 +13,15 @@ import config
 import phantom
 import train
 import trainer
-from modules import PriorConfig, RefinerConfig, VQVAEConfig
+from modules import PriorConfig, VQVAEConfig
+from refiner import RefinerConfig
 
 ROOT = Path(__file__).parents[1]
 VQVAE_TINY = VQVAEConfig(
     downsampling=4, channels=16, residual_blocks=1, hidden_channels=8, codebook_size=16, embedding_dim=8
 )
 PRIOR_TINY = PriorConfig(channels=8, dilation_cycles=1, head_channels=16)
-REFINER_TINY = RefinerConfig(channels=8, residual_blocks=1, hidden_channels=8)
+REFINER_TINY = RefinerConfig(channels=8, levels=2, residual_blocks=1)
 
 
 def network_options(shape, prefix=""):

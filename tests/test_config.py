@@ -12,7 +12,8 @@ import config
 import train
 from config import FREE_OPTIONS, PRESETS, TrainConfig, configure, parse_json, validate
 from console import RunError
-from modules import PriorConfig, RefinerConfig, VQVAEConfig
+from modules import PriorConfig, VQVAEConfig
+from refiner import RefinerConfig
 
 FIELDS = list(TrainConfig.model_fields)
 RECORDED = [name for name in FIELDS if name not in FREE_OPTIONS and name != "preset"]
@@ -30,7 +31,7 @@ def another_value(name):
         return ["other"], "other"
     if name == "slice_size" or isinstance(default, list):
         return ["48", "24"], [48, 24]
-    value = default + 1 if isinstance(default, int) else round(default * 0.5 + 0.001, 6)
+    value = default + 1 if isinstance(default, int) else round(default * 0.5 + 0.0007, 6)
     return [str(value)], value
 
 
@@ -65,7 +66,7 @@ def test_help_lists_every_option_with_its_default(capsys):
     for name, field in TrainConfig.model_fields.items():
         assert flag(name) in shown
         assert " ".join(field.description.split()) in shown
-    assert "full 2048, demo 512" in shown
+    assert "full 8, demo 4" in shown
     assert "above 0 to 10; default: 0.008" in shown
 
 
@@ -103,7 +104,7 @@ def test_invalid_options_of_config_json_are_named(values, message):
 
 def test_network_configs_are_taken_from_the_options():
     options = train.parse_options(["--prior-channels", "24", "--codebook-size", "9", "--refiner-channels", "7"])
-    shape = config.network_config(PriorConfig, options, "prior_", grid=(2, 3), codebook_size=9)
+    shape = config.network_config(PriorConfig, options, "prior_", grid=(2, 3), codebook_size=9, left_right=0)
     assert (shape.channels, shape.codebook_size, shape.dilation_cycles) == (24, 9, 2)
     assert config.network_config(VQVAEConfig, options).codebook_size == 9
 
@@ -112,7 +113,7 @@ def test_the_defaults_of_the_networks_are_those_of_the_options():
     options = TrainConfig()
     shared = {name: getattr(options, name) for name in ("downsampling", "codebook_size", "embedding_dim")}
     assert config.network_config(VQVAEConfig, options) == VQVAEConfig()
-    given = {"grid": (64, 32), "codebook_size": options.codebook_size}
+    given = {"grid": (32, 16), "codebook_size": options.codebook_size, "left_right": 0}
     assert config.network_config(PriorConfig, options, "prior_", **given) == PriorConfig()
     assert config.network_config(RefinerConfig, options, "refiner_", **shared) == RefinerConfig()
 

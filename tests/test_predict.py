@@ -25,7 +25,8 @@ from config import Positions
 from console import RunError, printable
 from dataset import DataError
 from metrics import reconstruction_metrics
-from modules import VQVAE, GatedPixelCNN, PriorConfig, Refiner, RefinerConfig, VQVAEConfig
+from modules import VQVAE, GatedPixelCNN, PriorConfig, VQVAEConfig
+from refiner import Refiner, RefinerConfig
 
 ROOT = Path(__file__).parents[1]
 READ_BY_PREDICT = ("config.json", *WEIGHTS)

@@ -48,7 +48,8 @@ import utils
 from checkpoints import CheckpointHeader, load_tensors, load_weights, save_tensors
 from console import RunError
 from dataset import DataError, load_dataset
-from modules import VQVAE, GatedPixelCNN, PriorConfig, Refiner, RefinerConfig, VQVAEConfig
+from modules import VQVAE, GatedPixelCNN, PriorConfig, VQVAEConfig
+from refiner import Refiner, RefinerConfig
 
 ROOT = Path(__file__).parents[1]
 REAL = ROOT.parent / "shared" / "hipmri_like"

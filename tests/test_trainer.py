@@ -331,19 +331,35 @@ def test_an_interval_is_due_once_it_has_passed(monkeypatch):
 def test_micro_batches_add_up_to_the_loss_and_gradient_of_the_batch(monkeypatch):
     """Five slices of 16 codes in micro-batches of 2, 2 and 1; without autocast, whose rounding would differ."""
     monkeypatch.setattr(trainer, "autocast", lambda device: torch.autocast(device.type, enabled=False))
-    prior = GatedPixelCNN(PriorConfig(grid=(4, 4), codebook_size=7, channels=8, dropout=0.0, head_channels=8))
+    shape = PriorConfig(grid=(4, 4), codebook_size=7, channels=8, dropout=0.0, code_noise=0.0, head_channels=8)
+    prior = GatedPixelCNN(shape)
     codes, positions = torch.randint(7, (5, 4, 4)), torch.rand(5)
     whole = F.cross_entropy(prior(codes, positions), codes)
     expected = torch.autograd.grad(whole, list(prior.parameters()), allow_unused=True)
     for size, count in ((33, 3), (8, 5), (80, 1)):
-        monkeypatch.setattr(trainer, "MICRO_BATCH_CODES", size)
         prior.zero_grad()
-        losses = list(trainer.micro_batches(prior.nll, codes, positions))
+        losses = list(trainer.micro_batches(prior.nll, codes, positions, elements=size))
         assert len(losses) == count
         sum(losses).backward()
         assert sum(losses).item() == pytest.approx(whole.item(), rel=1e-5)
         for weight, gradient in zip(prior.parameters(), expected):
             assert gradient is None or torch.allclose(weight.grad, gradient, atol=1e-6)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_a_share_of_the_slices_is_augmented(options, slices_folder, share):
+    """The others are as they are, and their parameters are 0. 5 standard deviations of 12 slices in 40 batches."""
+    given = train.parse_options(arguments(**options))
+    loader = trainer.BatchLoader(load_dataset(str(slices_folder)).train, None, given, torch.device("cpu"))
+    augmented, count = 0, 0
+    for update in range(1, 41):
+        plain, _, _ = loader(update)
+        slices, _, parameters = loader(update, augmentation=1.0, share=share)
+        changed = (slices != plain).flatten(1).any(1)
+        assert torch.equal(changed, (parameters != 0).all(1))
+        assert torch.equal(changed, (parameters != 0).any(1))
+        augmented, count = augmented + int(changed.sum()), count + len(changed)
+    assert abs(augmented / count - share) <= 5 * (share * (1 - share) / count) ** 0.5
 
 
 def test_batches_from_device_memory_equal_those_from_the_host(options, slices_folder, monkeypatch):
