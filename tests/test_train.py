@@ -236,7 +236,7 @@ def test_training_log_lines_are_means_since_the_previous_line(options, trained, 
 
 def test_the_learning_rate_and_the_gradient_norm_are_logged(trained):
     """The rate follows the schedule. The norm is that before gradient clipping."""
-    for stage, total, peak in (("vqvae", 12, 1e-3), ("prior", 9, 8e-3), ("refiner", 6, 4e-3)):
+    for stage, total, peak in (("vqvae", 12, 1e-3), ("prior", 9, 8e-3), ("refiner", 6, 2e-3)):
         for line in select(lines_of(trained.run), stage, "train"):
             rate = peak * trainer.schedule(line["update"], total, 50)
             assert line["learning_rate"] == pytest.approx(rate, rel=1e-5)
@@ -348,21 +348,39 @@ def test_rows_of_the_refinement_figure_match_their_labels(trained, tmp_path, mon
         np.testing.assert_allclose(row, pictures[:, 0].numpy(), atol=1e-5)
 
 
-def test_augmentation_is_for_the_prior_only(options, monkeypatch):
-    """The refiner's slices are flipped, but not augmented, because rotation and scaling blur them.
+def test_all_slices_of_the_prior_and_half_of_the_refiners_are_augmented(options, monkeypatch):
+    """The VQ-VAE's are flipped, but not augmented, because rotation and scaling blur them.
 
     Each update of prior and refiner uses two slices: a quarter of the batch of five, rounded up.
     """
     seen, real = [], trainer.BatchLoader.__call__
 
-    def call(loader, update, divisor=1, augmentation=0.0):
-        made = real(loader, update, divisor, augmentation)
-        seen.append((len(made[0]), augmentation))
+    def call(loader, update, divisor=1, augmentation=0.0, share=1.0):
+        made = real(loader, update, divisor, augmentation, share)
+        seen.append((len(made[0]), augmentation, share))
         return made
 
     monkeypatch.setattr(trainer.BatchLoader, "__call__", call)
     train.main(arguments(**options))
-    assert seen == [(5, 0.0)] * UPDATES["vqvae"] + [(2, 1.0)] * UPDATES["prior"] + [(2, 0.0)] * UPDATES["refiner"]
+    expected = {"vqvae": (5, 0.0, 1.0), "prior": (2, 1.0, 1.0), "refiner": (2, 1.0, 0.5)}
+    assert seen == [batch for stage, batch in expected.items() for _ in range(UPDATES[stage])]
+
+
+def test_the_refiner_is_told_how_its_slices_were_augmented(options, monkeypatch):
+    told, real = [], Refiner.loss
+
+    def loss(refiner, slices, codes, vqvae, augmentation):
+        told.append(augmentation)
+        return real(refiner, slices, codes, vqvae, augmentation)
+
+    made, call = [], trainer.BatchLoader.__call__
+    monkeypatch.setattr(trainer.BatchLoader, "__call__", lambda *given: (made.append(call(*given)), made[-1])[1])
+    monkeypatch.setattr(Refiner, "loss", loss)
+    monkeypatch.setattr(train, "evaluate_refiner", lambda *_: 1.0)
+    train.main(arguments(**options))
+    batches = [parameters for _, _, parameters in made[-UPDATES["refiner"] :]]
+    assert torch.equal(torch.cat(told), torch.cat(batches))
+    assert 0 < (torch.cat(batches) == 0).all(1).float().mean() < 1
 
 
 def test_describe_positions():
@@ -392,7 +410,7 @@ def test_a_prior_no_better_than_a_unigram_model_is_warned_of(caplog, share, warn
 def test_different_seeds_give_different_weights(options, trained):
     other = options | {"seed": 1}
     train.main(arguments(**other))
-    for name, weight in zip(WEIGHTS, ("codebook.embeddings", "embedding.weight", "stem.weight")):
+    for name, weight in zip(WEIGHTS, ("codebook.embeddings", "first_embedding.weight", "stem.weight")):
         here, there = (load_file(run / name)[weight] for run in (other["run"], trained.run))
         assert not torch.equal(here, there)
 
@@ -984,7 +1002,7 @@ def test_an_unusable_figure_folder_is_refused_before_training(options, monkeypat
         ({"slice_size": "64"}, "argument --slice-size: expected 2 arguments"),
         (
             {"slice_size": [62, 32]},
-            "slice size 62x32 does not fit the network: the nearest that do are 60x32 and 64x32",
+            "slice size 62x32 does not fit the network: the nearest that do are 56x32 and 64x32",
         ),
         ({"slice_size": [4, 32]}, "argument --slice-size: 4 is not at least 8"),
         ({"slice_size": [64, 100000]}, "argument --slice-size: 100000 is not at least 8 and at most 2048"),
