@@ -352,9 +352,9 @@ class GatedPixelCNN(nn.Module):
     van den Oord et al. 2016, arXiv:1606.05328.
 
     The grid is folded along the midline of the body, so that the codes of both sides lie on each other: a row of the
-    folded grid is a pair of rows, as far left of the midline as right of it. From the midline outward, these rows are
-    drawn one after another, code by code, at each place first the one side and then the other. So both hips are drawn
-    together, and an organ grows outward from its middle.
+    folded grid is a pair of rows, as far left of the midline as right of it. These rows are drawn from the midline
+    outward, code by code, at each place first the one side and then the other. So both hips are drawn together, and an
+    organ grows outward from its middle.
 
     The vertical stack sees all rows above, the horizontal stack the codes to the left in its own row: there is no blind
     spot (there, section 2.2). Dilations double from layer to layer, so that the receptive field of each cycle through
@@ -584,6 +584,8 @@ class RowSampler:
         n, c, columns = *self.conditioning.shape, prior.columns
         self.row = torch.zeros(1, dtype=torch.int64, device=position.device)
         self.codes = self.row.new_zeros(n, 2, columns)
+        self.first_exists = self.row.new_ones(prior.rows)  # in each row, see `GatedPixelCNN.fold`
+        self.first_exists[-1] -= prior.config.grid[prior.config.left_right] % 2
         self.previous_row = self.conditioning.new_zeros(n, c, columns)  # embedded
         self.row_caches = [self.conditioning.new_zeros(layer.rows, n, c, columns) for layer in self.layers]
 
@@ -603,7 +605,7 @@ class RowSampler:
                     gates.addmm_(inputs[column - layer.left], past)
                 inputs.append(h)
                 h = torch.addmm(h, F.glu(gates, 1), output)
-            first = self.draw(self.logits(h), column, 0)
+            first = self.draw(self.logits(h), column, 0) * self.first_exists.index_select(0, self.row)
             second = self.draw(self.logits(h + prior.first_embedding(first)), column, 1)
             self.codes[:, 0, column], self.codes[:, 1, column] = first, second
             x = prior.embed(first, second)

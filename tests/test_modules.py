@@ -280,6 +280,8 @@ def test_a_grid_is_folded_at_its_midline(grid, left_right):
 def cached_logits(prior, codes, position):
     """The logits of cached sampling, forced to draw the given codes."""
     sides = torch.stack(prior.fold(codes), 1)  # (N, 2, rows, columns)
+    if prior.config.grid[prior.config.left_right] % 2:
+        sides[:, 0, -1] = 3  # what is drawn beside the grid must not matter
     given = sides[:, :, 0].clone()
     logits = torch.empty(*given.shape, prior.config.codebook_size, dtype=prior.row_embedding.dtype, device=codes.device)
     rows = []
