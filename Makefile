@@ -35,7 +35,7 @@ bench: $(INSTALLED)
 	$(VENV)/bin/python benchmarks/sampling.py
 	$(VENV)/bin/python benchmarks/loading.py
 
-# On a machine with a GPU: CPU and GPU side by side, then the benchmarks there: some 8 minutes.
+# On a machine with a GPU: CPU and GPU side by side, then the benchmarks there: some 6 minutes.
 # Where there is none, make gpu CHECK="--device cpu --tiny" shows that the check runs through.
 gpu: $(INSTALLED)
 	$(VENV)/bin/python benchmarks/gpu.py $(CHECK)
