@@ -137,12 +137,12 @@ class TrainConfig(StrictModel):
     )
     kmeans_slices: Annotated[int, Ge(1), Le(100_000)] = option(VQVAE, 128, "slices whose latents start the codebook")
     downsampling: Annotated[int, Ge(1), Le(64)] = option(
-        VQVAE, 8, "side in pixels of the square that one code stands for"
+        VQVAE, 4, "side in pixels of the square that one code stands for"
     )
     channels: Width = option(VQVAE, 128, "width of encoder and decoder")
     residual_blocks: Layers = option(VQVAE, 2, "residual blocks of each")
     hidden_channels: Width = option(VQVAE, 64, "width inside a residual block")
-    codebook_size: Width = option(VQVAE, 512, "K, the number of embeddings")
+    codebook_size: Width = option(VQVAE, 2048, "K, the number of embeddings")
     embedding_dim: Width = option(VQVAE, 64, "D, the length of an embedding")
     commitment_cost: Annotated[float, Ge(0), Le(100)] = option(
         VQVAE, 0.25, "weight of the commitment term, which the embedding loss is"
@@ -170,7 +170,7 @@ class TrainConfig(StrictModel):
     )
     refiner_learning_rate: Rate = option(REFINER, 2e-3, "peak learning rate")
     refiner_channels: Width = option(
-        REFINER, 128, "width of the U-Net on squares of 4 pixels; twice that on larger ones"
+        REFINER, 96, "width of the U-Net on squares of 4 pixels; twice that on larger ones"
     )
     refiner_levels: Annotated[int, Ge(1), Le(8)] = option(
         REFINER, 3, "levels of the U-Net, each with squares of twice the side"
@@ -205,7 +205,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "phantom_size": (128, 64),
         "augmentation": 0.0,
         "updates": 1000,
-        "downsampling": 4,
+        "codebook_size": 512,
         "prior_updates": 1600,
         "prior_dilation_cycles": 1,
         "refiner_updates": 3000,

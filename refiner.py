@@ -44,10 +44,10 @@ class RefinerConfig:
         ode_steps: Steps of the ODE solver, each one pass of the network.
     """
 
-    downsampling: int = 8
-    codebook_size: int = 512
+    downsampling: int = 4
+    codebook_size: int = 2048
     embedding_dim: int = 64
-    channels: int = 128
+    channels: int = 96
     levels: int = 3
     residual_blocks: int = 2
     pixel_features: int = 14

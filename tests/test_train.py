@@ -1002,7 +1002,7 @@ def test_an_unusable_figure_folder_is_refused_before_training(options, monkeypat
         ({"slice_size": "64"}, "argument --slice-size: expected 2 arguments"),
         (
             {"slice_size": [62, 32]},
-            "slice size 62x32 does not fit the network: the nearest that do are 56x32 and 64x32",
+            "slice size 62x32 does not fit the network: the nearest that do are 60x32 and 64x32",
         ),
         ({"slice_size": [4, 32]}, "argument --slice-size: 4 is not at least 8"),
         ({"slice_size": [64, 100000]}, "argument --slice-size: 100000 is not at least 8 and at most 2048"),
