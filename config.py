@@ -168,15 +168,11 @@ class TrainConfig(StrictModel):
     refiner_updates: Updates = option(
         REFINER, 20_000, "updates of the refiner; by default not more slices than the VQ-VAE sees"
     )
-    refiner_learning_rate: Rate = option(REFINER, 2e-3, "peak learning rate")
-    refiner_channels: Width = option(
-        REFINER, 96, "width of the U-Net on squares of 4 pixels; twice that on larger ones"
-    )
-    refiner_levels: Annotated[int, Ge(1), Le(8)] = option(
-        REFINER, 3, "levels of the U-Net, each with squares of twice the side"
-    )
-    refiner_residual_blocks: Layers = option(REFINER, 2, "residual blocks of a level on each way, down and up")
-    refiner_pixel_features: Width = option(REFINER, 14, "channels per pixel from the U-Net")
+    refiner_learning_rate: Rate = option(REFINER, 4e-3, "peak learning rate")
+    refiner_channels: Width = option(REFINER, 128, "width on the code grid")
+    refiner_residual_blocks: Layers = option(REFINER, 4, "residual blocks on the code grid")
+    refiner_hidden_channels: Width = option(REFINER, 64, "width inside a residual block")
+    refiner_pixel_features: Width = option(REFINER, 14, "channels per pixel from the code grid")
     refiner_pixel_channels: Width = option(REFINER, 32, "width of the layers on pixels")
     refiner_time_frequencies: Layers = option(REFINER, 8, "Fourier features of the flow's time")
     refiner_ode_steps: Layers = option(REFINER, 8, "steps of the ODE solver per sample, each one pass")
@@ -209,7 +205,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "prior_updates": 1600,
         "prior_dilation_cycles": 1,
         "refiner_updates": 3000,
-        "refiner_channels": 64,
     },
 }
 FREE_OPTIONS = {name for name, field in TrainConfig.model_fields.items() if group_and_free(field)[1]}

@@ -71,7 +71,6 @@ from predict import (
     sampling_device,
     warn_if_incomplete,
 )
-from refiner import side_multiple
 from self_test import self_test
 from tables import COMPARISONS, print_self_test, print_table
 from utils import autocast, check_folder, make_folder, write_file
@@ -131,7 +130,7 @@ def training_data(options: EvaluateOptions, config: RunConfig) -> DataSplits:
     folder = options.data or config.options.data
     if folder != "phantom" and not Path(folder).exists():
         raise RunError(f"the data of {options.run} are not in {folder}: name their folder with --data")
-    side = side_multiple(config.options.downsampling)
+    side = config.options.downsampling
     data = load_dataset(folder, config.slice_size, (side, side), config.options.seed)
     log_notices(data.notices)
     if data.fingerprint != config.fingerprint:

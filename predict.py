@@ -27,7 +27,7 @@ from metrics import reconstruction_metrics
 from modules import MIN_TEMPERATURE, VQVAE, GatedPixelCNN, PriorConfig, VQVAEConfig
 from nifti import write_slice
 from plots import caption, evenly_spaced, reconstructions_figure, samples_figure
-from refiner import MICRO_BATCH_PIXELS, Refiner, RefinerConfig, side_multiple
+from refiner import MICRO_BATCH_PIXELS, Refiner, RefinerConfig
 from utils import autocast, channels_last, check_folder, pick_device, writing
 
 DEFAULT_NUM = 64  # samples
@@ -387,7 +387,7 @@ def load_vqvae(run: Path, config: RunConfig, device: torch.device) -> VQVAE:
         RunError: It cannot be used, or the slice size of config.json does not fit it.
     """
     vqvae = load_weights(run / "vqvae.safetensors", VQVAE, VQVAEConfig)
-    side = side_multiple(vqvae.config.downsampling)
+    side = vqvae.config.downsampling
     rows, columns = config.slice_size
     if rows % side or columns % side:
         raise RunError(f"{run}: vqvae.safetensors takes no slices of {rows}x{columns}, which config.json has")

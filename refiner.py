@@ -1,16 +1,14 @@
 """The refiner: a flow-matching network that draws the detail which codes leave open. PyTorch only.
 
 Shapes: slices (N, 1, H, W) in [-1, 1]; codes (N, h, w) int64 in [0, K), with h = H / downsampling and
-w = W / downsampling; features (N, C, ., .).
+w = W / downsampling.
 
     refiner = Refiner(RefinerConfig())
     new_slices = refiner.sample(range(16), new_codes, vqvae, seed=0)
 
 Lipman et al. 2023, Flow Matching for Generative Modeling, arXiv:2210.02747
-Ronneberger et al. 2015, U-Net: Convolutional Networks for Biomedical Image Segmentation, arXiv:1505.04597
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -19,11 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modules import AUGMENTATIONS, VQVAE, stream_seed
+from modules import AUGMENTATIONS, VQVAE, ResidualBlock, stream_seed
 
 SEED_OFFSET = 2**32  # added to a seed, which is smaller: the refiner's random streams differ from the prior's
-SQUARE = 4  # side in pixels of the squares of the finest level
-MICRO_BATCH_PIXELS = 2**18  # per forward pass on a CPU, so that its activations stay in the caches
+MICRO_BATCH_PIXELS = 2**17  # per forward pass on a CPU, so that its activations stay in the caches
 PRIOR_COUNT = 10  # pseudo-observations: rare codes take the standard deviation of all codes
 
 
@@ -35,10 +32,10 @@ class RefinerConfig:
         downsampling: As in the VQ-VAE.
         codebook_size: As in the VQ-VAE.
         embedding_dim: As in the VQ-VAE.
-        channels: Width of the finest level of the U-Net, on squares of 4 pixels; coarser levels have twice as many.
-        levels: Levels, each with squares of twice the side.
-        residual_blocks: Residual blocks of a level on the way down, and as many on the way up.
-        pixel_features: Channels per pixel that the U-Net hands to the layers on pixels.
+        channels: Width of the layers on the code grid.
+        residual_blocks: Residual blocks on the code grid.
+        hidden_channels: Width inside a residual block.
+        pixel_features: Channels per pixel that the code grid hands to the layers on pixels.
         pixel_channels: Width of the layers on pixels.
         time_frequencies: Fourier features of the flow's time.
         ode_steps: Steps of the ODE solver, each one pass of the network.
@@ -47,104 +44,13 @@ class RefinerConfig:
     downsampling: int = 4
     codebook_size: int = 2048
     embedding_dim: int = 64
-    channels: int = 96
-    levels: int = 3
-    residual_blocks: int = 2
+    channels: int = 128
+    residual_blocks: int = 4
+    hidden_channels: int = 64
     pixel_features: int = 14
     pixel_channels: int = 32
     time_frequencies: int = 8
     ode_steps: int = 8
-
-
-def side_multiple(downsampling: int) -> int:
-    """Return the number of pixels of which both sides of a slice must be multiples."""
-    return math.lcm(downsampling, SQUARE)
-
-
-# ---------------------------------------------------------------- layers
-
-
-def normalise(x: Tensor) -> Tensor:
-    """Return features (N, C, h, w) of mean 0 and variance 1 over the channels at each place (layer normalisation)."""
-    return F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], eps=1e-4).permute(0, 3, 1, 2).to(x.dtype)
-
-
-class RefinerBlock(nn.Module):
-    """Pre-activation residual block, scaled and shifted by a vector (FiLM, Perez et al. 2018, arXiv:1709.07871).
-
-    It starts as the identity, so that a deep network trains from the first update.
-    """
-
-    def __init__(self, channels: int, modulation_dim: int):
-        super().__init__()
-        self.film = nn.Linear(modulation_dim, 2 * channels)
-        hidden = max(1, channels // 2)
-        self.conv1 = nn.Conv2d(channels, hidden, 3, padding=1)
-        self.conv2 = nn.Conv2d(hidden, channels, 1)
-        for parameter in (*self.film.parameters(), *self.conv2.parameters()):
-            nn.init.zeros_(parameter)
-
-    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
-        """Map features (N, C, h, w), given a modulation (N, M)."""
-        scale, shift = self.film(modulation)[:, :, None, None].chunk(2, 1)
-        h = torch.addcmul(shift, normalise(x), 1 + scale)
-        return x + self.conv2(F.relu(self.conv1(F.relu(h))))
-
-
-class SelfAttention(nn.Module):
-    """Self-attention between all places of a level (Vaswani et al. 2017, arXiv:1706.03762), with a skip connection."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.heads = math.gcd(channels, 4)
-        self.project = nn.Conv2d(channels, 3 * channels, 1)
-        self.output = nn.Conv2d(channels, channels, 1)
-        for parameter in self.output.parameters():
-            nn.init.zeros_(parameter)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map features (N, C, h, w)."""
-        n, c, h, w = x.shape
-        projected = self.project(normalise(x)).permute(0, 2, 3, 1).reshape(n, h * w, 3, self.heads, c // self.heads)
-        query, key, value = projected.permute(2, 0, 3, 1, 4)  # each (N, heads, h * w, C / heads)
-        # For the few places of this level plain products are faster than the fused kernel of a CPU.
-        weights = (query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5).softmax(-1)
-        mixed = (weights.to(value.dtype) @ value).transpose(1, 2).reshape(n, h, w, c)
-        return x + self.output(mixed.permute(0, 3, 1, 2))
-
-
-class Level(nn.Module):
-    """A level of a U-Net (arXiv:1505.04597), with the coarser ones inside; at the coarsest, self-attention instead."""
-
-    def __init__(self, config: RefinerConfig, level: int = 0):
-        super().__init__()
-        coarse = 2 * config.channels
-        channels = coarse if level else config.channels
-        self.down, self.up = (
-            nn.ModuleList(RefinerBlock(channels, coarse) for _ in range(config.residual_blocks)) for _ in range(2)
-        )
-        self.is_coarsest = level == config.levels - 1
-        if self.is_coarsest:
-            self.attention = SelfAttention(channels)
-        else:
-            self.shrink, self.grow = nn.Conv2d(channels, coarse, 1), nn.Conv2d(coarse, channels, 1)
-            self.coarser = Level(config, level + 1)
-
-    def forward(self, h: Tensor, modulation: Tensor) -> Tensor:
-        """Map features (N, C, h, w) of any sides, given a modulation (N, M)."""
-        for block in self.down:
-            h = block(h, modulation)
-        if self.is_coarsest:
-            h = self.attention(h)
-        else:
-            coarser = self.coarser(self.shrink(F.avg_pool2d(h, 2, ceil_mode=True)), modulation)
-            h = h + F.interpolate(self.grow(normalise(coarser)), size=h.shape[2:])
-        for block in self.up:
-            h = block(h, modulation)
-        return h
-
-
-# ---------------------------------------------------------------- the flow
 
 
 def spread(time: Tensor) -> Tensor:
@@ -161,8 +67,8 @@ class Conditioning(NamedTuple):
     """What the refiner is given beside x and the time."""
 
     decoded: Tensor  # (N, 1, H, W)
-    features: Tensor  # (N, C, H / 4, W / 4) of `decoded`, of the residual's standard deviation, and of the embeddings
-    augmentation: Tensor  # (N, 1 + AUGMENTATIONS)
+    features: Tensor  # (N, C, h, w) of `decoded`, of the residual's standard deviation, and of the embeddings
+    augmentation: Tensor  # (N, 1 + AUGMENTATIONS): whether a slice was augmented, and how
 
 
 class Refiner(nn.Module):
@@ -174,12 +80,9 @@ class Refiner(nn.Module):
 
     The residual's standard deviation is estimated for each pixel of each code's square in the training slices, so that
     x_1 has unit variance in air as in muscle. If x_1 were Gaussian noise, v would be `gaussian_rate`(t) x; the network
-    learns the rest.
-
-    The network is a U-Net on squares of 4 pixels, moved into channels, and on larger ones. At its coarsest level every
-    place attends to every other, so that both sides of a body, and all of an organ's wall, are drawn together. The last
-    three layers run on pixels, because grain does not depend on where in a square it lies. As the prior, the refiner is
-    told in training how a slice was augmented.
+    learns the rest. Most convolutions run on the code grid, as in the encoder. The last three run on pixels, because
+    grain does not depend on where in a square it lies. As the prior, the refiner is told in training how a slice was
+    augmented.
     """
 
     residual_std: Tensor  # (K, downsampling^2)
@@ -187,15 +90,14 @@ class Refiner(nn.Module):
     def __init__(self, config: RefinerConfig):
         super().__init__()
         self.config = config
-        c = config.channels
-        self.register_buffer("residual_std", torch.ones(config.codebook_size, config.downsampling**2))
-        self.stem = nn.Conv2d(SQUARE**2, c, 3, padding=1)
-        self.context = nn.Conv2d(2 * SQUARE**2, c, 3, padding=1, bias=False)
-        self.embedding = nn.Conv2d(config.embedding_dim, c, 3, padding=1)
+        square, c = config.downsampling**2, config.channels
+        self.register_buffer("residual_std", torch.ones(config.codebook_size, square))
+        self.stem = nn.Conv2d(square, c, 3, padding=1)
+        self.context = nn.Conv2d(2 * square + config.embedding_dim, c, 3, padding=1, bias=False)
         inputs = 1 + 2 * config.time_frequencies + 1 + AUGMENTATIONS
-        self.modulation = nn.Sequential(nn.Linear(inputs, 2 * c), nn.SiLU(), nn.Linear(2 * c, 2 * c), nn.SiLU())
-        self.unet = Level(config)
-        self.to_pixels = nn.Conv2d(c, SQUARE**2 * config.pixel_features, 1)
+        self.modulation = nn.Linear(inputs, 2 * config.residual_blocks * c)
+        self.blocks = nn.ModuleList(ResidualBlock(c, config.hidden_channels) for _ in range(config.residual_blocks))
+        self.to_pixels = nn.Conv2d(c, square * config.pixel_features, 1)
         self.pixels = nn.Sequential(
             nn.Conv2d(config.pixel_features + 2, config.pixel_channels, 3, padding=1),
             nn.ReLU(inplace=True),  # saves memory, of which pixels take most
@@ -232,23 +134,27 @@ class Refiner(nn.Module):
             augmentation: (N, AUGMENTATIONS), 0 for a slice that was not augmented; None if none was.
         """
         pictures = decoded, self.pixel_std(codes).log() / 2  # both about in [-2, 1]
-        squares = torch.cat([F.pixel_unshuffle(picture, SQUARE) for picture in pictures], 1)
+        squares = [F.pixel_unshuffle(picture, self.config.downsampling) for picture in pictures]
+        features = self.context(torch.cat([*squares, vqvae.embed(codes)], 1))
         if augmentation is None:
             augmentation = decoded.new_zeros(len(decoded), AUGMENTATIONS)
         # Interpolation blurs however little it turns: so the network is also told whether a slice was augmented.
-        augmented = augmentation.any(1, keepdim=True)
-        features = self.context(squares)
-        features = features + F.interpolate(self.embedding(vqvae.embed(codes)), size=features.shape[2:])
-        return Conditioning(decoded, features, torch.cat([augmented.to(augmentation), augmentation], 1))
+        augmented = augmentation.any(1, keepdim=True).to(augmentation)
+        return Conditioning(decoded, features, torch.cat([augmented, augmentation], 1))
 
     def forward(self, x: Tensor, time: Tensor, given: Conditioning) -> Tensor:
         """Return the velocity (N, 1, H, W) at x (N, 1, H, W), times (N,) in [0, 1] and `condition`'s conditioning."""
+        side = self.config.downsampling
         phases = time[:, None] * torch.arange(1, self.config.time_frequencies + 1, device=time.device) * torch.pi
-        modulation = self.modulation(torch.cat([time[:, None], phases.sin(), phases.cos(), given.augmentation], 1))
-        noisy, decoded = (F.pixel_unshuffle(of, SQUARE).to(given.features.dtype) for of in (x, given.decoded))
-        h = self.unet(self.stem(noisy) + given.features, modulation)
-        squares = torch.cat([F.relu(self.to_pixels(F.relu(normalise(h)))), noisy, decoded], 1)
-        pixels = F.pixel_shuffle(squares, SQUARE)
+        # FiLM (Perez et al. 2018, arXiv:1709.07871): time and augmentation scale and shift the features of each block.
+        told = torch.cat([time[:, None], phases.sin(), phases.cos(), given.augmentation], 1)
+        modulation = self.modulation(told)[:, :, None, None]
+        h = self.stem(F.pixel_unshuffle(x, side)) + given.features
+        for block, film in zip(self.blocks, modulation.to(h.dtype).chunk(self.config.residual_blocks, 1)):
+            scale, shift = film.chunk(2, 1)
+            h = block(h + h * scale + shift)
+        pixels = F.pixel_shuffle(F.relu(self.to_pixels(F.relu(h))), side)
+        pixels = torch.cat([pixels, x.to(pixels.dtype), given.decoded.to(pixels.dtype)], 1)
         pixels = pixels.contiguous(memory_format=torch.channels_last)  # PixelShuffle loses it; convolutions need it
         return self.pixels(pixels).float() + gaussian_rate(time[:, None, None, None]) * x
 

@@ -34,7 +34,7 @@ from plots import (
     refiner_loss_figure,
     vqvae_loss_figure,
 )
-from refiner import MICRO_BATCH_PIXELS, Refiner, RefinerConfig, side_multiple
+from refiner import MICRO_BATCH_PIXELS, Refiner, RefinerConfig
 from trainer import BatchLoader, StopSignals, Trainer, device_batches, micro_batches
 from utils import autocast, channels_last, check_folder, make_folder, pick_device, seed_update
 
@@ -382,7 +382,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = pick_device(options.device)
     check_folder("--run", options.run)
     check_folder("--images", options.images)
-    side = side_multiple(options.downsampling)
+    side = options.downsampling
     size = options.slice_size or (options.phantom_size if options.data == "phantom" else None)
     with StopSignals() as stop:
         data = load_dataset(options.data, size, (side, side), options.seed)

@@ -29,7 +29,6 @@ from console import nonempty
 from dataset import Slices, batch_indices, load_dataset
 from modules import VQVAE, GatedPixelCNN, PriorConfig
 from predict import load_vqvae
-from refiner import side_multiple
 from train import extract_codes
 from trainer import EMA, make_optimiser, micro_batches
 from utils import channels_last, pick_device
@@ -112,7 +111,7 @@ def main() -> None:
     device = pick_device(options.device)
     given = read_config(options.run)
     vqvae = load_vqvae(options.run, given, device)
-    side = side_multiple(vqvae.config.downsampling)
+    side = vqvae.config.downsampling
     data = load_dataset(given.options.data, given.slice_size, (side, side), given.options.seed)
     training, held_out = (codes_and_positions(vqvae, of, device) for of in (data.train, getattr(data, options.split)))
 

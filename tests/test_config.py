@@ -31,7 +31,7 @@ def another_value(name):
         return ["other"], "other"
     if name == "slice_size" or isinstance(default, list):
         return ["48", "24"], [48, 24]
-    value = default + 1 if isinstance(default, int) else round(default * 0.5 + 0.0007, 6)
+    value = default + 1 if isinstance(default, int) else round(default * 0.5 + 0.001, 6)
     return [str(value)], value
 
 

@@ -45,7 +45,9 @@ def networks():
     )
     prior = GatedPixelCNN(PriorConfig(grid=(8, 4), codebook_size=16, channels=8, dilation_cycles=1, head_channels=16))
     refiner = Refiner(
-        RefinerConfig(downsampling=4, codebook_size=16, embedding_dim=4, channels=8, levels=2, residual_blocks=1)
+        RefinerConfig(
+            downsampling=4, codebook_size=16, embedding_dim=4, channels=8, residual_blocks=1, hidden_channels=8
+        )
     )
     return vqvae.eval(), prior.eval(), refiner.eval()
 
