@@ -16,7 +16,7 @@ SMALL = VQVAEConfig(
     downsampling=4, channels=16, residual_blocks=1, hidden_channels=8, codebook_size=20, embedding_dim=6
 )
 SMALL_REFINER = RefinerConfig(
-    downsampling=4, codebook_size=20, embedding_dim=6, channels=16, levels=2, residual_blocks=1
+    downsampling=4, codebook_size=20, embedding_dim=6, channels=16, residual_blocks=2, hidden_channels=8
 )
 
 
@@ -28,9 +28,7 @@ def seeded():
 def small_refiner(velocity=None, std=1.0, **fields):
     """A refiner with random weights or, if given, a known velocity(x, t) with t (N, 1, 1, 1)."""
     refiner = Refiner(replace(SMALL_REFINER, **fields)).eval()
-    for layer in refiner.modules():
-        if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear):
-            layer.reset_parameters()  # some start at 0
+    refiner.pixels[-1].reset_parameters()  # they start at 0
     refiner.residual_std.copy_(torch.as_tensor(std))
     if velocity:
         refiner.forward = lambda x, time, conditioning: velocity(x, time[:, None, None, None])
@@ -92,7 +90,7 @@ def test_pixel_std_has_the_std_of_each_code_at_its_pixels():
         assert stds[n, 0, 4 * row + i, 4 * column + j] == expected
 
 
-@pytest.mark.parametrize("size", [(16, 8), (8, 24), (4, 4), (36, 28)])
+@pytest.mark.parametrize("size", [(16, 8), (8, 24), (4, 4)])
 def test_refiner_shapes_and_ranges(size):
     refiner, (codes, vqvae) = small_refiner(std=0.5), some_codes(3, size)
     velocities = refiner(torch.randn(3, 1, *size), torch.rand(3), refiner.condition(codes, vqvae.decode(codes), vqvae))
@@ -124,18 +122,6 @@ def test_velocity_depends_on_noise_time_and_conditioning():
         assert ((other - answers[0]).abs().amax((1, 2, 3)) > 1e-4).all()
 
 
-@pytest.mark.parametrize("levels", [1, 2, 3])
-def test_velocity_at_a_corner_depends_on_the_whole_slice(levels):
-    """Both on the noise and on the codes, by attention: both sides of a body are drawn together."""
-    refiner, (codes, vqvae) = small_refiner(levels=levels).double(), some_codes(1, (64, 32))
-    x, decoded = torch.randn(1, 1, 64, 32, requires_grad=True).double(), torch.rand(1, 1, 64, 32).double()
-    decoded.requires_grad_()
-    given = refiner.condition(codes, decoded, vqvae.double())
-    velocity = refiner(x, torch.rand(1).double(), given)[0, 0, 0, 0]
-    for gradient in torch.autograd.grad(velocity, (x, decoded)):
-        assert (gradient[0, 0] != 0).float().mean() > 0.99
-
-
 def test_refiner_is_told_how_a_slice_was_augmented():
     """Also that it was, however little; without augmentation all parameters are 0."""
     refiner, (codes, vqvae) = small_refiner(), some_codes(3)
@@ -160,11 +146,11 @@ def test_refiner_starts_as_the_flow_of_gaussian_residuals():
     torch.testing.assert_close(velocity, gaussian_velocity(x, time[:, None, None, None]))
 
 
-@pytest.mark.parametrize("downsampling", [1, 2, 3, 4, 8, 16, 32])
+@pytest.mark.parametrize("downsampling", [1, 2, 3, 8, 16])
 def test_refiner_takes_codes_of_any_downsampling(downsampling):
-    """Also of squares that are no multiple of its own, and whose codes matter everywhere."""
+    """The codes matter at every pixel."""
     vqvae = VQVAE(replace(SMALL, downsampling=downsampling)).eval()
-    refiner = small_refiner(downsampling=downsampling, levels=3, std=0.1)
+    refiner = small_refiner(downsampling=downsampling, std=0.1)
     codes = torch.zeros(2, 96 // downsampling, 96 // downsampling, dtype=torch.int64)
     codes[1] = 1
     slices = refiner.sample([0, 0], codes, vqvae)
@@ -174,8 +160,7 @@ def test_refiner_takes_codes_of_any_downsampling(downsampling):
 
 def test_velocity_at_a_pixel_depends_on_its_own_square():
     """With 1x1 kernels, squares of pixels become channels and squares again, so nothing leaves its square."""
-    refiner, (codes, vqvae) = small_refiner(std=torch.rand(20, 16), levels=1), some_codes(1)
-    refiner.unet.attention = torch.nn.Identity()
+    refiner, (codes, vqvae) = small_refiner(std=torch.rand(20, 16)), some_codes(1)
     for convolution in (m for m in refiner.modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (3, 3)):
         centre = convolution.weight.detach()[:, :, 1:2, 1:2].clone()
         convolution.weight.data.zero_()[:, :, 1:2, 1:2] = centre
@@ -210,7 +195,8 @@ def test_pixel_layers_are_shift_equivariant():
     change[:, :, 12, 8] = 0.1
     changed = given._replace(decoded=decoded + change)
     for other in (refiner(x + change, time, given), refiner(x, time, changed)):
-        assert ((other - answer)[:, 0, 11, 7].abs() > 1e-5).all()  # beside it, where the analytic part changes nothing
+        beside = (other - answer)[:, 0, 11, 5:12].abs()  # where the analytic part changes nothing
+        assert (beside.amax(1) > 1e-5).all()
 
 
 def test_flow_loss_of_gaussian_residuals_is_the_analytic_one():
@@ -376,7 +362,7 @@ def test_refiner_and_prior_have_different_random_streams():
 
 def test_refiner_learns_a_bimodal_distribution():
     """Slices are 0.3 lighter or darker than the decoded ones, at random: samples are one or the other."""
-    refiner = Refiner(replace(SMALL_REFINER, channels=32, residual_blocks=1))
+    refiner = Refiner(replace(SMALL_REFINER, channels=32, residual_blocks=1, hidden_channels=32))
     refiner.residual_std.fill_(0.3)
     optimiser = torch.optim.Adam(refiner.parameters(), lr=5e-3)
     codes, vqvae = grey_codes(128, (8, 8))
