@@ -182,6 +182,9 @@ class TrainConfig(StrictModel):
 
     adam_beta1: Annotated[float, Ge(0), Le(0.9999)] = option(OPTIMISER, 0.9, "Adam's decay of the first moment")
     adam_beta2: Annotated[float, Ge(0), Le(0.9999)] = option(OPTIMISER, 0.99, "Adam's decay of the second moment")
+    weight_decay: Annotated[float, Ge(0), Le(100)] = option(
+        OPTIMISER, 0.3, "times the learning rate: the share by which weights shrink per update"
+    )
     warmup_updates: Annotated[int, Ge(1), Le(MOST_UPDATES)] = option(
         OPTIMISER, 50, "updates of linear warm-up; the rate then falls to 0 along a cosine"
     )
@@ -248,7 +251,7 @@ def network_model(kind: type, prefix: str = "") -> type[StrictModel]:
 
 # ---------------------------------------------------------------- config.json
 
-FORMAT = 3  # of a run directory; increment it when this version and an older one would misread each other's files
+FORMAT = 4  # of a run directory; increment it when this version and an older one would misread each other's files
 FLOAT32 = np.finfo(np.float32)
 Text = Annotated[str, MaxLen(4096)]
 Row = Annotated[tuple[float, float, float, float], Strict(False)]

@@ -351,10 +351,9 @@ class GatedPixelCNN(nn.Module):
 
     van den Oord et al. 2016, arXiv:1606.05328.
 
-    The grid is folded along the midline of the body, so that the codes of both sides lie on each other: a row of the
-    folded grid is a pair of rows, as far left of the midline as right of it. These rows are drawn from the midline
-    outward, code by code, at each place first the one side and then the other. So both hips are drawn together, and an
-    organ grows outward from its middle.
+    Rows are drawn from the midline of the body outward, one on the one side, then its mirror image on the other. So
+    both hips are drawn together, and an organ grows outward from its middle. (If the grid's columns and not its rows
+    succeed one another from left to right, it is transposed.)
 
     The vertical stack sees all rows above, the horizontal stack the codes to the left in its own row: there is no blind
     spot (there, section 2.2). Dilations double from layer to layer, so that the receptive field of each cycle through
@@ -367,14 +366,16 @@ class GatedPixelCNN(nn.Module):
     sampling, an unlikely code does not lead astray all that follow, and slices are not learned by heart.
     """
 
+    order: Tensor  # (rows,), the rows of the grid in the order in which they are drawn
+
     def __init__(self, config: PriorConfig):
         super().__init__()
         self.config = config
-        sides, columns = config.grid if config.left_right == 0 else config.grid[::-1]
-        rows, c = (sides + 1) // 2, config.channels
-        self.rows, self.columns = rows, columns  # of the folded grid
-        self.embeddings = nn.ModuleList(nn.Embedding(config.codebook_size, c) for _ in range(2))  # of the two sides
-        self.first_embedding = nn.Embedding(config.codebook_size, c)  # of the first side's code, given to the second
+        self.rows, self.columns = rows, columns = config.grid if config.left_right == 0 else config.grid[::-1]
+        c = config.channels
+        by_distance = sorted(range(rows), key=lambda row: abs(2 * row - (rows - 1)))  # from the midline
+        self.register_buffer("order", torch.tensor(by_distance), persistent=False)
+        self.embedding = nn.Embedding(config.codebook_size, c)
         self.row_embedding = nn.Parameter(0.1 * torch.randn(c, rows, 1))
         self.column_embedding = nn.Parameter(0.1 * torch.randn(c, 1, columns))
         self.position = nn.Linear(1 + 2 * config.position_frequencies, c, bias=False)
@@ -395,28 +396,23 @@ class GatedPixelCNN(nn.Module):
 
     @torch.no_grad()
     def init_embedding(self, embeddings: Tensor) -> None:
-        """Initialise the embeddings of codes from the codebook (K, D), standardised and projected to C at random.
+        """Initialise the embedding of codes from the codebook (K, D), standardised and projected to C.
 
         Codes with similar decodings then start close together, which a few dozen patients could not teach.
         """
         standardised = (embeddings - embeddings.mean(0)) / embeddings.std()
         d, c = embeddings.shape[1], self.config.channels
-        for own in (*self.embeddings, self.first_embedding):
-            cast(nn.Embedding, own).weight.copy_(standardised @ torch.randn(d, c).to(standardised) / d**0.5)
+        projection = torch.eye(d) if d == c else torch.randn(d, c) / d**0.5
+        self.embedding.weight.copy_(standardised @ projection.to(standardised))
 
-    def fold(self, grids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return both sides (..., rows, columns) of grids (..., h, w), from the midline outward.
-
-        If their number is odd, the first side has a row of zeros at its end, which nothing else depends on.
-        """
+    def in_order(self, grids: Tensor) -> Tensor:
+        """Return grids (..., h, w) with their rows in the order in which they are drawn (..., rows, columns)."""
         grids = grids if self.config.left_right == 0 else grids.transpose(-2, -1)
-        half, odd = divmod(grids.shape[-2], 2)
-        return F.pad(grids[..., :half, :].flip(-2), (0, 0, 0, odd)), grids[..., half:, :]
+        return grids.index_select(-2, self.order)
 
-    def unfold(self, first: Tensor, second: Tensor) -> Tensor:
-        """Return grids (..., h, w) of both sides (..., rows, columns)."""
-        half = self.config.grid[self.config.left_right] // 2
-        grids = torch.cat([first[..., :half, :].flip(-2), second], -2)
+    def in_place(self, grids: Tensor) -> Tensor:
+        """Return grids (..., h, w) of rows in the order in which they were drawn (..., rows, columns)."""
+        grids = grids.index_select(-2, self.order.argsort())
         return grids if self.config.left_right == 0 else grids.transpose(-2, -1)
 
     def position_features(self, position: Tensor) -> Tensor:
@@ -435,10 +431,11 @@ class GatedPixelCNN(nn.Module):
             position: (N,) in [0, 1], NaN where it is unknown.
             augmentation: (N, AUGMENTATIONS), of mean 0; None for slices that were not augmented.
         """
-        return self.head[-1](self.features(codes, position, augmentation))
+        return self.in_place(self.head[-1](self.features(self.in_order(codes), position, augmentation)))
 
     def nll(self, codes: Tensor, position: Tensor, augmentation: Tensor | None = None) -> Tensor:
         """Return the mean negative log-likelihood () in nats per code, the training loss; arguments as in `forward`."""
+        codes = self.in_order(codes)
         rows = self.features(codes, position, augmentation).permute(0, 2, 3, 1).flatten(0, 2)
         output = cast(nn.Conv2d, self.head[-1])
         given = rows, output.weight[:, :, 0, 0], output.bias, codes.flatten(), torch.is_grad_enabled()
@@ -447,6 +444,7 @@ class GatedPixelCNN(nn.Module):
     @torch.no_grad()
     def code_nll(self, codes: Tensor, position: Tensor) -> Tensor:
         """Return the negative log-likelihood of each code (N, h, w) in nats; arguments as in `forward`."""
+        codes = self.in_order(codes)
         rows = self.features(codes, position, None).permute(0, 2, 3, 1).flatten(0, 2)
         output = cast(nn.Conv2d, self.head[-1])
         count = rows_per_chunk(rows, self.config.codebook_size)
@@ -454,14 +452,13 @@ class GatedPixelCNN(nn.Module):
             F.cross_entropy(F.linear(chunk, output.weight[:, :, 0, 0], output.bias).float(), own, reduction="none")
             for chunk, own in zip(rows.split(count), codes.flatten().split(count))
         ]
-        return torch.cat(nll).view(codes.shape)
+        return self.in_place(torch.cat(nll).view(codes.shape))
 
     def features(self, codes: Tensor, position: Tensor, augmentation: Tensor | None) -> Tensor:
-        """Return the features before the output layer (N, head_channels, h, w)."""
+        """Return the features before the output layer (N, head_channels, rows, columns), of codes `in_order`."""
         if self.training:
             codes = self.replace_at_random(codes)
-        first, second = self.fold(codes)
-        x = self.embed(first, second).permute(0, 3, 1, 2)  # (N, C, rows, columns)
+        x = self.embedding(codes).permute(0, 3, 1, 2)  # (N, C, rows, columns)
         conditioning = self.position_features(position)  # (N, C)
         if augmentation is not None:
             conditioning = conditioning + self.augmentation(augmentation)
@@ -473,15 +470,10 @@ class GatedPixelCNN(nn.Module):
         h = F.pad(x, (1, 0, 0, 0))[..., :-1] + place_embedding  # column c holds column c-1
         for layer in self.layers:
             v, h = layer(v, h)
-        of_second = h + self.first_embedding(first).permute(0, 3, 1, 2).to(h.dtype)
-        return self.unfold(self.head[:-1](h), self.head[:-1](of_second))
-
-    def embed(self, first: Tensor, second: Tensor) -> Tensor:
-        """Return the embedding (..., C) of the codes (...) of both sides."""
-        return self.embeddings[0](first) + self.embeddings[1](second)
+        return self.head[:-1](h)
 
     def replace_at_random(self, codes: Tensor) -> Tensor:
-        """Return codes (N, h, w) of which up to `code_noise` are replaced by any others."""
+        """Return codes (N, rows, columns) of which up to `code_noise` are replaced by any others."""
         shares = self.config.code_noise * torch.rand(len(codes), 1, 1, device=codes.device)
         replaced = torch.rand(codes.shape, device=codes.device) < shares
         return torch.where(replaced, torch.randint_like(codes, self.config.codebook_size), codes)
@@ -509,7 +501,7 @@ class GatedPixelCNN(nn.Module):
             temperature: Divides the logits; at least MIN_TEMPERATURE.
             top_p: In (0, 1]. Nucleus sampling: keeps the fewest codes that together have at least this probability
                 (Holtzman et al. 2020, arXiv:1904.09751, section 3.1).
-            progress: Called with the number of each row of the folded grid as it begins.
+            progress: Called with the number of each row, in drawing order, as it begins.
 
         Returns:
             Codes (N, h, w) int64.
@@ -523,7 +515,7 @@ class GatedPixelCNN(nn.Module):
             )
         device = position.device
         streams = [torch.Generator(device).manual_seed(stream_seed(seed, sample_id)) for sample_id in sample_ids]
-        noise = torch.empty(len(streams), self.columns, 2, self.config.codebook_size, device=device)
+        noise = torch.empty(len(streams), self.columns, self.config.codebook_size, device=device)
 
         def start_row(row: int) -> None:
             progress(row)
@@ -532,14 +524,14 @@ class GatedPixelCNN(nn.Module):
             noise.clamp_(min=torch.finfo(noise.dtype).tiny)  # uniform_ draws 0 too, whose logarithm is infinite
             noise.log_().neg_().log_()  # Gumbel noise, its sign reversed
 
-        def draw(logits: Tensor, column: int, side: int) -> Tensor:
-            return argmax_in_nucleus(logits / temperature, noise[:, column, side], top_p)
+        def draw(logits: Tensor, column: int) -> Tensor:
+            return argmax_in_nucleus(logits / temperature, noise[:, column], top_p)
 
         return self.generate(position, start_row, draw)
 
     @torch.inference_mode()
     def generate(
-        self, position: Tensor, start_row: Callable[[int], None], draw: Callable[[Tensor, int, int], Tensor]
+        self, position: Tensor, start_row: Callable[[int], None], draw: Callable[[Tensor, int], Tensor]
     ) -> Tensor:
         """Return code grids (N, h, w), generated code by code.
 
@@ -548,8 +540,8 @@ class GatedPixelCNN(nn.Module):
 
         Args:
             position: (N,), as in `sample`.
-            start_row: Called with the number of each row of the folded grid before it is drawn.
-            draw: Maps logits (N, K), a column and a side, 0 or 1, to codes (N,).
+            start_row: Called with the number of each row, in drawing order, before it is drawn.
+            draw: Maps logits (N, K) and a column to codes (N,).
         """
         sampler = RowSampler(self, position, draw)
         rows = []
@@ -559,23 +551,21 @@ class GatedPixelCNN(nn.Module):
                 start_row(row)
                 sample_row()
                 rows.append(sampler.codes.clone())
-        return self.unfold(*torch.stack(rows, 2).unbind(1))
+        return self.in_place(torch.stack(rows, 1))
 
 
 # ---------------------------------------------------------------- sampler
 
 
 class RowSampler:
-    """Incremental sampling, row by row of the folded grid.
-
-    The vertical stack runs once per row, the horizontal stack once per place, the output layers once per code.
+    """Incremental sampling, row by row: the vertical stack runs once per row, the horizontal stack once per code.
 
     Caches what later steps need: `dilation` rows of each vertical layer, one row of each horizontal layer (Ramachandran
     et al. 2017, arXiv:1704.06001). Memory grows with N, not with the grid squared. All state that passes from row to
     row, including the row's number, stays at fixed addresses, so that a captured row can be replayed.
     """
 
-    def __init__(self, prior: GatedPixelCNN, position: Tensor, draw: Callable[[Tensor, int, int], Tensor]):
+    def __init__(self, prior: GatedPixelCNN, position: Tensor, draw: Callable[[Tensor, int], Tensor]):
         self.prior, self.draw = prior, draw
         self.layers = cast(list[GatedLayer], list(prior.layers))
         self.head = cast(nn.Conv2d, prior.head[1]), cast(nn.Conv2d, prior.head[3])
@@ -583,17 +573,16 @@ class RowSampler:
         self.conditioning = prior.position_features(position)  # (N, C)
         n, c, columns = *self.conditioning.shape, prior.columns
         self.row = torch.zeros(1, dtype=torch.int64, device=position.device)
-        self.codes = self.row.new_zeros(n, 2, columns)
-        self.first_exists = self.row.new_ones(prior.rows)  # in each row, see `GatedPixelCNN.fold`
-        self.first_exists[-1] -= prior.config.grid[prior.config.left_right] % 2
+        self.codes = self.row.new_zeros(n, columns)
         self.previous_row = self.conditioning.new_zeros(n, c, columns)  # embedded
         self.row_caches = [self.conditioning.new_zeros(layer.rows, n, c, columns) for layer in self.layers]
 
     def sample_row(self) -> None:
-        """Draw the next row of codes of both sides into `codes` (N, 2, columns)."""
+        """Draw the next row of codes into `codes` (N, w)."""
         prior = self.prior
-        place_embedding = prior.row_embedding.index_select(1, self.row) + prior.column_embedding  # (C, 1, columns)
-        place_embedding = place_embedding.permute(2, 1, 0) + self.conditioning  # (columns, N, C)
+        first, last = self.head
+        place_embedding = prior.row_embedding.index_select(1, self.row) + prior.column_embedding  # (C, 1, w)
+        place_embedding = place_embedding.permute(2, 1, 0) + self.conditioning  # (w, N, C)
         links = self.vertical_row(self.previous_row + place_embedding.permute(1, 2, 0))
         past_inputs: list[list[Tensor]] = [[] for _ in self.layers]
         x = self.conditioning.new_zeros(self.conditioning.shape)
@@ -605,18 +594,12 @@ class RowSampler:
                     gates.addmm_(inputs[column - layer.left], past)
                 inputs.append(h)
                 h = torch.addmm(h, F.glu(gates, 1), output)
-            first = self.draw(self.logits(h), column, 0) * self.first_exists.index_select(0, self.row)
-            second = self.draw(self.logits(h + prior.first_embedding(first)), column, 1)
-            self.codes[:, 0, column], self.codes[:, 1, column] = first, second
-            x = prior.embed(first, second)
-        self.previous_row.copy_(prior.embed(*self.codes.unbind(1)).transpose(1, 2))
+            hidden = F.linear(h.relu(), first.weight[:, :, 0, 0], first.bias).relu()
+            codes = self.draw(F.linear(hidden, last.weight[:, :, 0, 0], last.bias), column)
+            self.codes[:, column] = codes
+            x = prior.embedding(codes)
+        self.previous_row.copy_(prior.embedding(self.codes).transpose(1, 2))
         self.row += 1
-
-    def logits(self, h: Tensor) -> Tensor:
-        """Return the logits (N, K) of features (N, C)."""
-        first, last = self.head
-        hidden = F.linear(h.relu(), first.weight[:, :, 0, 0], first.bias).relu()
-        return F.linear(hidden, last.weight[:, :, 0, 0], last.bias)
 
     def vertical_row(self, v: Tensor) -> list[Tensor]:
         """Run the vertical stack on one row (N, C, w); return its links to the horizontal stack, each (w, N, 2C)."""

@@ -40,8 +40,9 @@ COPIED_SLICES = 4096  # at a time to a GPU's memory: 128 MB of 256x128
 
 
 def make_optimiser(network: nn.Module, options: TrainConfig) -> torch.optim.Optimizer:
-    """Return the optimiser of all three networks: Adam (Kingma and Ba 2015, arXiv:1412.6980)."""
-    return torch.optim.Adam(network.parameters(), betas=(options.adam_beta1, options.adam_beta2), fused=True)
+    """Return the optimiser of all three networks: Adam with decoupled weight decay (arXiv:1711.05101, algorithm 2)."""
+    betas, decay = (options.adam_beta1, options.adam_beta2), options.weight_decay
+    return torch.optim.AdamW(network.parameters(), betas=betas, weight_decay=decay, fused=True)
 
 
 def schedule(update: int, total: int, warmup: int) -> float:

@@ -201,44 +201,31 @@ def test_dilations_add_up_to_every_distance(distance):
 
 
 def influences(prior, codes, places):
-    """For each place (row, column), the gradient's size of its logits in the embedding of every code (h, w).
-
-    A code has one embedding in the stacks and, on the first side, one that the second side's code is given.
-    """
+    """For each place (row, column), the gradient's size of its logits in the embedding of every code (h, w)."""
     inputs = []
 
     def detach(layer, given, output):
         inputs.append(output.detach().requires_grad_())
         return inputs[-1]
 
-    for layer in (*prior.embeddings, prior.first_embedding):
-        layer.register_forward_hook(detach)
+    prior.embedding.register_forward_hook(detach)
     logits = prior(codes, torch.rand(len(codes)))
     for row, column in places:
-        gradients = torch.autograd.grad(
-            logits[0, :, row, column].square().sum(),
-            inputs,
-            retain_graph=True,
-            allow_unused=True,
-            materialize_grads=True,
-        )
-        first, second, given = (gradient.abs().sum(-1) for gradient in gradients)
-        yield prior.unfold(first + given, second)[0]
+        own = logits[0, :, row, column].square().sum()
+        (gradient,) = torch.autograd.grad(own, inputs, retain_graph=True, materialize_grads=True)
+        yield prior.in_place(gradient.abs().sum(-1))[0]
 
 
-def order(grid, left_right):
-    """The number of each code (h, w) in the order of drawing: pairs of rows from the midline, column by column."""
-    sides, columns = grid if left_right == 0 else grid[::-1]
-    numbers, middle = np.zeros((sides, columns), dtype=int), sides // 2
-    places = [
-        (row, column)
-        for distance in range((sides + 1) // 2)
-        for column in range(columns)
-        for row in (middle - 1 - distance, middle + distance)
-        if row >= 0
-    ]
-    for number, place in enumerate(places):
-        numbers[place] = number
+def numbered(grid, left_right):
+    """The number of each code (h, w) in the order of drawing: rows from the midline outward, in pairs."""
+    rows, columns = grid if left_right == 0 else grid[::-1]
+    above, below = (rows - 1) // 2, rows // 2  # the same row if their number is odd
+    order = [above, below] if above < below else [above]
+    while above > 0:
+        above, below = above - 1, below + 1
+        order += [above, below]
+    numbers = np.zeros((rows, columns), dtype=int)
+    numbers[order] = np.arange(rows * columns).reshape(rows, columns)
     return torch.from_numpy(numbers if left_right == 0 else numbers.T)
 
 
@@ -248,7 +235,7 @@ def order(grid, left_right):
 def test_prior_is_causal_without_a_blind_spot(grid, left_right, cycles):
     """A logit depends on every earlier code (no blind spot, whole grid as receptive field), on no later one."""
     prior = small_prior(grid, left_right=left_right, dilation_cycles=cycles)
-    numbers, places = order(grid, left_right), list(np.ndindex(grid))
+    numbers, places = numbered(grid, left_right), list(np.ndindex(grid))
     assert sorted(numbers.flatten().tolist()) == list(range(len(places)))
     for place, influence in zip(places, influences(prior, torch.randint(11, (1, *grid)), places)):
         assert torch.equal(influence > 0, numbers < numbers[place]), place
@@ -257,7 +244,7 @@ def test_prior_is_causal_without_a_blind_spot(grid, left_right, cycles):
 def test_prior_is_causal_on_the_grid_of_the_full_preset():
     """The same at the corners and the centre of the grid that --preset full trains on."""
     shape = PriorConfig(channels=8, codebook_size=11, head_channels=16, dilation_cycles=1)
-    prior, numbers = GatedPixelCNN(shape).double().eval(), order((64, 32), 0)
+    prior, numbers = GatedPixelCNN(shape).double().eval(), numbered((64, 32), 0)
     places = [(63, 31), (63, 0), (0, 31), (0, 0), (32, 16), (31, 16), (1, 0), (1, 31)]
     for place, influence in zip(places, influences(prior, torch.randint(11, (1, 64, 32)), places)):
         assert torch.equal(influence > 0, numbers < numbers[place]), place
@@ -265,38 +252,31 @@ def test_prior_is_causal_on_the_grid_of_the_full_preset():
 
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("left_right", [0, 1])
-def test_a_grid_is_folded_at_its_midline(grid, left_right):
-    """Codes as far left of it as right lie on each other; unfolding gives the grid."""
+def test_rows_are_drawn_from_the_midline_outward(grid, left_right):
     prior = small_prior(grid, left_right=left_right)
-    numbers = torch.arange(math.prod(grid)).view(1, *grid)
-    first, second = prior.fold(numbers)
-    assert first.shape == second.shape == (1, prior.rows, prior.columns)
-    assert torch.equal(prior.unfold(first, second), numbers)
-    mirrored = numbers.flip(1 + left_right)
-    half = grid[left_right] // 2
-    assert torch.equal(first[:, :half], prior.fold(mirrored)[1][:, grid[left_right] % 2 :][:, :half])
+    numbers = numbered(grid, left_right)
+    ordered = prior.in_order(numbers)
+    assert torch.equal(ordered, torch.arange(math.prod(grid)).view(prior.rows, prior.columns))
+    assert torch.equal(prior.in_place(ordered), numbers)
 
 
 def cached_logits(prior, codes, position):
     """The logits of cached sampling, forced to draw the given codes."""
-    sides = torch.stack(prior.fold(codes), 1)  # (N, 2, rows, columns)
-    if prior.config.grid[prior.config.left_right] % 2:
-        sides[:, 0, -1] = 3  # what is drawn beside the grid must not matter
-    given = sides[:, :, 0].clone()
+    ordered = prior.in_order(codes)
+    given = ordered[:, 0].clone()
     logits = torch.empty(*given.shape, prior.config.codebook_size, dtype=prior.row_embedding.dtype, device=codes.device)
     rows = []
 
     def begin(row):
         rows.append(logits.clone())
-        given.copy_(sides[:, :, row])
+        given.copy_(ordered[:, row])
 
-    def draw(step, column, side):
-        logits[:, side, column] = step
-        return given[:, side, column]
+    def draw(step, column):
+        logits[:, column] = step
+        return given[:, column]
 
     assert torch.equal(prior.generate(position, begin, draw), codes)
-    first, second = torch.stack([*rows[1:], logits], 2).permute(1, 0, 4, 2, 3)  # each (N, K, rows, columns)
-    return prior.unfold(first, second)
+    return prior.in_place(torch.stack([*rows[1:], logits], 1).permute(0, 3, 1, 2))
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -325,7 +305,7 @@ def test_cuda_graph_sampling_equals_the_full_forward():
 def test_sampler_reset_clears_all_caches():
     """Capturing a CUDA graph runs a row before the first one."""
     prior = small_prior((9, 7))
-    sampler = RowSampler(prior, torch.rand(3), lambda logits, column, side: logits.argmax(1))
+    sampler = RowSampler(prior, torch.rand(3), lambda logits, column: logits.argmax(1))
     runs = []
     with torch.inference_mode():
         for _ in range(2):
@@ -435,11 +415,10 @@ def test_init_embedding_keeps_distances_of_the_codebook(dim):
     embeddings = 7 + 3 * torch.randn(300, dim, dtype=torch.float64)
     embeddings[150:] = embeddings[:150] + 0.01
     prior.init_embedding(embeddings)
-    for layer in (*prior.embeddings, prior.first_embedding):
-        weight = layer.weight.detach()
-        between = (weight[1:150] - weight[:149]).norm(dim=1)
-        assert 0.8 < weight.std() < 1.2
-        assert (weight[150:] - weight[:150]).norm(dim=1).max() < 0.05 * between.mean()
+    weight = prior.embedding.weight.detach()
+    between = (weight[1:150] - weight[:149]).norm(dim=1)
+    assert 0.8 < weight.std() < 1.2
+    assert (weight[150:] - weight[:150]).norm(dim=1).max() < 0.05 * between.mean()
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from trainings import arguments, assert_same_run, at_updates, checkpoint_header,
 import checkpoints
 import train
 import trainer
+from config import TrainConfig
 from console import RunError
 from dataset import load_dataset
 from modules import GatedPixelCNN, PriorConfig
@@ -81,6 +82,16 @@ def test_gradient_clipping_uses_the_norm_over_all_weights(length, kept):
     moments = [made.optimiser.state[weight]["exp_avg"].item() for weight in layer.parameters()]
     assert moments == pytest.approx([0.06 * kept, 0.08 * kept])
     assert made.losses["gradient_norm"][0].item() == pytest.approx(length)
+
+
+def test_weight_decay_shrinks_weights_by_its_share_of_the_learning_rate():
+    layer = torch.nn.Linear(1, 1)
+    optimiser = trainer.make_optimiser(layer, TrainConfig(weight_decay=0.3))
+    optimiser.param_groups[0]["lr"] = 0.01
+    before = layer.weight.item()
+    layer.weight.grad = torch.zeros(1, 1)
+    optimiser.step()
+    assert layer.weight.item() == pytest.approx(before * (1 - 0.003))
 
 
 def test_ema_weights_are_kept_only_if_requested():
