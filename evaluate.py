@@ -179,7 +179,8 @@ def evaluate(options: EvaluateOptions, config: RunConfig, networks: Networks, de
     make_folder(options.images)  # fails now rather than after minutes
     held_out, held_out_name = getattr(data, options.split), f"{SPLIT_TITLES[options.split]} slices"
     count = options.num or max(DEFAULT_NUM, len(held_out))
-    drawn = draw_samples(options, networks, draw_positions(range(count), options.seed, config.positions), device)
+    positions = draw_positions(range(count), options.seed, config.positions)
+    drawn = draw_samples(options, networks, range(count), positions, device)
     samples = SliceSet(round_to_grey_levels(drawn.slices.to(device)), range(count))
     real = select(held_out, np.arange(len(held_out)), device)
     chosen = np.sort(np.random.default_rng(0).permutation(len(data.train))[:count])

@@ -8,6 +8,7 @@ and writes files.
 from __future__ import annotations
 
 import errno
+import gzip
 import os
 import struct
 import zlib
@@ -104,17 +105,16 @@ def read_shape(path: str | Path) -> tuple[int, int] | None:
         return None
 
 
-def write_slice(path: Path, pixels: np.ndarray, affine: np.ndarray) -> None:
-    """Write a slice as float32 NIfTI.
+def encode_slice(pixels: np.ndarray, affine: np.ndarray) -> bytes:
+    """Return the content of a `.nii.gz` file of a slice as float32, the same bytes for the same pixels.
 
     Args:
-        path: The file, gzipped if it ends in .gz.
         pixels: (H, W).
         affine: (4, 4) from pixel indices to mm.
     """
     image = nib.Nifti1Image(pixels.astype(np.float32), affine)
     image.header.set_xyzt_units("mm")
-    nib.save(image, path)
+    return gzip.compress(image.to_bytes(), 1, mtime=0)  # a higher level takes longer and saves less than 1 %
 
 
 # ---------------------------------------------------------------- content

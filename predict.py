@@ -5,11 +5,14 @@ python predict.py --run runs/default --reconstruct FILE_OR_FOLDER --out reconstr
 """
 
 import csv
+import hashlib
 import os
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,17 +28,19 @@ from console import Parser, RunError, log_notices, logger, nonempty, number, pri
 from dataset import SAME_SPACING, denormalize, read_slices
 from metrics import reconstruction_metrics
 from modules import MIN_TEMPERATURE, VQVAE, GatedPixelCNN, PriorConfig, VQVAEConfig
-from nifti import write_slice
+from nifti import encode_slice
 from plots import caption, evenly_spaced, reconstructions_figure, samples_figure
 from refiner import MICRO_BATCH_PIXELS, Refiner, RefinerConfig
-from utils import autocast, channels_last, check_folder, pick_device, writing
+from samples import SIX_DIGITS, SampleFolder, prepare_folder
+from utils import autocast, channels_last, check_folder, pick_device, write_file
 
 DEFAULT_NUM = 64  # samples
 MAX_NUM = 10**6  # samples: their file names have six digits
 MAX_SHOWN = 64  # samples in the figure
 TOP_P = 0.995  # with 1, one of 30 samples has a broken outline
-SIX_DIGITS = "[0-9]" * 6  # glob pattern of the sample's number
 MAX_NAME_BYTES = 200  # of a slice's name within a file name, which may have 255
+READ_FILES = ("config.json", "vqvae.safetensors", "prior.safetensors", "refiner.safetensors")
+WRITERS = 2  # threads that write slices while the next ones are computed
 REFINER_BATCH_SIZE = 64  # slices refined at a time on a GPU: 0.9 GB for 256x128
 
 
@@ -59,6 +64,7 @@ class PredictOptions(SamplingOptions):
     """Options of predict.py."""
 
     num: int
+    first: int | None
     out: Path
     position: float | None
     reconstruct: list[Path] | None
@@ -74,6 +80,12 @@ def parse_options(arguments: Sequence[str] | None) -> PredictOptions:
         default=DEFAULT_NUM,
         metavar="N",
         help="slices to sample (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--first",
+        type=number(int, 0, MAX_NUM - 1),
+        metavar="N",
+        help="number of the first sample: several processes can share the work, and --out (default: 0)",
     )
     parser.add_argument(
         "--out", type=nonempty(Path), default=Path("samples"), help="folder of slices (default: %(default)s)"
@@ -155,28 +167,6 @@ def describe_sampling(options: SamplingOptions) -> str:
 # ---------------------------------------------------------------- output files
 
 
-def prepare_folder(out: Path, patterns: Sequence[str]) -> None:
-    """Make the output folder, and remove the files of an earlier call. Call it once the new ones are computed."""
-    with writing(f"--out {out}"):
-        out.mkdir(parents=True, exist_ok=True)
-        old = [path for pattern in patterns for path in out.glob(pattern)]
-        for path in old:
-            path.unlink()
-    if old:
-        say(f"{out} held {len(old)} files of an earlier call: replaced")
-
-
-@contextmanager
-def remove_on_error(path: Path) -> Iterator[Path]:
-    """Remove a partly written file if writing it fails. Raises RunError, which names the file, for an OSError."""
-    try:
-        with writing(path):
-            yield path
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
-
-
 def truncate_name(name: str) -> str:
     """Truncate a name to at most MAX_NAME_BYTES bytes."""
     while len(os.fsencode(name)) > MAX_NAME_BYTES:
@@ -224,97 +214,132 @@ def draw_positions(sample_ids: Sequence[int], seed: int, distribution: Positions
     return torch.from_numpy(positions).float()
 
 
-def draw_samples(options: SamplingOptions, networks: Networks, positions: Tensor, device: torch.device) -> Samples:
-    """Draw samples 0 to N - 1 at positions (N,); they do not depend on the batch size."""
+def draw_samples(
+    options: SamplingOptions, networks: Networks, sample_ids: Sequence[int], positions: Tensor, device: torch.device
+) -> Samples:
+    """Draw samples of N ids at positions (N,); they do not depend on the batch size."""
     start = time.perf_counter()
-    codes = sample_codes(options, networks.prior, positions, device)
+    codes = sample_codes(options, networks.prior, sample_ids, positions, device)
     codes_done = time.perf_counter()
-    slices = refine(options, networks, range(len(codes)), codes, device)
+    slices = refine(options, networks, sample_ids, codes, device)
     return Samples(slices, codes, positions, (codes_done - start, time.perf_counter() - codes_done))
 
 
-def sample_codes(options: SamplingOptions, prior: GatedPixelCNN, positions: Tensor, device: torch.device) -> Tensor:
-    """Draw the code grids (N, h, w) of samples 0 to N - 1 at positions (N,); return them on the CPU."""
+def sample_codes(
+    options: SamplingOptions, prior: GatedPixelCNN, sample_ids: Sequence[int], positions: Tensor, device: torch.device
+) -> Tensor:
+    """Draw the code grids (N, h, w) of N sample ids at positions (N,); return them on the CPU."""
     settings = options.seed, options.temperature, options.top_p
-    with tqdm(total=len(positions) * prior.rows, desc="codes", unit="row", disable=None) as bar:
+    with tqdm(total=len(positions), desc="codes", unit="slice", leave=False, disable=None) as bar:
 
-        def sample_batch(batch: range) -> Tensor:
-            def progress(row: int) -> None:
-                bar.update(len(batch))
+        def progress(row: int) -> None:
+            bar.set_postfix_str(f"row {row + 1} of {prior.rows}")
 
-            own_positions = positions[batch.start : batch.stop].to(device)
-            return prior.sample(batch, own_positions, *settings, progress=progress).cpu()
+        def sample_batch(indices: list[int]) -> Tensor:
+            ids = [sample_ids[i] for i in indices]
+            return prior.sample(ids, positions[indices].to(device), *settings, progress=progress)
 
-        return torch.cat(list(split_to_fit(sample_batch, len(positions), options.batch_size)))
+        return torch.cat(list(split_to_fit(sample_batch, bar, options.batch_size)))
 
 
 def refine(
     options: SamplingOptions, networks: Networks, sample_ids: Sequence[int], codes: Tensor, device: torch.device
 ) -> Tensor:
     """Decode codes (N, h, w) and refine them for N sample ids; return slices (N, 1, H, W) on the CPU."""
+    settings = networks.vqvae, options.seed, options.refiner_noise
     pixels = codes[0].numel() * networks.vqvae.config.downsampling**2
-    size = REFINER_BATCH_SIZE if device.type == "cuda" else max(1, MICRO_BATCH_PIXELS // pixels)
-    with tqdm(total=len(codes), desc="refining", unit="slice", disable=None) as bar:
+    fastest = REFINER_BATCH_SIZE if device.type == "cuda" else max(1, MICRO_BATCH_PIXELS // pixels)
+    with tqdm(total=len(codes), desc="refining", unit="slice", leave=False, disable=None) as bar:
 
-        def refine_batch(batch: range) -> Tensor:
-            own_ids, own_codes = sample_ids[batch.start : batch.stop], codes[batch.start : batch.stop].to(device)
+        def refine_batch(indices: list[int]) -> Tensor:
+            ids = [sample_ids[i] for i in indices]
             with autocast(device):
-                slices = networks.refiner.sample(
-                    own_ids, own_codes, networks.vqvae, options.seed, options.refiner_noise
-                )
-            bar.update(len(batch))
-            return slices.cpu()
+                return networks.refiner.sample(ids, codes[indices].to(device), *settings)
 
-        return torch.cat(list(split_to_fit(refine_batch, len(codes), size)))
+        return torch.cat(list(split_to_fit(refine_batch, bar, min(fastest, options.batch_size))))
 
 
-def split_to_fit(compute: Callable[[range], Tensor], count: int, size: int) -> Iterator[Tensor]:
-    """Yield `compute` of consecutive batches of [0, count), halving the batch size when a GPU runs out of memory.
+def split_to_fit(compute: Callable[[list[int]], Tensor], bar: tqdm, size: int) -> Iterator[Tensor]:
+    """Yield `compute` of consecutive batches of indices, on the CPU; halve their size if a GPU runs out of memory.
+
+    The last batch is filled up with copies of its last index. All batches then have the same size, and a sample is the
+    same to the last bit however many are drawn: the rounding of a matrix product depends on the number of its rows.
 
     Args:
         compute: Maps a batch of indices to its result.
-        count: Number of indices.
+        bar: Counts the indices, whose number is its total.
         size: Initial batch size.
 
     Raises:
         RunError: The memory does not suffice for a batch of one.
     """
     start = 0
-    while start < count:
-        batch, result = range(start, min(start + size, count)), None
+    while start < bar.total:
+        batch, result = range(start, min(start + size, bar.total)), None
         with suppress(torch.OutOfMemoryError):
-            result = compute(batch)
+            result = compute([*batch, *[batch[-1]] * (size - len(batch))])[: len(batch)].cpu()
         if result is not None:
             yield result
+            bar.update(len(batch))
             start = batch.stop
-        elif len(batch) == 1:
+        elif size == 1:
             raise RunError("the GPU's memory does not suffice for a single slice: free some of it, or try --device cpu")
         else:
             torch.cuda.empty_cache()
-            size = len(batch) // 2
+            size = max(1, size // 2)
 
 
 def sample(options: PredictOptions, config: RunConfig, networks: Networks, device: torch.device) -> None:
-    """Draw samples; write the slices, their codes and a figure."""
-    positions = draw_positions(range(options.num), options.seed, config.positions)
-    if options.position is not None:
-        positions = torch.full((options.num,), options.position)
-    samples = draw_samples(options, networks, positions, device)
-    slices = samples.slices[:, 0].numpy()
-    prepare_folder(options.out, (f"sample_{SIX_DIGITS}.nii.gz", "codes.npy"))
-    with remove_on_error(options.out / "codes.npy") as path:
-        np.save(path, samples.codes.numpy().astype(np.uint16))
-    affine = np.array(config.affine)
-    for i, pixels in enumerate(denormalize(slices, config.intensity.scale)):
-        with remove_on_error(options.out / f"sample_{i:06d}.nii.gz") as path:
-            write_slice(path, pixels, affine)
-    shown = min(len(slices), MAX_SHOWN)
-    samples_figure(options.images / "samples.png", slices[:shown], f"{shown} samples, {describe_sampling(options)}")
-    seconds = samples.seconds
+    """Draw samples batch by batch; write the slices, their codes and a figure. Memory does not grow with their number.
+
+    A slice that --out already holds, drawn with the same settings, is not drawn again.
+    """
+    numbers = range(options.first or 0, (options.first or 0) + options.num)
+    folder = SampleFolder(options.out, numbers, options.first is not None, sampling_settings(options, device), config)
+    missing = [n for n in numbers if not folder.holds(n)]
+    seconds, written = np.zeros(2), list[Future[None]]()
+    with (
+        ThreadPoolExecutor(WRITERS) as writers,
+        tqdm(total=len(missing), desc="samples", unit="slice", disable=None) as bar,
+    ):
+        for start in range(0, len(missing), options.batch_size):
+            ids = missing[start : start + options.batch_size]
+            samples = draw_samples(options, networks, ids, positions_of(ids, options, config), device)
+            for future in written:  # of the batch before: no more than two are in memory
+                future.result()
+            folder.write_codes(ids, samples.codes.numpy())
+            written = [writers.submit(folder.write, n, pixels) for n, pixels in zip(ids, samples.slices[:, 0].numpy())]
+            seconds += samples.seconds
+            bar.update(len(ids))
+        for future in written:
+            future.result()
+    shown = numbers[:MAX_SHOWN]
+    title = f"{len(shown)} samples, {describe_sampling(options)}"
+    samples_figure(options.images / "samples.png", np.stack([folder.read(n) for n in shown]), title)
+    if len(missing) < len(numbers):
+        say(f"{options.out} held {len(numbers) - len(missing)} of {len(numbers)} slices, of an earlier call")
+    total = max(seconds.sum(), 1e-9)
     say(
-        f"{len(slices)} slices in {sum(seconds):.1f} s ({len(slices) / sum(seconds):.1f} slices/s; codes "
-        f"{seconds[0]:.1f} s, decoding {seconds[1]:.1f} s): {options.out}, {options.images / 'samples.png'}"
+        f"{len(missing)} slices in {total:.1f} s ({len(missing) / total:.1f} slices/s; codes {seconds[0]:.1f} s, "
+        f"decoding {seconds[1]:.1f} s): {options.out}, {options.images / 'samples.png'}"
     )
+
+
+def sampling_settings(options: PredictOptions, device: torch.device) -> dict[str, Any]:
+    """Return all that samples depend on besides their numbers."""
+    digest = hashlib.sha256()
+    for name in READ_FILES:
+        digest.update((options.run / name).read_bytes())
+    names = ("seed", "temperature", "top_p", "refiner_noise", "position")
+    chosen = {name: getattr(options, name) for name in names}
+    return chosen | {"device": device.type, "torch": torch.__version__, "sha256_of_run": digest.hexdigest()}
+
+
+def positions_of(sample_ids: Sequence[int], options: PredictOptions, config: RunConfig) -> Tensor:
+    """Return the positions (N,) of N samples: --position, or drawn."""
+    if options.position is not None:
+        return torch.full((len(sample_ids),), options.position)
+    return draw_positions(sample_ids, options.seed, config.positions)
 
 
 # ---------------------------------------------------------------- reconstruction
@@ -335,6 +360,14 @@ def warn_of_geometry(affines: Sequence[np.ndarray], training_affine: np.ndarray)
     others = sum(nib.aff2axcodes(affine)[:2] != orientation for affine in affines)
     if others:
         logger.warning(f"{others} slices have another orientation than training slices: they are not reoriented")
+
+
+def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write a table of SSIM and PSNR, a row for each slice, as CSV."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ("slice", "ssim", "psnr"))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def reconstruct(options: PredictOptions, config: RunConfig, vqvae: VQVAE, device: torch.device) -> None:
@@ -363,13 +396,9 @@ def reconstruct(options: PredictOptions, config: RunConfig, vqvae: VQVAE, device
     for i, affine in enumerate(affines):
         name = f"{i:06d}_{truncate_name(Path(slices.names[i]).name.removesuffix('.gz').removesuffix('.nii'))}"
         for kind, pixels in (("original", originals[i]), ("reconstruction", reconstructions[i])):
-            with remove_on_error(options.out / f"{name}_{kind}.nii.gz") as path:
-                write_slice(path, denormalize(pixels, slices.scales[i]), affine)
-    table = options.out / "reconstructions.csv"
-    with remove_on_error(table), open(table, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ("slice", "ssim", "psnr"))
-        writer.writeheader()
-        writer.writerows(rows)
+            content = encode_slice(denormalize(pixels, slices.scales[i]), affine)
+            write_file(options.out / f"{name}_{kind}.nii.gz", partial(Path.write_bytes, data=content))
+    write_file(options.out / "reconstructions.csv", lambda part: write_table(part, rows))
     shown = evenly_spaced(len(slices))
     titles = [f"{caption(slices.names[i])}\nSSIM {rows[i]['ssim']:.3f}" for i in shown]
     reconstructions_figure(options.images / "reconstructions.png", originals[shown], reconstructions[shown], titles)
@@ -442,6 +471,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.reconstruct:
         reconstruct(options, config, vqvae, device)
         return
+    if (options.first or 0) + options.num > MAX_NUM:
+        raise RunError(f"--first and --num together must be at most {MAX_NUM}: file names have six digits")
     networks = load_networks(options.run, config, vqvae, device)
     check_position(options, config)
     warn_if_incomplete(options.run)

@@ -27,7 +27,7 @@ def sample_and_decode(networks: predict.Networks, device: torch.device) -> torch
     """Return slices (N, 1, 256, 128) on the host, sampled as in predict.py."""
     count, batch = SLICES[device.type]
     options = predict.parse_options(["--batch-size", str(batch)])
-    return predict.draw_samples(options, networks, torch.full((count,), 0.5), device).slices
+    return predict.draw_samples(options, networks, range(count), torch.full((count,), 0.5), device).slices
 
 
 def refine_in_batches(networks: predict.Networks, codes: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -233,7 +233,7 @@ def test_copying_metrics_detect_a_model_that_copies(evaluated, trained, monkeypa
     data = load_dataset(str(trained.data), (64, 32), (4, 4), 0)
     copies = data.train.batch(range(6)).flip(2)
 
-    def draw_samples(options, networks, positions, device):
+    def draw_samples(options, networks, sample_ids, positions, device):
         return predict.Samples(copies, torch.zeros(6, 16, 8, dtype=torch.int64), torch.linspace(0, 1, 6), (1.0, 1.0))
 
     monkeypatch.setattr(evaluate, "draw_samples", draw_samples)

@@ -2,9 +2,11 @@
 
 import csv
 import errno
+import gc
 import json
 import re
 import shutil
+import weakref
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -59,7 +61,7 @@ def codes_of(folder):
 def test_sampling_writes_numbered_slices_codes_and_a_figure(call, tmp_path, capsys):
     folder = call(num=11, batch_size=4)
     names = [f"sample_{n:06d}.nii.gz" for n in range(11)]
-    assert sorted(path.name for path in folder.iterdir()) == ["codes.npy", *names]
+    assert sorted(path.name for path in folder.iterdir()) == ["codes.npy", *names, "samples.json"]
     assert [path.name for path in (tmp_path / "images").iterdir()] == ["samples.png"]
     assert imread(tmp_path / "images" / "samples.png").shape[1] >= 8 * 64
     assert "11 slices" in capsys.readouterr().out
@@ -211,18 +213,108 @@ def test_positions_have_the_distribution_of_the_training_slices():
     assert predict.draw_positions(range(3), 0, Positions(quantiles=[], unknown=1)).isnan().all()
 
 
-def test_samples_of_an_earlier_call_are_replaced_with_a_notice(call, capsys):
+# ---------------------------------------------------------------- the folder of samples
+
+
+def content(folder):
+    """The bytes of each file in a folder."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def count_drawn(monkeypatch):
+    """The ids of samples whose codes are drawn from now on."""
+    drawn, draw = [], GatedPixelCNN.sample
+
+    def counted(prior, sample_ids, *args, **kwargs):
+        drawn.extend(dict.fromkeys(sample_ids))  # a batch is filled up with its last id
+        return draw(prior, sample_ids, *args, **kwargs)
+
+    monkeypatch.setattr(GatedPixelCNN, "sample", counted)
+    return drawn
+
+
+def test_samples_of_other_settings_are_replaced_with_a_notice(call, capsys):
     folder = call(num=5)
     assert "replaced" not in capsys.readouterr().out
     (folder / "notes.txt").write_text("mine")
-    call(num=2)
-    assert "6 files of an earlier call: replaced" in capsys.readouterr().out
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "codes.npy",
-        "notes.txt",
-        "sample_000000.nii.gz",
-        "sample_000001.nii.gz",
-    ]
+    call(num=2, seed=1)
+    assert "7 files of an earlier call: replaced" in capsys.readouterr().out
+    left = ["codes.npy", "notes.txt", "sample_000000.nii.gz", "sample_000001.nii.gz", "samples.json"]
+    assert sorted(path.name for path in folder.iterdir()) == left
+
+
+@pytest.mark.parametrize("setting", [{"temperature": 0.5}, {"top_p": 0.5}, {"refiner_noise": 0.5}, {"position": 0.5}])
+def test_every_setting_that_changes_samples_is_recorded(call, capsys, setting):
+    call(num=1)
+    call(num=1, **setting)
+    assert "3 files of an earlier call: replaced" in capsys.readouterr().out
+
+
+def test_only_missing_samples_are_drawn(call, monkeypatch, capsys):
+    folder = call(num=5)
+    before = content(folder)
+    drawn = count_drawn(monkeypatch)
+    (folder / "sample_000003.nii.gz").unlink()
+    call(num=5)
+    assert drawn == [3]
+    assert content(folder) == before
+    assert "held 4 of 5 slices" in capsys.readouterr().out
+    call(num=7)
+    assert drawn == [3, 5, 6]
+    assert content(folder) == content(call("all", num=7))
+    call(num=2)  # the others stay
+    assert content(folder) == content(call("all", num=7))
+    assert drawn == [3, 5, 6, *range(7)]
+
+
+@pytest.mark.parametrize("damaged", [b"", b"not a numpy file", None])
+def test_without_usable_codes_all_samples_are_drawn(call, damaged):
+    folder = call(num=3)
+    before = content(folder)
+    (folder / "codes.npy").unlink()
+    if damaged is not None:
+        (folder / "codes.npy").write_bytes(damaged)
+    call(num=3)
+    assert content(folder) == before
+
+
+def test_parts_give_the_files_of_the_whole(call):
+    """In any order, with an uneven batch size; each part has its own file of codes."""
+    whole = content(call("whole", num=9, batch_size=4))
+    for first, num in ((6, 3), (0, 6)):
+        folder = call("parts", first=first, num=num, batch_size=4)
+    parts = content(folder)
+    codes = np.concatenate([np.load(folder / f"codes_{first:06d}.npy") for first in (0, 6)])
+    np.testing.assert_array_equal(codes, codes_of(folder.with_name("whole")))
+    for name in ("codes_000000.npy", "codes_000006.npy"):
+        del parts[name]
+    del whole["codes.npy"]
+    assert parts == whole
+
+
+def test_a_part_is_not_added_to_samples_of_other_settings(call):
+    before = content(call("out", num=2))
+    with pytest.raises(RunError, match="samples of other settings: choose another folder"):
+        call("out", first=2, num=2, seed=1)
+    assert content(call("out", num=2)) == before
+
+
+def test_memory_does_not_grow_with_the_number_of_samples(call, monkeypatch):
+    """No more than two batches of slices are alive, the one being written and the next."""
+    alive, draw = [], predict.draw_samples
+
+    def counted(*args):
+        gc.collect()
+        alive.append(sum(reference() is not None for reference in references))
+        samples = draw(*args)
+        references.append(weakref.ref(samples.slices))
+        return samples
+
+    references = []
+    monkeypatch.setattr(predict, "draw_samples", counted)
+    call(num=8, batch_size=1)
+    assert len(alive) == 8
+    assert max(alive) <= 2
 
 
 # ---------------------------------------------------------------- reconstructions
@@ -415,14 +507,15 @@ def test_interrupted_sampling_keeps_the_files_of_an_earlier_call(call, trained, 
 def test_a_full_disk_is_an_error_that_names_the_file(call, trained, tmp_path, monkeypatch, task):
     """The truncated file is removed."""
 
-    def write(path, *_):
-        path.write_bytes(b"truncated")
+    def write(path, data):
+        with open(path, "wb") as file:
+            file.write(data[:100])
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(predict, "write_slice", write)
+    monkeypatch.setattr(Path, "write_bytes", write)
     with pytest.raises(RunError, match=r"samples/\S*000000\S*\.nii\.gz cannot be written: No space left on device"):
         call(**{task: 2 if task == "num" else trained.data / "keras_slices_test"})
-    assert not list((tmp_path / "samples").glob("*.nii.gz"))
+    assert not list((tmp_path / "samples").glob("*.nii.gz*"))
 
 
 def test_another_orientation_than_in_training_prints_a_warning(call, trained, tmp_path, caplog):

@@ -1110,7 +1110,8 @@ def test_commands_train_stop_resume_and_sample(tmp_path):
     sampling = arguments(run=run, num=3, out=out, images=images, device="cpu")
     status, output, errors = finish(start("predict.py", sampling, tmp_path / "cache"))
     assert (status, errors) == (0, "")
-    assert sorted(path.name for path in out.iterdir()) == ["codes.npy", *(f"sample_00000{n}.nii.gz" for n in range(3))]
+    names = ["codes.npy", *(f"sample_00000{n}.nii.gz" for n in range(3)), "samples.json"]
+    assert sorted(path.name for path in out.iterdir()) == names
     assert (images / "samples.png").exists()
 
 
