@@ -239,7 +239,7 @@ def sample_codes(
             ids = [sample_ids[i] for i in indices]
             return prior.sample(ids, positions[indices].to(device), *settings, progress=progress)
 
-        return torch.cat(list(split_to_fit(sample_batch, bar, options.batch_size)))
+        return torch.cat(list(split_to_fit(sample_batch, len(positions), options.batch_size, bar)))
 
 
 def refine(
@@ -256,26 +256,28 @@ def refine(
             with autocast(device):
                 return networks.refiner.sample(ids, codes[indices].to(device), *settings)
 
-        return torch.cat(list(split_to_fit(refine_batch, bar, min(fastest, options.batch_size))))
+        size = min(fastest, options.batch_size)
+        return torch.cat(list(split_to_fit(refine_batch, len(codes), size, bar)))
 
 
-def split_to_fit(compute: Callable[[list[int]], Tensor], bar: tqdm, size: int) -> Iterator[Tensor]:
-    """Yield `compute` of consecutive batches of indices, on the CPU; halve their size if a GPU runs out of memory.
+def split_to_fit(compute: Callable[[list[int]], Tensor], count: int, size: int, bar: tqdm) -> Iterator[Tensor]:
+    """Yield `compute` of consecutive batches of [0, count), on the CPU; halve their size if a GPU runs out of memory.
 
     The last batch is filled up with copies of its last index. All batches then have the same size, and a sample is the
     same to the last bit however many are drawn: the rounding of a matrix product depends on the number of its rows.
 
     Args:
         compute: Maps a batch of indices to its result.
-        bar: Counts the indices, whose number is its total.
+        count: Number of indices.
         size: Initial batch size.
+        bar: Counts the indices.
 
     Raises:
         RunError: The memory does not suffice for a batch of one.
     """
     start = 0
-    while start < bar.total:
-        batch, result = range(start, min(start + size, bar.total)), None
+    while start < count:
+        batch, result = range(start, min(start + size, count)), None
         with suppress(torch.OutOfMemoryError):
             result = compute([*batch, *[batch[-1]] * (size - len(batch))])[: len(batch)].cpu()
         if result is not None:

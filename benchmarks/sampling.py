@@ -32,7 +32,8 @@ def sample_and_decode(networks: predict.Networks, device: torch.device) -> torch
 
 def refine_in_batches(networks: predict.Networks, codes: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Return refined slices (N, 1, 256, 128) of codes (N, h, w), in batches for the device as in predict.py."""
-    return predict.refine(predict.parse_options([]), networks, range(len(codes)), codes, device)
+    options = predict.parse_options(["--batch-size", str(len(codes))])
+    return predict.refine(options, networks, range(len(codes)), codes, device)
 
 
 def main() -> None:
