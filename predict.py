@@ -246,7 +246,7 @@ def refine(
     options: SamplingOptions, networks: Networks, sample_ids: Sequence[int], codes: Tensor, device: torch.device
 ) -> Tensor:
     """Decode codes (N, h, w) and refine them for N sample ids; return slices (N, 1, H, W) on the CPU."""
-    settings = networks.vqvae, options.seed, options.refiner_noise
+    codes, settings = codes.cpu(), (networks.vqvae, options.seed, options.refiner_noise)
     pixels = codes[0].numel() * networks.vqvae.config.downsampling**2
     fastest = REFINER_BATCH_SIZE if device.type == "cuda" else max(1, MICRO_BATCH_PIXELS // pixels)
     with tqdm(total=len(codes), desc="refining", unit="slice", leave=False, disable=None) as bar:

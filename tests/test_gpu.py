@@ -199,8 +199,8 @@ def test_sampling_waits_for_the_gpu_once_per_batch(gpu, trained, tmp_path):
     """The host launches rows ahead of the GPU and copies only the finished codes."""
     call(predict, run=trained.run, num=6, batch_size=3, out=tmp_path, images=tmp_path, device="cuda")
     waits = Counter(line.split()[-1] for line in gpu.waits)
-    assert waits["sample_batch"] == 2 * 2  # positions to the GPU and codes back, for two batches
-    assert waits["refine_batch"] == 2  # codes to the GPU and slices back, for one batch
+    assert waits["sample_batch"] == waits["refine_batch"] == 2  # positions and codes to the GPU, for two batches
+    assert waits["split_to_fit"] == 2 * 2  # codes and slices back
     assert not waits.keys() & {"sample", "generate", "sample_row", "begin", "forward"}
 
 
@@ -240,7 +240,7 @@ def test_sampling_halves_the_batch_size_when_memory_runs_out(trained, tmp_path, 
     for network in (predict.GatedPixelCNN, predict.Refiner):
         monkeypatch.setattr(network, "sample", short_of_memory(network.sample, 3))
     call(predict, **given, out=tmp_path / "few")
-    assert predict.GatedPixelCNN.sample.sizes == predict.Refiner.sample.sizes == [11, 5, 2, 2, 2, 2, 2, 1]
+    assert predict.GatedPixelCNN.sample.sizes == predict.Refiner.sample.sizes == [32, 16, 8, 4, *[2] * 6]
     for every, few in zip(*(sorted((tmp_path / name).glob("*.nii.gz")) for name in ("all", "few"))):
         pixels, of_few = (nibabel.load(path).get_fdata() for path in (every, few))
         np.testing.assert_allclose(of_few, pixels, atol=1e-4 * pixels.max())
@@ -252,7 +252,7 @@ def test_too_little_memory_for_one_slice_is_an_error(trained, tmp_path, monkeypa
     monkeypatch.setattr(kind, "sample", short_of_memory(kind.sample, 0))
     with pytest.raises(RunError, match="does not suffice for a single slice"):
         call(predict, run=trained.run, num=5, out=tmp_path, images=tmp_path, device="cpu")
-    assert kind.sample.sizes == [5, 2, 1]
+    assert kind.sample.sizes == [32, 16, 8, 4, 2, 1]
 
 
 # ---------------------------------------------------------------- benchmarks/gpu.py
