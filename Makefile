@@ -34,6 +34,7 @@ bench: $(INSTALLED)
 	$(VENV)/bin/python benchmarks/training.py
 	$(VENV)/bin/python benchmarks/sampling.py
 	$(VENV)/bin/python benchmarks/loading.py
+	$(VENV)/bin/python benchmarks/commands.py
 
 # On a machine with a GPU: CPU and GPU side by side, then the benchmarks there: some 6 minutes.
 # Where there is none, make gpu CHECK="--device cpu --tiny" shows that the check runs through.

@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import commands
 import equal_time
 import network_c2st
 import noise_floor
@@ -206,3 +208,26 @@ def test_network_c2st_reports_all_comparisons(lines, trained, monkeypatch):
         low, high = line["interval"]
         assert low <= line["value"] <= high
     assert f"{printed['network_c2st_samples']['value']:.2f}" in sentence
+
+
+@pytest.mark.slow
+def test_whole_commands_are_timed(trained, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["commands.py", "--run", str(trained.run), "--nums", "2", "--device", "cpu"])
+    commands.main()
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["name"] for line in lines] == [
+        "train.py --help",
+        "predict.py --help",
+        "evaluate.py --help",
+        "predict.py",
+    ]
+    assert all(0.1 < line["value"] < 600 for line in lines)
+    assert lines[-1]["num"] == 2
+    assert 100 < lines[-1]["peak_mb"] < 4000
+
+
+def test_a_command_that_fails_ends_the_benchmark(tmp_path):
+    with pytest.raises(subprocess.CalledProcessError) as raised:
+        commands.run_command("predict.py", "--run", tmp_path / "none")
+    assert raised.value.returncode == 2
+    assert "error:" in raised.value.stderr
