@@ -320,11 +320,13 @@ def sample(options: PredictOptions, config: RunConfig, networks: Networks, devic
     samples_figure(options.images / "samples.png", np.stack([folder.read(n) for n in shown]), title)
     if len(missing) < len(numbers):
         say(f"{options.out} held {len(numbers) - len(missing)} of {len(numbers)} slices, of an earlier call")
-    total = max(seconds.sum(), 1e-9)
-    say(
-        f"{len(missing)} slices in {total:.1f} s ({len(missing) / total:.1f} slices/s; codes {seconds[0]:.1f} s, "
-        f"decoding {seconds[1]:.1f} s): {options.out}, {options.images / 'samples.png'}"
-    )
+    speed = ""
+    if missing:
+        total, codes, decoding = sum(seconds), *seconds
+        speed = (
+            f" in {total:.1f} s ({len(missing) / total:.1f} slices/s; codes {codes:.1f} s, decoding {decoding:.1f} s)"
+        )
+    say(f"{len(missing)} slices{speed}: {options.out}, {options.images / 'samples.png'}")
 
 
 def sampling_settings(options: PredictOptions, device: torch.device) -> dict[str, Any]:

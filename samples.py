@@ -75,7 +75,7 @@ class SampleFolder:
 
     def prepare(self) -> None:
         """Make the folder, remove samples of other settings, and make room for codes."""
-        samples = (f"sample_{SIX_DIGITS}.nii.gz", "codes*.npy", "samples.json")
+        samples = (f"sample_{SIX_DIGITS}.nii.gz", f"sample_{SIX_DIGITS}.nii.gz.*.part", "codes*.npy", "samples.json")
         if not self.same and self.shared and any(any(self.folder.glob(pattern)) for pattern in samples):
             raise RunError(f"--out {self.folder} holds samples of other settings: choose another folder")
         prepare_folder(self.folder, () if self.same else samples)
