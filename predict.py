@@ -322,10 +322,8 @@ def sample(options: PredictOptions, config: RunConfig, networks: Networks, devic
         say(f"{options.out} held {len(numbers) - len(missing)} of {len(numbers)} slices, of an earlier call")
     speed = ""
     if missing:
-        total, codes, decoding = sum(seconds), *seconds
-        speed = (
-            f" in {total:.1f} s ({len(missing) / total:.1f} slices/s; codes {codes:.1f} s, decoding {decoding:.1f} s)"
-        )
+        total, parts = sum(seconds), f"codes {seconds[0]:.1f} s, decoding {seconds[1]:.1f} s"
+        speed = f" in {total:.1f} s ({len(missing) / total:.1f} slices/s; {parts})"
     say(f"{len(missing)} slices{speed}: {options.out}, {options.images / 'samples.png'}")
 
 
