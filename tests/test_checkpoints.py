@@ -166,7 +166,11 @@ def test_a_damaged_config_is_a_run_error(tmp_path, content, begin):
 @pytest.mark.parametrize(
     ("place", "value", "message"),
     [
-        (("format",), checkpoints.FORMAT + 1, "of run format 4, of a newer version than this one, which reads 3"),
+        (
+            ("format",),
+            checkpoints.FORMAT + 1,
+            f"of run format {checkpoints.FORMAT + 1}, of a newer version than this one, which reads {checkpoints.FORMAT}",
+        ),
         (("format",), 1, "of run format 1, of an older version than this one"),
         (("format",), "2", "format cannot be '2'"),
         (("colour",), "blue", "colour is unknown to this version"),
@@ -603,7 +607,9 @@ DAMAGES = {
     claiming_a_long_header: "its header claims more than",
     with_a_long_header: "its header claims more than",
     lambda path: safetensors.torch.save_file({"weight": torch.zeros(2, 3)}, path): "it has no header of this project",
-    with_header(SOUND | {"format": 4}): "it is of run format 4, of a newer version than this one",
+    with_header(
+        SOUND | {"format": checkpoints.FORMAT + 1}
+    ): f"it is of run format {checkpoints.FORMAT + 1}, of a newer version than this one",
     with_header(SOUND | {"format": 1}): "it is of run format 1, of an older version than this one",
     with_header(SOUND | {"format": "2"}): "its checksum is wrong",
     with_header(SOUND | {"checksum": "0"}): "its checksum is wrong",
