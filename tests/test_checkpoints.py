@@ -169,7 +169,7 @@ def test_a_damaged_config_is_a_run_error(tmp_path, content, begin):
         (
             ("format",),
             checkpoints.FORMAT + 1,
-            f"of run format {checkpoints.FORMAT + 1}, of a newer version than this one, which reads {checkpoints.FORMAT}",
+            f"of run format {checkpoints.FORMAT + 1}, of a newer version than this one",
         ),
         (("format",), 1, "of run format 1, of an older version than this one"),
         (("format",), "2", "format cannot be '2'"),
