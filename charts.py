@@ -4,7 +4,7 @@ Colours, dashes and fonts are classes of the style sheet in report.html, so that
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 from xml.etree.ElementTree import Element
 
@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 WIDTH, HEIGHT = 360, 220  # units of a chart, about pixels on a phone
 LEFT, RIGHT, TOP, BOTTOM = 50, 12, 22, 38  # margins
+LARGEST = 1e30  # values that are drawn
 BAR, LABELS = 22, 92  # height of a bar with its gap; width of the bars' labels
 
 
@@ -60,7 +61,7 @@ def attribute(value: str | float) -> str:
 
 def make_axis(label: str, values: Sequence[float], log: bool = False) -> Axis:
     """Return an axis that shows all values, which are positive if it is logarithmic, with ticks at round ones."""
-    low, high = min(values), max(values)
+    low, high = min(values, default=1), max(values, default=1)
     if low == high:
         low, high = (low / 2, high * 2) if log else (low - 0.5, high + 0.5)
     if not log:
@@ -86,37 +87,36 @@ def line_chart(
     Args:
         title: Above the chart.
         description: Of what the chart shows, for those who do not see it.
-        lines: At least one point in all; on a logarithmic axis, points without a positive value are left out.
+        lines: Points that an axis cannot show are left out, such as zeros on a logarithmic one.
         labels: Of the x axis and the y axis, with units.
         log: Whether each is logarithmic.
         marks: Points that are marked with a dot.
     """
-    lines = [Line(line.label, line.style, *drawable(line, log)) for line in lines]
-    x = make_axis(labels[0], [value for line in lines for value in line.xs], log[0])
-    y = make_axis(labels[1], [value for line in lines for value in line.ys], log[1])
+    drawn_points = [drawable(zip(line.xs, line.ys), log) for line in lines]
+    x = make_axis(labels[0], [across for points in drawn_points for across, _ in points], log[0])
+    y = make_axis(labels[1], [up for points in drawn_points for _, up in points], log[1])
 
     def place(point: tuple[float, float]) -> tuple[float, float]:
         across, up = x.share(point[0]), y.share(point[1])
         return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
 
     drawn = draw_axes(x, y, place)
-    for line in lines:
-        points = " ".join(f"{across:.1f},{down:.1f}" for across, down in map(place, zip(line.xs, line.ys)))
-        drawn.append(element("polyline", points=points, class_=f"line {line.style}"))
-    for across, down in map(place, marks):
+    for line, points in zip(lines, drawn_points):
+        places = " ".join(f"{across:.1f},{down:.1f}" for across, down in map(place, points))
+        drawn.append(element("polyline", points=places, class_=f"line {line.style}"))
+    for across, down in map(place, drawable(marks, log)):
         drawn.append(element("circle", cx=across, cy=down, r=4, class_="mark"))
     entries = [element("li", swatch(line.style), line.label) for line in lines]
     return figure(title, element("ul", *entries, class_="legend"), picture(description, HEIGHT, drawn))
 
 
-def drawable(line: Line, log: tuple[bool, bool]) -> tuple[list[float], list[float]]:
-    """Return the coordinates of the points of a line that its axes can show."""
-    points = [
+def drawable(points: Iterable[tuple[float, float]], log: tuple[bool, bool]) -> list[tuple[float, float]]:
+    """Return the points that the axes can show; a log file may hold any number."""
+    return [
         point
-        for point in zip(line.xs, line.ys)
-        if all(math.isfinite(value) and (value > 0 or not positive) for value, positive in zip(point, log))
+        for point in points
+        if all(abs(value) < LARGEST and (value > 1 / LARGEST or not positive) for value, positive in zip(point, log))
     ]
-    return [x for x, _ in points], [y for _, y in points]
 
 
 def draw_axes(x: Axis, y: Axis, place: Callable[[tuple[float, float]], tuple[float, float]]) -> list[Element]:

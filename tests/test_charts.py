@@ -54,6 +54,15 @@ def test_points_that_cannot_be_drawn_are_left_out():
     assert len(points_of(chart)[0]) == 2
 
 
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("ys", [(0.0, 0.0), (-1e308, 1.7e308), (5e-324, 1.0), (1e29, 1e29), ()])
+def test_any_values_of_a_log_file_can_be_drawn(ys, log):
+    xs = range(len(ys))
+    chart = line_chart("t", "d", [Line("a", "c1", xs, ys)], ("x", "y"), (False, log), list(zip(xs, ys)))
+    html = tostring(chart, encoding="unicode")
+    assert "nan" not in html and "inf" not in html
+
+
 def test_each_line_is_in_the_legend_with_its_style():
     chart = line_chart("t", "d", [Line("a", "c1", (1, 2), (1, 2)), Line("b", "c2", (1, 2), (2, 1))], ("x", "y"))
     legend = {entry[0].tail: entry[0][0].get("class") for entry in chart.iter("li")}
