@@ -48,6 +48,7 @@ from console import RunError, logger, say, summarise
 from utils import flush, make_folder, write_file, writing
 
 Network = TypeVar("Network", bound=nn.Module)
+Curves = dict[tuple[str, str], tuple[list[int], list[float]]]  # (split, name) to updates and values
 
 # The largest files that are read: they bound memory and time.
 MAX_CONFIG = 1 << 20  # bytes: a config takes 5 kB
@@ -366,7 +367,7 @@ class Run:
         with writing(self.log_path):
             end = checkpoint.header.log_bytes if checkpoint else 0
             os.truncate(self.log_path, min(end, self.log_path.stat().st_size))
-        self.read_log()
+        read_log(self.path)
         if checkpoint:
             self.last_saved = f" after {checkpoint.header.stage} update {checkpoint.header.update}"
         return checkpoint
@@ -378,26 +379,33 @@ class Run:
         with writing(self.log_path), open(self.log_path, "a") as file:
             file.write(json.dumps(line) + "\n")
 
-    def read_log(self) -> list[LogLine]:
-        """Return the lines of metrics.jsonl. Raises RunError if one cannot be used."""
-        lines: list[LogLine] = []
-        try:
-            for content in read_bytes(self.log_path, MAX_LOG).splitlines():
-                lines.append(parse_json(LogLine, content))
-        except (OSError, ValueError) as error:
-            raise RunError(f"{self.log_path} line {len(lines) + 1} cannot be used: {summarise(error)}") from None
-        return lines
+    def curves(self, stage: str) -> Curves:
+        """Return what was logged in a stage, as `read_curves` does."""
+        return read_curves(self.path, stage)
 
-    def curves(self, stage: str) -> dict[tuple[str, str], tuple[list[int], list[float]]]:
-        """Return (split, name) to updates and values, of everything logged in a stage."""
-        curves: dict[tuple[str, str], tuple[list[int], list[float]]] = defaultdict(lambda: ([], []))
-        for line in self.read_log():
-            if line.stage == stage:
-                for name, value in line.__pydantic_extra__.items():
-                    updates, values = curves[line.split, name]
-                    updates.append(line.update)
-                    values.append(value)
-        return dict(curves)
+
+def read_log(run: Path) -> list[LogLine]:
+    """Return the lines of a run's metrics.jsonl. Raises RunError if one cannot be used."""
+    path = run / "metrics.jsonl"
+    lines: list[LogLine] = []
+    try:
+        for content in read_bytes(path, MAX_LOG).splitlines():
+            lines.append(parse_json(LogLine, content))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} line {len(lines) + 1} cannot be used: {summarise(error)}") from None
+    return lines
+
+
+def read_curves(run: Path, stage: str) -> Curves:
+    """Return (split, name) to updates and values, of everything logged in a stage. Raises RunError."""
+    curves: Curves = defaultdict(lambda: ([], []))
+    for line in read_log(run):
+        if line.stage == stage:
+            for name, value in line.__pydantic_extra__.items():
+                updates, values = curves[line.split, name]
+                updates.append(line.update)
+                values.append(value)
+    return dict(curves)
 
 
 def is_complete(run: Path) -> bool:

@@ -3,8 +3,9 @@
     python evaluate.py --run runs/default
     python evaluate.py --run runs/default --self-test
 
-Prints a table, and writes RUN/evaluation.json, RUN/MODEL_CARD.md, and the figures evaluation.png, copying.png,
-membership.png and outliers.png. The self-test plants faults in real slices instead, and shows which figure sees which.
+Prints a table, and writes RUN/evaluation.json, RUN/MODEL_CARD.md, RUN/report.html, and the figures evaluation.png,
+copying.png, membership.png and outliers.png. The self-test plants faults in real slices instead, and shows which figure
+sees which.
 """
 
 import math
@@ -17,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anatomy import MIN_TRAINING
+from anatomy import MIN_TRAINING, Coherence
 from augmentation import augment
 from c2st import c2st
-from checkpoints import read_bytes, read_config, read_data_files, strict_json
+from checkpoints import read_bytes, read_config, read_curves, read_data_files, strict_json
 from comparison import (
     SliceSet,
     compare,
@@ -49,6 +50,7 @@ from metrics import (
 from model_card import TEMPLATE, fill_card
 from nifti import left_right_axis
 from plots import (
+    Curves,
     caption,
     evaluation_figure,
     evenly_spaced,
@@ -71,6 +73,7 @@ from predict import (
     sampling_device,
     warn_if_incomplete,
 )
+from report import Evidence, HeldOutSlices, SampleSlices, shown_samples, write_report
 from self_test import self_test
 from tables import COMPARISONS, print_self_test, print_table
 from utils import autocast, check_folder, make_folder, write_file
@@ -90,6 +93,7 @@ class EvaluateOptions(SamplingOptions):
     split: str
     data: str | None
     self_test: bool
+    report_real_slices: bool
 
 
 def parse_options(arguments: Sequence[str] | None) -> EvaluateOptions:
@@ -113,6 +117,12 @@ def parse_options(arguments: Sequence[str] | None) -> EvaluateOptions:
         action="store_true",
         help="plant faults in the held-out slices instead, and print which figure sees which (writes self_test.json)",
     )
+    parser.add_argument(
+        "--report-real-slices",
+        action="store_true",
+        help="show held-out and training slices in report.html too, which then must not be shared more widely than the "
+        "data (default: only those of the phantom)",
+    )
     return parser.parse_args(arguments, EvaluateOptions())
 
 
@@ -121,13 +131,18 @@ def select(slices: Slices, indices: np.ndarray, device: torch.device) -> SliceSe
     return SliceSet(slices.batch(indices).to(device), [slices.cases[i] for i in indices])
 
 
+def data_folder(options: EvaluateOptions, config: RunConfig) -> str:
+    """Return the folder of the training data, or "phantom"."""
+    return options.data or config.options.data
+
+
 def training_data(options: EvaluateOptions, config: RunConfig) -> DataSplits:
     """Load the data that a run was trained on.
 
     Raises:
         RunError: The data are missing, differ from those of the training, or cannot be evaluated.
     """
-    folder = options.data or config.options.data
+    folder = data_folder(options, config)
     if folder != "phantom" and not Path(folder).exists():
         raise RunError(f"the data of {options.run} are not in {folder}: name their folder with --data")
     side = config.options.downsampling
@@ -257,19 +272,20 @@ def evaluate(options: EvaluateOptions, config: RunConfig, networks: Networks, de
         "samples": samples.slices[drawn.positions.argsort()[evenly_spaced(count)]],
     }
     distances = {
-        name.replace("reconstructions", f"reconstructions of {held_out_name}"): own.distances
+        name.replace("reconstructions", f"reconstructions of {held_out_name}"): own.distances.cpu().numpy()
         for name, own in copies.items()
     }
     evaluation_figure(
         options.images / "evaluation.png",
         results,
-        {label: slices[:, 0].cpu().numpy() for label, slices in rows.items()},
-        {label: values.cpu().numpy() for label, values in distances.items()},
+        {label: as_array(slices) for label, slices in rows.items()},
+        distances,
         f"{options.run}: {count} samples ({describe_sampling(options)}) and {len(held_out)} {held_out_name}",
     )
+    rates = {attack: roc_curve(*own) for attack, own in scores.items()}
     membership_figure(
         options.images / "membership.png",
-        {attack: roc_curve(*own) for attack, own in scores.items()},
+        rates,
         {attack: values["auc"] for attack, values in results["membership"]["attacks"].items()},
         f"{options.run}: {results['membership']['slices']} training and as many {held_out_name}",
     )
@@ -280,7 +296,20 @@ def evaluate(options: EvaluateOptions, config: RunConfig, networks: Networks, de
     outliers_figure(
         options.images / "outliers.png", {name: lowest(sets[name].slices, anatomy.scores[name]) for name in both}
     )
-    written = f"{options.run / 'evaluation.json'} and MODEL_CARD.md, figures in {options.images}"
+    phantom = data_folder(options, config) == "phantom"
+    real_shown = phantom or options.report_real_slices
+    evidence = Evidence(
+        logged_curves(options.run),
+        report_samples(samples.slices, drawn.positions, sampled, anatomy, data.train if real_shown else None),
+        HeldOutSlices(*(as_array(of.slices[by_position]) for of in (real, decoded, reconstructions)))
+        if real_shown
+        else None,
+        phantom,
+        distances,
+        rates,
+    )
+    write_report(options.run / "report.html", options.run.resolve().name, config, results, evidence)
+    written = f"{options.run / 'evaluation.json'}, MODEL_CARD.md and report.html, figures in {options.images}"
     say(f"{time.perf_counter() - started:.0f} s: {written}")
 
 
@@ -401,6 +430,54 @@ def lowest(slices: Tensor, scores: Tensor) -> tuple[np.ndarray, list[str]]:
     """Return the least coherent slices (n, H, W), the lowest first, with their numbers and scores as titles."""
     order = scores.argsort()[:OUTLIERS]
     return slices[order, 0].cpu().numpy(), [f"{i}: {scores[i]:.3f}" for i in order.tolist()]
+
+
+# ---------------------------------------------------------------- report
+
+
+def as_array(slices: Tensor) -> np.ndarray:
+    """Return slices (N, 1, H, W) as an array (N, H, W)."""
+    return slices[:, 0].cpu().numpy()
+
+
+def report_samples(
+    slices: Tensor, positions: Tensor, copies: Copies, anatomy: Coherence, training: Slices | None
+) -> SampleSlices:
+    """Choose the samples of the report by their positions alone; without training slices, leave out called copies.
+
+    Args:
+        slices: All samples (N, 1, H, W).
+        positions: (N,) in [0, 1], NaN for unknown.
+        copies: What they may have copied.
+        anatomy: Their coherence.
+        training: The training slices that are shown beside them, or None.
+    """
+    order = positions.argsort()
+    order = order if training else order[~copies.copied.cpu()[order]]
+    shown = order[evenly_spaced(len(order), shown_samples(len(order), slices[0].numel()))]
+    own = copies.take(shown.to(copies.scores.device))
+    nearest = None
+    if training:
+        sources = training.batch(own.indices.cpu().numpy()).to(slices.device)
+        nearest = as_array(align(sources, own.transforms))
+    return SampleSlices(
+        as_array(slices[shown.to(slices.device)]),
+        shown.numpy(),
+        positions[shown].numpy(),
+        own.scores.cpu().numpy(),
+        own.copied.cpu().numpy(),
+        anatomy.tails["samples"].low[shown] >= 0.5,
+        nearest,
+    )
+
+
+def logged_curves(run: Path) -> dict[str, Curves]:
+    """Return what was logged, by stage; warn if the log cannot be read, which must not cost an evaluation."""
+    try:
+        return {stage: read_curves(run, stage) for stage in ("vqvae", "prior", "refiner")}
+    except RunError as error:
+        logger.warning(str(error))
+        return {}
 
 
 # ---------------------------------------------------------------- self-test

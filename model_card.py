@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from config import FREE_OPTIONS, RunConfig, configure
+from config import FREE_OPTIONS, RunConfig, TrainConfig, configure
 from console import printable
 from dataset import SPLIT_TITLES
 
@@ -57,14 +57,8 @@ def measured_part(config: RunConfig, results: Mapping[str, Any]) -> Iterator[str
     for row in describe_metrics(results):
         yield f"| {' | '.join(row)} |"
     yield "\n## Conclusions from these measurements\n"
-    for warning in quality_warnings(results):
-        yield f"- {warning}"
-    yield f"- **Samples.** {judge_samples(results)}"
-    yield f"- **Weights.** {judge_weights(results)}"
-    yield (
-        "- **Not tested:** attacks with reference models, copies of parts smaller than an organ, and anatomy as an "
-        "expert sees it. No measurement is a proof of privacy."
-    )
+    for heading, text in (*quality_warnings(results), *judgements(results)):
+        yield f"- **{heading}.** {text}"
 
 
 def escape(value: object) -> str:
@@ -74,10 +68,7 @@ def escape(value: object) -> str:
 
 def describe_run(config: RunConfig, results: Mapping[str, Any]) -> dict[str, object]:
     """Return what config.json says of the run, by its name in the card."""
-    options = config.options.model_dump(mode="json")
-    preset = configure({"preset": config.options.preset}).model_dump(mode="json")
-    recorded = [name for name in options if name not in (*FREE_OPTIONS, "slice_size")]
-    changed = [f"{name} {options[name]}" for name in recorded if options[name] != preset[name]]
+    changed = [f"{name} {value}" for name, value in changed_options(config.options).items()]
     settings = results["settings"]
     return {
         "command": " ".join(config.command),
@@ -87,6 +78,13 @@ def describe_run(config: RunConfig, results: Mapping[str, Any]) -> dict[str, obj
         "training slices, patients": f"{settings['training_slices']}, {settings['training_cases']}",
         "slice size; fingerprint of the data": f"{'x'.join(map(str, config.slice_size))}; {config.fingerprint}",
     }
+
+
+def changed_options(options: TrainConfig) -> dict[str, Any]:
+    """Return the options that differ from their preset, without those that may change when a run is resumed."""
+    given, preset = (own.model_dump(mode="json") for own in (options, configure({"preset": options.preset})))
+    recorded = [name for name in given if name not in (*FREE_OPTIONS, "slice_size")]
+    return {name: given[name] for name in recorded if given[name] != preset[name]}
 
 
 def describe_metrics(results: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
@@ -108,15 +106,19 @@ def describe_metrics(results: Mapping[str, Any]) -> Iterator[tuple[str, str, str
     ):
         yield name, f"{results['samples'][key]:.2f}", f"real vs. real {baseline['samples'][key]:.2f}"
     memorised = results["prior_alone"]["copying"]["memorisation_rate"]
-    yield "memorisation rate, prior alone", f"{memorised:.1%}", f"{baseline['copying']['memorisation_rate']:.1%}"
+    yield (
+        "memorisation rate, prior alone",
+        f"{memorised:.1%}",
+        f"real vs. real {baseline['copying']['memorisation_rate']:.1%}",
+    )
     samples, held_out = results["slices"]["samples"], results["slices"]["heldout_slices"]
     called, expected = "unknown", "fewer than two training patients are known"
     if not math.isnan(samples["copied"]):
         called = f"{samples['copied']:.1%}"
         expected = f"held-out slices {held_out['copied']:.1%}, new patients at most {samples['copied_expected']:.1%}"
     yield "samples called copies of a training slice", called, expected
-    incoherent = f"{samples['tail_share']:.1%} (p = {samples['tail_p_value']:.4f})"
-    yield "samples with incoherent anatomy", incoherent, f"held-out slices {held_out['tail_share']:.1%}"
+    reference = f"held-out slices {held_out['tail_share']:.1%} (p = {samples['tail_p_value']:.4f})"
+    yield "samples with incoherent anatomy", f"{samples['tail_share']:.1%}", reference
     for name, attack in results["membership"]["attacks"].items():
         low, high = attack["auc_interval"]
         found = f"{attack['tpr_at_1_percent_fpr']:.0%} found at 1 % wrongly accused"
@@ -124,25 +126,38 @@ def describe_metrics(results: Mapping[str, Any]) -> Iterator[tuple[str, str, str
         yield f"membership inference, {name.replace('_', '-')}", value, "0.50; 1 %"
 
 
-def quality_warnings(results: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what speaks against relying on the figures or on the samples."""
+def quality_warnings(results: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield what speaks against relying on the figures or on the samples: a heading, and text with `code`."""
     if results["settings"]["heldout_cases"] < FEW_PATIENTS:
         yield (
-            f"**Few patients.** Only {results['settings']['heldout_cases']} patients were held out: metrics of samples "
-            "and of membership vary widely."
+            "Few patients",
+            f"Only {results['settings']['heldout_cases']} patients were held out: metrics of samples and of membership "
+            "vary widely.",
         )
     accuracy = results["samples"]["c2st_accuracy"]
     if accuracy > MAX_C2ST:
-        yield f"**Quality.** A classifier tells {accuracy:.0%} of samples and real slices apart (chance: 50 %)."
+        yield "Quality", f"A classifier tells {accuracy:.0%} of samples and real slices apart (chance: 50 %)."
     samples = results["slices"]["samples"]
     if samples["tail_p_value"] < MAX_P_VALUE:
         yield (
-            f"**Anatomy.** {samples['tail_share']:.1%} of the samples have anatomy that hardly any patient has "
-            f"(p = {samples['tail_p_value']:.4f}): see `outliers.png`."
+            "Anatomy",
+            f"{samples['tail_share']:.1%} of the samples have anatomy that hardly any patient has "
+            f"(p = {samples['tail_p_value']:.4f}): see `outliers.png`.",
         )
     more = results["prior"]["bits_per_code"] / results["training"]["prior"]["bits_per_code"] - 1
     if more > OVERFITTED:
-        yield f"**Overfitting.** The prior needs {more:.0%} more bits for held-out slices than for training slices."
+        yield "Overfitting", f"The prior needs {more:.0%} more bits for held-out slices than for training slices."
+
+
+def judgements(results: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield what may be concluded about sharing: a heading, and text with `code`."""
+    yield "Samples", judge_samples(results)
+    yield "Weights", judge_weights(results)
+    yield (
+        "Not tested",
+        "Attacks with reference models, copies of parts smaller than an organ, and anatomy as an expert sees it. No "
+        "measurement is a proof of privacy.",
+    )
 
 
 def judge_samples(results: Mapping[str, Any]) -> str:

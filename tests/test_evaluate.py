@@ -67,8 +67,9 @@ def evaluated(tmp_path_factory, trained, quick):
         shutil.copytree(trained.run, folder / "run")
         given = {"run": folder / "run", "images": folder / "images", "device": "cpu"} | options
         with contextlib.redirect_stdout(io.StringIO()) as printed, pytest.MonkeyPatch.context() as patch:
-            for figure in ("evaluation_figure", "write_copying_figure", "membership_figure", "outliers_figure"):
-                if not draw:  # figures take half of the time
+            outputs = ("evaluation_figure", "write_copying_figure", "membership_figure", "outliers_figure")
+            for figure in (*outputs, "report_samples", "write_report"):
+                if not draw:  # they take half of the time
                     patch.setattr(evaluate, figure, lambda *_: None)
             evaluate.main(arguments(**given))
         results = json.loads((folder / "run" / "evaluation.json").read_text(), parse_constant=pytest.fail)
@@ -190,6 +191,56 @@ def test_evaluation_writes_its_figures(evaluation):
     assert sorted(path.name for path in images.iterdir()) == FIGURES
     assert imread(images / "evaluation.png").shape[1] == 1440
     assert imread(images / "copying.png").shape[1] == pytest.approx(6 * 2.4 * 120, rel=0.05)
+
+
+def test_a_report_of_patients_has_samples_only(evaluation):
+    """The phantom's files in a folder of their own are taken for patients."""
+    images, results, printed = evaluation
+    report = (images.with_name("run") / "report.html").read_text(encoding="utf-8")
+    assert "MODEL_CARD.md and report.html" in printed
+    assert report.count("<img") == 6 - len(results["called_copies"])
+    assert "<span>DATA</span>" in report and "case_" not in report and str(images.parent) not in report
+    assert f'<td data-column="test">{results["reconstructions"]["ssim"]:.3f}</td>' in report
+
+
+def test_a_report_has_real_slices_if_asked(trained, tmp_path, quick):
+    shutil.copytree(trained.run, tmp_path / "run")
+    given = {"run": tmp_path / "run", "images": tmp_path / "images", "device": "cpu", "num": 6}
+    evaluate.main([*arguments(**given), "--report-real-slices"])
+    report = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert report.count("<img") == 2 * 6 + 3 * 4 + 2 * 3  # samples and training slices, held-out slices, similar pairs
+    assert "case_" not in report and str(tmp_path) not in report
+
+
+def test_called_copies_are_left_out_with_the_training_slices(trained):
+    """Samples 0 to 3 are the highest first; 1 is called a copy."""
+    data = load_dataset(str(trained.data), (64, 32), (4, 4), 0)
+    slices = data.train.batch([4, 5, 6, 7])
+    zeros, unmoved = torch.zeros(4), torch.eye(2, 3).repeat(4, 1, 1)
+    copied = torch.tensor([False, True, False, False])
+    copies = Copies(zeros, torch.tensor([4, 5, 6, 0]), copied, 1.0, 0.01, unmoved, zeros, zeros, zeros)
+    anatomy = Coherence({}, {"samples": Tail(np.array([0, 0, 1, 0.25]), np.zeros(1))})
+    positions = torch.tensor([0.9, 0.7, 0.5, math.nan])
+    shown = evaluate.report_samples(slices, positions, copies, anatomy, None)
+    assert shown.numbers.tolist() == [2, 0, 3]
+    assert shown.incoherent.tolist() == [True, False, False]
+    assert shown.nearest is None
+    shown = evaluate.report_samples(slices, positions, copies, anatomy, data.train)
+    assert shown.numbers.tolist() == [2, 1, 0, 3]
+    assert shown.copied.tolist() == [False, True, False, False]
+    np.testing.assert_allclose(shown.nearest[:3], shown.slices[:3], atol=1e-5)
+    assert abs(shown.nearest[3] - shown.slices[3]).max() > 0.1
+    copies = copies._replace(copied=torch.ones(4, dtype=torch.bool))
+    assert len(evaluate.report_samples(slices, positions, copies, anatomy, None).slices) == 0
+
+
+@pytest.mark.parametrize("damage", [lambda log: log.unlink(), lambda log: log.write_text("{")])
+def test_a_log_that_cannot_be_read_is_a_warning(trained, tmp_path, caplog, damage):
+    shutil.copytree(trained.run, tmp_path / "run")
+    assert evaluate.logged_curves(tmp_path / "run").keys() == {"vqvae", "prior", "refiner"}
+    damage(tmp_path / "run" / "metrics.jsonl")
+    assert evaluate.logged_curves(tmp_path / "run") == {}
+    assert "metrics.jsonl line 1 cannot be used" in caplog.text
 
 
 def test_reconstruction_metrics_agree_with_predict(evaluation, trained, tmp_path, capsys):

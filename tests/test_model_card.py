@@ -55,7 +55,7 @@ def test_the_card_has_the_run_the_figures_and_the_questions(run_config):
         "| training slices, patients | 2400, 120 |",
         "| bits per code | 4.00 | training slices 3.90 |",
         "| membership inference, neighbourhood | AUC 0.50 (0.40 to 0.60); 1% found at 1 % wrongly accused |",
-        "Not tested:",
+        "**Not tested.** Attacks with reference models",
         "## Training data",
         "ethics approval, consent",
         "## What may be shared",
