@@ -131,7 +131,7 @@ def training_data(options: EvaluateOptions, config: RunConfig) -> DataSplits:
     if folder != "phantom" and not Path(folder).exists():
         raise RunError(f"the data of {options.run} are not in {folder}: name their folder with --data")
     side = config.options.downsampling
-    data = load_dataset(folder, config.slice_size, (side, side), config.options.seed)
+    data = load_dataset(folder, config.slice_size, (side, side), config.options.seed, axis=config.options.axis)
     log_notices(data.notices)
     if data.fingerprint != config.fingerprint:
         changes = describe_changes(read_data_files(options.run), data.files)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from stat import S_ISREG
@@ -15,11 +16,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nifti import DataError
+from nifti import DataError, describe_stats, parts_of, read_grid
+from volumes import plan_stack
 
 # Limits on a data folder, whoever made it. They bound memory and time.
 MAX_FILES = 1_000_000  # slices per folder: HipMRI has 12,660; records of a million take a gigabyte
 MAX_FOLDERS = 100_000  # below the data folder: where there are more, a link may lead out of it, even to /
+
+ENDINGS = (".nii", ".nii.gz", ".hdr")
 
 SPLIT_WORDS = {
     "train": ("train", "training", "tr", "imagestr"),
@@ -65,6 +69,8 @@ class SliceFile(NamedTuple):
     number: int | None  # of the slice in its volume
     volume: tuple[str, ...] = ()  # equal for slices that are scaled together
     split: str | None = None
+    shape: tuple[int, int] | None = None  # (H, W); None where the header cannot be used
+    axis: int | None = None  # of a volume file, along which its slices are stacked
 
 
 # ---------------------------------------------------------------- finding files
@@ -87,8 +93,8 @@ def find_slices(root: Path) -> tuple[list[tuple[str, str]], list[str]]:
     label_maps = []
     for entry in walk_files(root):
         name = with_forward_slashes(entry.path[start:])
-        if not is_slice(name):
-            continue
+        if not is_slice(name) or len(parts := parts_of(entry.path)) == 2 and not os.path.exists(parts[1]):
+            continue  # other programs also write .hdr files, but no .img beside them
         if is_label_map(name):
             label_maps.append(name)
         elif name in found:
@@ -135,17 +141,75 @@ def describe_files(found: list[tuple[str, str]]) -> list[SliceFile]:
     files, bad = [], []
     for path, name in found:
         try:
-            stat = os.stat(path)
+            stats = [os.stat(part) for part in parts_of(path)]
         except OSError as error:
             bad.append((name, error.strerror or str(error)))
             continue
-        if not S_ISREG(stat.st_mode):  # opening a pipe could wait for ever, and a device may have no end
+        if not all(S_ISREG(stat.st_mode) for stat in stats):  # a pipe could block for ever; a device may have no end
             bad.append((name, "not a regular file"))
-        elif not stat.st_size:
+        elif not all(stat.st_size for stat in stats):
             bad.append((name, "empty"))
-        files.append(SliceFile(path, name, stat.st_size, stat.st_mtime_ns, *identify(name)))
+        size, mtime_ns = describe_stats(stats)
+        files.append(SliceFile(path, name, size, mtime_ns, *identify(name)))
     refuse_files(bad, len(found))
     return files
+
+
+def find_volumes(files: list[SliceFile], axis: int | None, workers: int) -> list[SliceFile]:
+    """Read the headers of files; return a record with its shape for each slice, of which a volume has several.
+
+    Args:
+        files: As `describe_files` returns them. A bad header is left to the reader of the pixels, which gives reasons.
+        axis: Along which volumes are cut, as `volumes.plan_stack` takes it.
+        workers: Threads.
+
+    Raises:
+        DataError: If there are too many slices, or two get the same name.
+    """
+    with ThreadPoolExecutor(workers) as pool:
+        grids = list(pool.map(read_grid, [file.path for file in files]))
+    found: list[SliceFile] = []
+    for file, grid in zip(files, grids):
+        if grid is None:
+            found.append(file)
+        elif len(grid[0]) == 2:
+            found.append(file._replace(shape=(grid[0][0], grid[0][1])))
+        else:
+            found += slices_of_volume(file, *grid, axis)
+        if len(found) > MAX_FILES:
+            raise DataError(f"{file.name}: with this volume there are more than {MAX_FILES} slices")
+    if len(found) > len(files):
+        refuse_shared_names(found)
+    return found
+
+
+def slices_of_volume(
+    file: SliceFile, shape: tuple[int, ...], affine: np.ndarray, axis: int | None
+) -> Iterator[SliceFile]:
+    """Yield a record for each slice of a volume file, named like a file of its own."""
+    stack = plan_stack(shape, affine, axis)
+    folder, slash, base = file.name.rpartition("/")
+    ending = max((ending for ending in ENDINGS if base.lower().endswith(ending)), key=len)
+    stem = base.removesuffix(base[-len(ending) :])
+    case = file.case or f"{folder}{slash}{stem}"
+    volume = (folder, file.case or "", "" if file.week is None else f"{file.week:03}", base)
+    for index in range(stack.slices):
+        name = f"{folder}{slash}{stem}_slice_{index:03}{base[-len(ending) :]}"
+        yield file._replace(name=name, case=case, number=index, volume=volume, shape=stack.size, axis=stack.axis)
+
+
+def file_name(file: SliceFile) -> str:
+    """Return the name of the file that holds a slice, below the same folder as the slice's own name."""
+    return file.name if file.axis is None else "/".join(filter(None, (file.volume[0], file.volume[-1])))
+
+
+def refuse_shared_names(files: list[SliceFile]) -> None:
+    """Raise DataError if a slice of a volume is named like another slice."""
+    paths: dict[str, str] = {}
+    for file in files:
+        other = paths.setdefault(file.name, file.path)
+        if other != file.path:
+            raise DataError(f"{other} and {file.path} both contain a slice called {file.name}: remove one of them")
 
 
 def refuse_files(bad: list[tuple[str, str]], count: int) -> None:
@@ -178,6 +242,7 @@ def name_notices(files: list[SliceFile]) -> list[str]:
             repeated.append(file.name)
         seen.add((file.volume, file.number))
     unnamed = sum(file.case is None for file in files)
+    alone = {file_name(file) for file in files if file.axis is not None and not file.volume[1]}
     unnumbered = sum(file.case is not None and file.number is None for file in files)
     example = "(expected as in case_004_week_0_slice_12.nii.gz)"
     notices = []
@@ -187,6 +252,9 @@ def name_notices(files: list[SliceFile]) -> list[str]:
     if unnamed:
         unknown = "such slices are scaled individually, and their patient and position are unknown"
         notices.append(f"{counted(unnamed, 'file name')} without a case {example}: {unknown}")
+    if alone:
+        volumes = f"{counted(len(alone), 'volume')} without a case in the name ({abbreviate(sorted(alone), 1)})"
+        notices.append(f"{volumes}: each is taken for a patient of its own")
     if unnumbered:
         unknown = "the positions of such slices are unknown"
         notices.append(f"{counted(unnumbered, 'file name')} without a slice number {example}: {unknown}")
@@ -215,8 +283,8 @@ def with_forward_slashes(name: str) -> str:
 
 
 def is_slice(name: str) -> bool:
-    """Return whether a name is that of a NIfTI file, unless it is hidden (macOS leaves ._*.nii)."""
-    return name.lower().endswith((".nii", ".nii.gz")) and "/." not in f"/{name}"
+    """Return whether a name is that of a NIfTI file, of a pair the header, unless it is hidden (macOS: ._*.nii)."""
+    return name.lower().endswith(ENDINGS) and "/." not in f"/{name}"
 
 
 def is_label_map(name: str) -> bool:
@@ -354,17 +422,19 @@ def pad_number(digits: re.Match[str]) -> str:
 
 
 def assign_volumes(files: list[SliceFile]) -> list[SliceFile]:
-    """Set the volume of each file: the slices of one case and week of a split, even from several folders.
+    """Set the volume of each 2D file: the slices of one case and week of a split, even from several folders.
 
     Where these repeat a slice number, or several folders contain slices without a number, the folders are different
     series, and each is a volume. A slice without a case is a volume of its own.
     """
     groups: dict[tuple, list[tuple[int, str]]] = {}
     for row, file in enumerate(files):
+        if file.axis is not None:
+            continue
         folder, _, base = file.name.rpartition("/")
         series = series_folder(folder, base)
         groups.setdefault((splits_in_path(folder), file.case, file.week), []).append((row, series))
-    volumes: list[tuple[str, ...]] = [()] * len(files)
+    volumes = [file.volume for file in files]
     for (_, case, week), group in groups.items():
         numbers = [files[row].number for row, _ in group if files[row].number is not None]
         unnumbered = {series for row, series in group if files[row].number is None}
@@ -397,7 +467,7 @@ def without_slice_folders(folder: str) -> str:
 
 def lower_stem(name: str) -> str:
     """Return a file's name in lower case and without its ending."""
-    return name.lower().removesuffix(".gz").removesuffix(".nii")
+    return name.lower().removesuffix(".gz").removesuffix(".nii").removesuffix(".hdr")
 
 
 def sort_key(file: SliceFile) -> tuple:

@@ -339,7 +339,7 @@ def warn_of_geometry(affines: Sequence[np.ndarray], training_affine: np.ndarray)
 
 def reconstruct(options: PredictOptions, config: RunConfig, vqvae: VQVAE, device: torch.device) -> None:
     """Encode and decode given slices; write originals, reconstructions, a table of SSIM and PSNR, and a figure."""
-    slices, affines, notices = read_slices(options.reconstruct or [], config.slice_size)
+    slices, affines, notices = read_slices(options.reconstruct or [], config.slice_size, config.options.axis)
     log_notices(notices)
     warn_of_geometry(affines, np.array(config.affine))
     if any(Path(name).resolve().parent == options.out.resolve() for name in slices.names):

@@ -112,7 +112,7 @@ def main() -> None:
     given = read_config(options.run)
     vqvae = load_vqvae(options.run, given, device)
     side = vqvae.config.downsampling
-    data = load_dataset(given.options.data, given.slice_size, (side, side), given.options.seed)
+    data = load_dataset(given.options.data, given.slice_size, (side, side), given.options.seed, axis=given.options.axis)
     training, held_out = (codes_and_positions(vqvae, of, device) for of in (data.train, getattr(data, options.split)))
 
     torch.manual_seed(options.seed)

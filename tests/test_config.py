@@ -31,6 +31,8 @@ def another_value(name):
         return ["other"], "other"
     if name == "slice_size" or isinstance(default, list):
         return ["48", "24"], [48, 24]
+    if name == "axis":
+        return ["1"], 1
     value = default + 1 if isinstance(default, int) else round(default * 0.5 + 0.001, 6)
     return [str(value)], value
 

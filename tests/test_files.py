@@ -4,9 +4,20 @@ import os
 import shutil
 import socket
 
+import nibabel as nib
 import numpy as np
 import pytest
-from slice_files import cases_of, has_notice, message, picture, volumes_of, write, write_cases, write_splits
+from slice_files import (
+    cases_of,
+    has_notice,
+    message,
+    picture,
+    volumes_of,
+    write,
+    write_cases,
+    write_splits,
+    write_volume,
+)
 
 import files
 from dataset import load_dataset, read_slices
@@ -495,3 +506,65 @@ def test_folders_per_case_and_week_are_volumes(data):
     assert loaded.notices == ["split by case with seed 0: 4 train, 4 validate, 4 test slices"]
     assert [len(names) for names in volumes_of(loaded.train)] == [2, 2]
     assert loaded.train.positions.tolist() == [0, 1, 0, 1]
+
+
+# ---------------------------------------------------------------- volumes in one file
+
+
+def test_a_volume_file_gives_numbered_slices(data):
+    write_volume(data / "train" / "Case_004_Week1_LFOV.nii.gz")
+    write_volume(data / "val" / "scan.hdr", seed=1, kind=nib.Nifti1Pair)
+    loaded = load_dataset(str(data))
+    assert loaded.train.names == [f"train/Case_004_Week1_LFOV_slice_{index:03}.nii.gz" for index in range(5)]
+    assert loaded.validate.names == [f"val/scan_slice_{index:03}.hdr" for index in range(5)]
+    assert loaded.train.cases == ["case_004"] * 5 and loaded.validate.cases == ["val/scan"] * 5
+    assert loaded.train.positions.tolist() == loaded.validate.positions.tolist() == [0, 0.25, 0.5, 0.75, 1]
+    assert has_notice(loaded, "1 volume without a case in the name (val/scan.hdr): each is taken for a patient")
+
+
+def test_positions_rise_from_the_feet_whatever_the_order_in_the_file(data):
+    up = np.asarray(write_volume(data / "case_1.nii", codes="RAS").dataobj)
+    write_volume(data / "case_2.nii", codes="LPI")
+    write_volume(data / "case_3.nii", codes="ARI")
+    for name in ("case_1.nii", "case_2.nii", "case_3.nii"):
+        slices, *_ = read_slices([data / name], (8, 6))
+        assert slices.positions.tolist() == [0, 0.25, 0.5, 0.75, 1]
+        lowest = slices.pixels[0] / 255 * slices.scales[0]
+        np.testing.assert_allclose(lowest, up[::-1, ::-1, 0].clip(max=slices.scales[0]), atol=0.3)
+
+
+def test_each_volume_file_of_a_case_is_scaled_alone(data):
+    write_volume(data / "case_1_t2.nii", seed=1)
+    write_volume(data / "case_1_adc.nii", seed=2)
+    write_cases(data, (1,), slices=3)
+    loaded, *_ = read_slices([data], (8, 6))
+    assert sorted(len(names) for names in volumes_of(loaded)) == [3, 5, 5]
+    assert loaded.cases == ["case_001"] * 13
+
+
+def test_a_header_without_pixels_is_no_slice(data):
+    """Other programs also write .hdr files."""
+    write_cases(data, (1, 2, 3))
+    (data / "photo.hdr").write_bytes(b"#?RADIANCE")
+    (data / "disk.img").write_bytes(b"boot")
+    assert len(load_dataset(str(data)).files) == 6
+
+
+def test_a_slice_named_like_one_of_a_volume_is_refused(data):
+    write_volume(data / "case_1.nii")
+    write(data / "case_1_slice_003.nii")
+    text = message(load_dataset, str(data))
+    assert str(data / "case_1.nii") in text and "both contain a slice called case_1_slice_003.nii: remove one" in text
+
+
+def test_slices_in_volumes_are_limited_in_number(data, monkeypatch):
+    for case in range(3):
+        write_volume(data / f"case_{case}.nii", seed=case)
+    monkeypatch.setattr(files, "MAX_FILES", 12)
+    assert message(load_dataset, str(data)).endswith("with this volume there are more than 12 slices")
+
+
+def test_repeated_slice_numbers_are_not_reported_of_several_volumes(data):
+    for case in range(3):
+        write_volume(data / f"case_{case}.nii", seed=case)
+    assert load_dataset(str(data)).notices == ["split by case with seed 0: 5 train, 5 validate, 5 test slices"]
