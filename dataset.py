@@ -2,6 +2,8 @@
 
 A first pass decodes every file, scales intensity one volume at a time and stores the result in an on-disk cache, which
 later runs map into memory. files.py finds the slices and interprets their names, nifti.py reads a single file.
+
+python dataset.py DIR      # prints what is in a folder, and writes contact_sheet.png (inspection.py)
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ import torch
 from tqdm import tqdm
 
 import phantom
-from console import printable
+from console import printable, run_command
 from files import (
     SliceFile,
     abbreviate,
@@ -273,15 +275,16 @@ def describe_changes(before: dict[str, str], now: dict[str, str]) -> str:
 # ---------------------------------------------------------------- folders
 
 
-def load_folder(
-    folder: Path,
-    slice_size: tuple[int, int] | None,
-    multiple: tuple[int, int],
-    seed: int,
-    workers: int | None,
-    axis: int | None,
-) -> DataSplits:
-    """Load a folder as `load_dataset` does."""
+class FoundData(NamedTuple):
+    """What a data folder contains, before its pixels are read."""
+
+    folder: Path  # of the splits, or of the slices
+    files: list[SliceFile]  # sorted by split
+    notices: list[str]
+
+
+def find_data(folder: Path, seed: int, workers: int | None, axis: int | None) -> FoundData:
+    """Find the slices of a folder and assign them to splits, as `load_dataset` does."""
     if not os.path.exists(folder):
         raise DataError(f"no such folder: {folder}")
     if not os.path.isdir(folder):
@@ -297,7 +300,19 @@ def load_folder(
     folder = folder / below
     files = assign_volumes(find_volumes(describe_files(found), axis, workers or THREADS))
     files, notices = assign_splits(sorted(files, key=sort_key), folder, seed)
-    notices += label_map_notices(label_maps) + name_notices(files)
+    return FoundData(folder, files, notices + label_map_notices(label_maps) + name_notices(files))
+
+
+def load_folder(
+    folder: Path,
+    slice_size: tuple[int, int] | None,
+    multiple: tuple[int, int],
+    seed: int,
+    workers: int | None,
+    axis: int | None,
+) -> DataSplits:
+    """Load a folder as `load_dataset` does."""
+    folder, files, notices = find_data(folder, seed, workers, axis)
     pixels, index = decode_or_reopen(folder, files, slice_size, multiple, workers)
     names, cases = [file.name for file in files], [file.case for file in files]
     positions, scales = positions_of(files), np.array(index.scales, np.float32)
@@ -803,3 +818,9 @@ def digest_values(shape: tuple[int, ...], values: np.ndarray) -> str:
     hashed = hashlib.blake2b(repr(shape).encode(), digest_size=16)
     hashed.update((values + 0).data)  # the sum turns -0 into 0
     return hashed.hexdigest()
+
+
+if __name__ == "__main__":
+    from inspection import main  # here, because it draws figures, which nothing above does
+
+    run_command(main)

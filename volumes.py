@@ -37,8 +37,7 @@ def plan_stack(shape: tuple[int, ...], affine: np.ndarray, axis: int | None) -> 
         affine: Of the volume as stored, (4, 4).
         axis: Of the turned volume; None for the one with the largest voxels, which is the last one in case of a tie.
     """
-    turn = ornt_transform(io_orientation(affine), axcodes2ornt(ORIENTATIONS[2]))[:, 0].astype(int)
-    order = np.argsort(turn)  # the stored axis that becomes each axis
+    order = np.argsort(turn_of(affine, 2)[:, 0])  # the stored axis that becomes each axis
     if axis is None:
         spacing = nib.affines.voxel_sizes(affine)[order]
         axis = 2 if SAME_SPACING * spacing[2] >= spacing.max() else int(np.argmax(spacing))
@@ -58,13 +57,23 @@ def cut_volume(volume: RawImage, axis: int) -> list[RawImage]:
         The slices (H, W), from right to left, from front to back or from the feet up. Their affines map (row, column,
         0) to the physical point of the same voxel. Their checksums depend on the file and on their own pixels.
     """
-    turn = ornt_transform(io_orientation(volume.affine), axcodes2ornt(ORIENTATIONS[axis]))
-    affine = volume.affine @ inv_ornt_aff(turn, volume.image.shape)
+    turn = turn_of(volume.affine, axis)
     pixels = np.ascontiguousarray(np.moveaxis(apply_orientation(volume.image, turn), axis, 0))
-    columns = [*(other for other in range(3) if other != axis), axis, 3]
+    lowest = affine_of_slices(volume.image.shape, volume.affine, axis)
     start, slices = int(volume.checksum, 16), []
     for index, image in enumerate(pixels):
-        own = affine[:, columns]
-        own[:3, 3] += index * affine[:3, axis]
-        slices.append(RawImage(image, own, f"{zlib.crc32(image.data, start):08x}"))
+        affine = lowest.copy()
+        affine[:3, 3] += index * lowest[:3, 2]
+        slices.append(RawImage(image, affine, f"{zlib.crc32(image.data, start):08x}"))
     return slices
+
+
+def affine_of_slices(shape: tuple[int, ...], affine: np.ndarray, axis: int) -> np.ndarray:
+    """Return the affine (4, 4) of the first slice of a volume, given its shape and affine as stored."""
+    turned = affine @ inv_ornt_aff(turn_of(affine, axis), shape)
+    return turned[:, [*(other for other in range(3) if other != axis), axis, 3]]
+
+
+def turn_of(affine: np.ndarray, axis: int) -> np.ndarray:
+    """Return nibabel's orientation transform (3, 2) of a volume that is cut along an axis."""
+    return ornt_transform(io_orientation(affine), axcodes2ornt(ORIENTATIONS[axis]))
