@@ -38,27 +38,29 @@ from tqdm import tqdm
 import phantom
 from console import printable, run_command
 from files import (
+    Reading,
     SliceFile,
     abbreviate,
     assign_volumes,
+    compile_pattern,
     counted,
     describe_files,
     file_name,
     find_slices,
     find_volumes,
+    identify,
+    identify_by_pattern,
     is_label_map,
     is_slice,
     label_map_notices,
-    name_notices,
     no_slices_error,
-    path_to_splits,
     positions_of,
     refuse_files,
     sort_key,
     with_forward_slashes,
 )
 from nifti import MAX_SIDE, DataError, RawImage, open_regular, read_image
-from splits import SPLIT_TITLES, SPLITS, assign_splits
+from splits import SPLIT_TITLES, SPLITS, find_data
 from volumes import SAME_SPACING, cut_volume
 
 CACHE_FORMAT = 5  # raise it when the same files would give other pixels or another index, notices included
@@ -70,6 +72,7 @@ MIN_VALUES = 12  # distinct values of a slice of integers; HipMRI's label maps h
 SAMPLED = 300  # pixels of a slice that quick checks look at
 
 MAX_VOLUME = 1 << 28  # pixels that are scaled together, 1 GiB as float32; HipMRI's volumes have 5 million
+AS_NAMED = Reading()
 LARGE_VOLUME = 1 << 24  # pixels: larger volumes of one file are decoded one at a time, so that memory does not add up
 LARGE_VOLUME_LOCK = Lock()
 THREADS = 6  # that read files: more would wait for each other, and each holds its largest slice in memory
@@ -123,7 +126,7 @@ def load_dataset(
     multiple: tuple[int, int] = (1, 1),
     seed: int = 0,
     workers: int | None = None,
-    axis: int | None = None,
+    reading: Reading = AS_NAMED,
 ) -> DataSplits:
     """Load a folder of NIfTI slices and volumes, from the cache where an earlier run has decoded it.
 
@@ -138,7 +141,8 @@ def load_dataset(
         multiple: (H, W) in pixels: the network accepts multiples of it.
         seed: Of the random splits, which are drawn where no folders define them.
         workers: Threads that read files; None for THREADS. For the phantom, also processes that draw it.
-        axis: Along which volumes are cut into slices, as `volumes.plan_stack` takes it.
+        reading: How files become slices. With a table, `data` is where its paths may start; "phantom" stands for the
+            table's folder.
 
     Returns:
         The three splits, their intensity scaled one volume at a time, and notices for the user.
@@ -154,8 +158,10 @@ def load_dataset(
         height, width = slice_size
         size = (height, width)
         check_slice_size(size, multiple)
+    if reading.table and data == "phantom":
+        data = str(reading.table.parent)
     if data != "phantom":
-        return load_folder(Path(data), size, multiple, seed, workers, axis)
+        return load_folder(Path(data), size, multiple, seed, workers, reading)
     height, width = size or (256, 128)
     # A hash of the code that draws it names the folder, so that a changed phantom is drawn again.
     code = b"".join(Path(__file__).with_name(name).read_bytes() for name in ("phantom.py", "tissues.py"))
@@ -168,20 +174,20 @@ def load_dataset(
         except ValueError as error:
             raise DataError(f"cannot draw a phantom of {height}x{width}: {error}") from None
     try:
-        return load_folder(folder, size, multiple, seed, workers, axis)
+        return load_folder(folder, size, multiple, seed, workers, AS_NAMED)
     except DataError as error:
         raise DataError(f"{error} (the phantom is kept in {folder}: delete that folder to draw it again)") from error
 
 
 def read_slices(
-    paths: Sequence[Path], slice_size: tuple[int, int], axis: int | None = None
+    paths: Sequence[Path], slice_size: tuple[int, int], reading: Reading = AS_NAMED
 ) -> tuple[Slices, list[np.ndarray], list[str]]:
     """Read slices into memory, scaled one volume at a time like training data.
 
     Args:
         paths: Files and folders; folders are searched for slices at any depth.
         slice_size: (H, W) in pixels, reached by centre crop or zero pad.
-        axis: Along which volumes are cut into slices, as `volumes.plan_stack` takes it.
+        reading: How files become slices. A table is not used; a pattern only for names that it matches.
 
     Returns:
         The slices in the order of `paths`, the affine (4, 4) of each after crop or pad, and notices for the user.
@@ -206,7 +212,11 @@ def read_slices(
             places.setdefault(at, place)
     if not found:
         raise no_slices_error(", ".join(map(str, paths)), label_maps)
-    files = assign_volumes(find_volumes(describe_files(found), axis, THREADS))
+    expression = compile_pattern(reading.pattern) if reading.pattern else None
+    described = describe_files(
+        found, lambda name: (expression and identify_by_pattern(expression, name)) or identify(name)
+    )
+    files = assign_volumes(find_volumes(described, reading.axis, THREADS))
     files.sort(key=lambda file: (places[file.path], *sort_key(file)))
     pixels = np.zeros((len(files), *slice_size), np.uint8)
     decoded = decode_files(files, slice_size, pixels.__setitem__, None)
@@ -275,49 +285,23 @@ def describe_changes(before: dict[str, str], now: dict[str, str]) -> str:
 # ---------------------------------------------------------------- folders
 
 
-class FoundData(NamedTuple):
-    """What a data folder contains, before its pixels are read."""
-
-    folder: Path  # of the splits, or of the slices
-    files: list[SliceFile]  # sorted by split
-    notices: list[str]
-
-
-def find_data(folder: Path, seed: int, workers: int | None, axis: int | None) -> FoundData:
-    """Find the slices of a folder and assign them to splits, as `load_dataset` does."""
-    if not os.path.exists(folder):
-        raise DataError(f"no such folder: {folder}")
-    if not os.path.isdir(folder):
-        raise DataError(f"{folder} is a file: give the folder that contains the slices")
-    if os.path.isdir(folder / "keras_slices_data"):
-        folder = folder / "keras_slices_data"
-    found, label_maps = find_slices(folder)
-    if not found:
-        raise no_slices_error(str(folder), label_maps)
-    below = path_to_splits([name for _, name in found])
-    found = [(path, name.removeprefix(below)) for path, name in found if name.startswith(below)]
-    label_maps = [name.removeprefix(below) for name in label_maps if name.startswith(below)]
-    folder = folder / below
-    files = assign_volumes(find_volumes(describe_files(found), axis, workers or THREADS))
-    files, notices = assign_splits(sorted(files, key=sort_key), folder, seed)
-    return FoundData(folder, files, notices + label_map_notices(label_maps) + name_notices(files))
-
-
 def load_folder(
     folder: Path,
     slice_size: tuple[int, int] | None,
     multiple: tuple[int, int],
     seed: int,
     workers: int | None,
-    axis: int | None,
+    reading: Reading,
 ) -> DataSplits:
     """Load a folder as `load_dataset` does."""
-    folder, files, notices = find_data(folder, seed, workers, axis)
-    pixels, index = decode_or_reopen(folder, files, slice_size, multiple, workers)
+    folder, files, notices = find_data(folder, seed, workers or THREADS, reading)
+    # Where names alone do not say them.
+    given = [(file.case, file.week, file.number) for file in files] if reading.pattern or reading.table else []
+    pixels, index = decode_or_reopen(folder, files, slice_size, multiple, workers, given)
     names, cases = [file.name for file in files], [file.case for file in files]
     positions, scales = positions_of(files), np.array(index.scales, np.float32)
     checksums = dict(zip(names, index.checksums))
-    content = json.dumps([index.slice_size, [file.split for file in files], checksums])
+    content = json.dumps([index.slice_size, [file.split for file in files], checksums] + [given] * bool(given))
     counts = Counter(file.split for file in files)
     parts = [slice(*ends) for ends in pairwise(np.cumsum([0, *(counts[split] for split in SPLITS)]))]
     train, validate, test = (
@@ -356,13 +340,17 @@ def decode_or_reopen(
     slice_size: tuple[int, int] | None,
     multiple: tuple[int, int],
     workers: int | None,
+    given: list[tuple[str | None, int | None, int | None]],
 ) -> tuple[np.ndarray, CacheIndex]:
-    """Return the pixels and index of `files` from their cache entry, which is filled first where there is none."""
+    """Return the pixels and index of `files` from their cache entry, which is filled first where there is none.
+
+    `given` are their cases, weeks and slice numbers, where names alone do not say them.
+    """
     described = [
         (file.split, file.name, file.size, file.mtime_ns) + (() if file.axis is None else (file.axis,))
         for file in files
     ]
-    choices = (CACHE_FORMAT, PERCENTILE, os.path.realpath(folder), multiple)
+    choices = (CACHE_FORMAT, PERCENTILE, os.path.realpath(folder), multiple) + ((given,) if given else ())
     # The given slice size may be the most common one, for which an earlier run without a size made an entry.
     keys = [ascii((*choices, size, described)).encode() for size in dict.fromkeys((None, slice_size))]
     entries = [cache_folder() / hashlib.sha256(key).hexdigest()[:32] for key in keys]

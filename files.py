@@ -1,13 +1,16 @@
 """Find the slices of a data folder, and read case, week, slice number, volume and split from their names.
 
-Names of slices are relative to the data folder, with forward slashes.
+Names of slices are relative to the data folder, with forward slashes. A pattern or a table of the user's may replace
+what names are taken to say.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -16,11 +19,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nifti import DataError, describe_stats, parts_of, read_grid
+from nifti import DataError, describe_stats, open_regular, parts_of, read_grid
 from volumes import plan_stack
 
 # Limits on a data folder, whoever made it. They bound memory and time.
 MAX_FILES = 1_000_000  # slices per folder: HipMRI has 12,660; records of a million take a gigabyte
+MAX_TABLE_BYTES = 1 << 28
 MAX_FOLDERS = 100_000  # below the data folder: where there are more, a link may lead out of it, even to /
 
 ENDINGS = (".nii", ".nii.gz", ".hdr")
@@ -46,6 +50,7 @@ CASE = re.compile(  # 004, A004 and 004b, up to the next word
 )
 WEEK = re.compile(rf"{START}(?i:week|session|ses|visit){SPACE}([0-9]+)")
 NUMBER = re.compile(rf"{START}(?i:slice){SPACE}([0-9]+)")
+BIDS_SUBJECT = re.compile(rf"\A(sub)-(?!{OTHERS})([0-9A-Za-z]+)(?=_|\Z)")  # which may be letters alone
 DIGITS = re.compile("[0-9]+")
 
 
@@ -55,6 +60,14 @@ class Identity(NamedTuple):
     case: str | None  # the patient, as case_004
     week: int | None
     number: int | None  # of the slice in its volume
+
+
+class Reading(NamedTuple):
+    """How files become slices, as the options of the same names say."""
+
+    axis: int | None = None  # along which volumes are cut, as `volumes.plan_stack` takes it
+    pattern: str | None = None  # regular expression with the named groups case and, if wanted, week and slice
+    table: Path | None = None  # CSV file with the columns path, case and, if wanted, week, slice and split
 
 
 class SliceFile(NamedTuple):
@@ -107,6 +120,24 @@ def find_slices(root: Path) -> tuple[list[tuple[str, str]], list[str]]:
     return [(path, name) for name, path in found.items()], label_maps
 
 
+def search_folder(folder: Path, pattern: str | None) -> tuple[Path, list[SliceFile], list[str]]:
+    """Return the folder that holds the splits or slices, a record of each file, and notices on those left out."""
+    if os.path.isdir(folder / "keras_slices_data"):
+        folder = folder / "keras_slices_data"
+    found, label_maps = find_slices(folder)
+    if not found:
+        raise no_slices_error(str(folder), label_maps)
+    identities: dict[str, Identity] = {}
+    notices: list[str] = []
+    if pattern:
+        found, identities, notices = match_names(found, compile_pattern(pattern))
+    below = path_to_splits([name for _, name in found])
+    found = [(path, name.removeprefix(below)) for path, name in found if name.startswith(below)]
+    label_maps = [name.removeprefix(below) for name in label_maps if name.startswith(below)]
+    files = describe_files(found, (lambda name: identities[below + name]) if pattern else identify)
+    return folder / below, files, notices + label_map_notices(label_maps)
+
+
 def walk_files(root: Path) -> Iterator[os.DirEntry]:
     """Yield everything but folders, at any depth below `root`, except in hidden folders."""
     folders, seen = [str(root)], set()
@@ -136,8 +167,13 @@ def is_folder(entry: os.DirEntry) -> bool:
         return False
 
 
-def describe_files(found: list[tuple[str, str]]) -> list[SliceFile]:
-    """Make a record of each (path, name), or raise DataError listing those that are not regular files."""
+def describe_files(found: list[tuple[str, str]], identify_name: Callable[[str], Identity]) -> list[SliceFile]:
+    """Make a record of each (path, name), or raise DataError listing those that are not regular files.
+
+    Args:
+        found: Paths and names.
+        identify_name: Returns what a name says, as `identify` does.
+    """
     files, bad = [], []
     for path, name in found:
         try:
@@ -150,7 +186,7 @@ def describe_files(found: list[tuple[str, str]]) -> list[SliceFile]:
         elif not all(stat.st_size for stat in stats):
             bad.append((name, "empty"))
         size, mtime_ns = describe_stats(stats)
-        files.append(SliceFile(path, name, size, mtime_ns, *identify(name)))
+        files.append(SliceFile(path, name, size, mtime_ns, *identify_name(name)))
     refuse_files(bad, len(found))
     return files
 
@@ -408,7 +444,7 @@ def parse_name(part: str) -> Identity:
 
     Numbers are compared by value: case_4 is case_004.
     """
-    case, week, number = CASE.search(part), WEEK.search(part), NUMBER.search(part)
+    case, week, number = CASE.search(part) or BIDS_SUBJECT.search(part), WEEK.search(part), NUMBER.search(part)
     patient = f"{case[1].lower()}_{DIGITS.sub(pad_number, case[2].lower())}" if case else None
     return Identity(patient, int(week[1]) if week else None, int(number[1]) if number else None)
 
@@ -416,6 +452,116 @@ def parse_name(part: str) -> Identity:
 def pad_number(digits: re.Match[str]) -> str:
     """Write a number with at least three digits."""
     return f"{int(digits[0]):03}"
+
+
+# ---------------------------------------------------------------- names: a pattern or a table of the user's
+
+
+def compile_pattern(pattern: str) -> re.Pattern[str]:
+    """Compile a pattern, or raise DataError if it is no regular expression or lacks the group `case`."""
+    try:
+        expression = re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise DataError(f"--pattern {pattern} is no regular expression: {error}") from None
+    groups = expression.groupindex.keys()
+    if "case" not in groups or not groups <= {"case", "week", "slice"}:
+        raise DataError(f"--pattern {pattern} needs a group (?P<case>...); (?P<week>...) and (?P<slice>...) may follow")
+    return expression
+
+
+def identify_by_pattern(expression: re.Pattern[str], name: str) -> Identity | None:
+    """Return what a pattern finds in a name, or None if it does not match. Raises DataError."""
+    match = expression.search(name)
+    return make_identity(name, match.groupdict()) if match else None
+
+
+def make_identity(name: str, fields: dict[str, str | None]) -> Identity:
+    """Make an identity of the texts of case, week and slice. Raises DataError if a number is none."""
+    numbers = []
+    for field in ("week", "slice"):
+        text = (fields.get(field) or "").strip()
+        if text and not re.fullmatch("[0-9]{1,9}", text):
+            raise DataError(f"{name}: its {field} is {text:.20}, where a whole number is needed")
+        numbers.append(int(text) if text else None)
+    return Identity((fields["case"] or "").strip() or None, *numbers)
+
+
+def match_names(
+    found: list[tuple[str, str]], expression: re.Pattern[str]
+) -> tuple[list[tuple[str, str]], dict[str, Identity], list[str]]:
+    """Apply a pattern to the names of files.
+
+    Returns:
+        The (path, name) of those that match, what the pattern finds in them, and a notice that names the others.
+
+    Raises:
+        DataError: If no name matches, or a week or slice is no number.
+    """
+    matches = {name: identity for _, name in found if (identity := identify_by_pattern(expression, name))}
+    others = sorted(name for _, name in found if name not in matches)
+    listed = f"--pattern {expression.pattern} does not match {counted(len(others), 'file')} ({abbreviate(others, 3)})"
+    if not matches:
+        raise DataError(listed)
+    notices = [f"warning: {listed}: not read"] if others else []
+    return [(path, name) for path, name in found if name in matches], matches, notices
+
+
+def read_table(table: Path, folder: Path) -> list[SliceFile]:
+    """Make a record of each file that a table lists.
+
+    Args:
+        table: CSV file with a header, separated by commas, semicolons or tabs, in UTF-8.
+        folder: Where paths start that do not exist below the table's own folder.
+
+    Raises:
+        DataError: If the table or a file cannot be used; the message names the row.
+    """
+    rows = table_rows(table)
+    found: dict[str, str] = {}  # path by name
+    identities, splits = {}, {}
+    for number, row in enumerate(rows, 2):
+        place = f"{table}, row {number}"
+        name = with_forward_slashes((row["path"] or "").strip())
+        if not name or "\0" in name or name in found:
+            raise DataError(f"{place}: {f'{name} is listed twice' if name in found else 'it has no path'}")
+        if not name.lower().endswith(ENDINGS):
+            raise DataError(f"{place}: {name} is no {' or '.join(ENDINGS)} file")
+        found[name] = str(
+            next((start / name for start in (table.parent, folder) if os.path.exists(start / name)), name)
+        )
+        identities[name] = make_identity(place, row)
+        splits[name] = split_of((row.get("split") or "").strip())
+        if "split" in row and not splits[name]:
+            raise DataError(f"{place}: its split is {row['split']}, not train, validate or test")
+    if any(splits.values()) and "train" not in splits.values():
+        raise DataError(f"{table} has no row with split train")
+    files = describe_files([(path, name) for name, path in found.items()], identities.__getitem__)
+    return [file._replace(split=splits[file.name]) for file in files]
+
+
+def table_rows(table: Path) -> list[dict[str, str | None]]:
+    """Read the rows of a table, or raise DataError."""
+    try:
+        with open_regular(table) as file:
+            content = file.read(MAX_TABLE_BYTES + 1)
+        text = content.decode("utf-8-sig")
+    except OSError as error:
+        raise DataError(f"--table {table} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError:
+        raise DataError(f"--table {table} is no CSV file in UTF-8") from None
+    header = text.partition("\n")[0]
+    try:
+        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count), strict=True)
+        rows = [row for row, _ in zip(reader, range(MAX_FILES + 1))]
+    except csv.Error as error:
+        raise DataError(f"--table {table} is no CSV file: {error}") from None
+    if len(content) > MAX_TABLE_BYTES or len(rows) > MAX_FILES:
+        raise DataError(f"--table {table} has more than {MAX_FILES} rows or {MAX_TABLE_BYTES} bytes")
+    if not {"path", "case"} <= set(reader.fieldnames or ()):
+        raise DataError(f"--table {table} needs the columns path and case, and may have week, slice and split")
+    if not rows:
+        raise DataError(f"--table {table} lists no files")
+    return rows
 
 
 # ---------------------------------------------------------------- volumes

@@ -1,6 +1,6 @@
 """Inspect a data folder before a training: print what was found, and draw one slice of each case.
 
-python dataset.py DIR [--axis 0|1|2] [--out contact_sheet.png]
+python dataset.py DIR [--axis 0|1|2] [--pattern REGEX] [--table CSV] [--out contact_sheet.png]
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ import numpy as np
 
 from config import TrainConfig, add_option
 from console import Parser, log_notices, nonempty, run_command, say
-from dataset import PERCENTILE, SPLIT_TITLES, THREADS, DataSplits, find_data, load_dataset
-from files import SliceFile, abbreviate, counted, file_name, is_slice, walk_files, with_forward_slashes
+from dataset import PERCENTILE, SPLIT_TITLES, THREADS, DataSplits, load_dataset
+from files import Reading, SliceFile, abbreviate, counted, file_name, is_slice, walk_files, with_forward_slashes
 from nifti import read_grid
 from plots import caption, contact_sheet_figure, evenly_spaced
+from splits import find_data
 from utils import check_folder
 from volumes import affine_of_slices
 
-DATA_OPTIONS = ("axis", "seed")  # of train.py, on which the slices and their splits depend
+DATA_OPTIONS = ("axis", "pattern", "table", "seed")  # of train.py, on which the slices and their splits depend
 MAX_SHOWN = 120  # cases on a contact sheet
 MAX_LISTED = 6  # values of a property
 
@@ -35,6 +36,8 @@ class InspectOptions(Namespace):
     folder: Path
     out: Path
     axis: int | None
+    pattern: str | None
+    table: Path | None
     seed: int
 
 
@@ -158,9 +161,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command `python dataset.py`."""
     options = parse_options(arguments)
     check_folder("--out", options.out.parent)
-    found = find_data(options.folder, options.seed, None, options.axis)
+    reading = Reading(options.axis, options.pattern, options.table)
+    found = find_data(options.folder, options.seed, THREADS, reading)
     side = TrainConfig().downsampling  # so that a training finds the cache filled
-    data = load_dataset(str(options.folder), None, (side, side), options.seed, axis=options.axis)
+    data = load_dataset(str(options.folder), None, (side, side), options.seed, reading=reading)
     scales = np.concatenate([part.scales for part in (data.train, data.validate, data.test)])
     per_volume = list({file.volume: scale for file, scale in zip(found.files, scales)}.values())
     for line in describe_files(found.files, found.folder) + describe_others(options.folder):

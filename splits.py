@@ -1,21 +1,30 @@
-"""Assign slices to training, validation and test: by the names of folders, else by case."""
+"""Assign slices to training, validation and test: by a table, by the names of folders, or by case."""
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from files import (
+    Reading,
     SliceFile,
     abbreviate,
+    assign_volumes,
     counted,
     file_name,
+    find_volumes,
     likely_split_of,
+    name_notices,
+    read_table,
     refuse_files,
+    search_folder,
+    sort_key,
     split_of,
     splits_of_folders,
 )
@@ -25,16 +34,40 @@ SPLITS = ("train", "validate", "test")
 SPLIT_TITLES = {"train": "training", "validate": "validation", "test": "test"}
 
 
+class FoundData(NamedTuple):
+    """What a data folder contains, before its pixels are read."""
+
+    folder: Path  # of the splits, or of the slices
+    files: list[SliceFile]  # sorted by split
+    notices: list[str]
+
+
+def find_data(folder: Path, seed: int, workers: int, reading: Reading) -> FoundData:
+    """Find the slices of a folder and assign them to splits, as `load_dataset` does."""
+    if not os.path.exists(folder):
+        raise DataError(f"no such folder: {folder}")
+    if not os.path.isdir(folder):
+        raise DataError(f"{folder} is a file: give the folder that contains the slices")
+    notices: list[str] = []
+    if reading.table:
+        files = read_table(reading.table, folder)
+    else:
+        folder, files, notices = search_folder(folder, reading.pattern)
+    files = assign_volumes(find_volumes(files, reading.axis, workers))
+    files, more = assign_splits(sorted(files, key=sort_key), folder, seed)
+    return FoundData(folder, files, more + notices + name_notices(files))
+
+
 def assign_splits(files: list[SliceFile], folder: Path, seed: int) -> tuple[list[SliceFile], list[str]]:
-    """Assign files to splits, by folder where folders are named like splits, else by case.
+    """Assign files to splits: as a table says, by folder where folders are named like splits, or else by case.
 
     Returns:
         The files, sorted by split, and notices on how they were split.
     """
-    folders = splits_of_folders([file.name for file in files])
-    split_of_file = [folders.get(file.name.partition("/")[0]) for file in files]
+    folders = {} if any(file.split for file in files) else splits_of_folders([file.name for file in files])
+    split_of_file = [file.split or folders.get(file.name.partition("/")[0]) for file in files]
     inside = [file._replace(split=split) for file, split in zip(files, split_of_file) if split]
-    notices = split_folder_notices(inside or files, folders)
+    notices = [] if inside and not folders else split_folder_notices(inside or files, folders)
     if not inside:
         drawn, more = split_by_case(files, SPLITS, seed)
         return drawn, notices + more

@@ -35,6 +35,7 @@ from slice_files import (
 
 import dataset
 from dataset import DataError, batch_indices, denormalize, describe_changes, load_dataset, read_slices
+from files import Reading
 from nifti import write_slice
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -1002,7 +1003,7 @@ def test_volumes_are_read_once_and_then_reopened(data, monkeypatch):
     assert (first.files, first.fingerprint, first.notices) == (second.files, second.fingerprint, second.notices)
     np.testing.assert_array_equal(first.train.pixels, second.train.pixels)
     with pytest.raises(AssertionError, match="decoded again"):
-        load_dataset(str(data), axis=1)
+        load_dataset(str(data), reading=Reading(1))
     path = data / "train" / "case_1.nii.gz"
     os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
     with pytest.raises(AssertionError, match="decoded again"):
@@ -1029,7 +1030,7 @@ def test_a_copied_volume_is_a_leak_that_is_found_with_one_more_reading(data, mon
 def test_another_axis_gives_other_slices_and_another_fingerprint(data):
     for case in range(3):
         write_volume(data / f"case_{case}.nii", case, (6, 6, 6))
-    loaded = [load_dataset(str(data), axis=axis) for axis in (None, 0, 1, 2)]
+    loaded = [load_dataset(str(data), reading=Reading(axis)) for axis in (None, 0, 1, 2)]
     assert len({one.fingerprint for one in loaded}) == 3
     assert loaded[0].fingerprint == loaded[3].fingerprint
     assert all(one.files.keys() == loaded[0].files.keys() for one in loaded)
@@ -1041,7 +1042,7 @@ def test_samples_lie_where_the_slices_of_volumes_lie(data, axis):
     oblique = np.array([[0.7, 0.2, 0.3, 1], [-0.2, 0.9, 0.1, 2], [0.1, 0.1, 3, 3], [0, 0, 0, 1]])
     volume = write_volume(data / "case_1.nii", 3, (12, 9, 5), oblique, codes="PIR")
     voxels = volume.get_fdata(dtype=np.float32)
-    slices, affines, _ = read_slices([data / "case_1.nii"], (8, 10), axis)
+    slices, affines, _ = read_slices([data / "case_1.nii"], (8, 10), Reading(axis))
     seen = 0
     for grey, affine, scale in zip(slices.pixels, affines, slices.scales):
         write_slice(data / "sample.nii", denormalize(grey / 127.5 - 1, scale), affine)
@@ -1061,7 +1062,7 @@ def test_the_affine_of_training_volumes_has_the_spacing_and_axes_of_their_slices
     loaded = load_dataset(str(data))
     assert nib.aff2axcodes(loaded.affine) == ("L", "P", "S")
     np.testing.assert_allclose(nib.affines.voxel_sizes(loaded.affine), [0.8, 0.9, 3], rtol=1e-6)
-    sagittal = load_dataset(str(data), axis=0)
+    sagittal = load_dataset(str(data), reading=Reading(0))
     assert sagittal.slice_size == (6, 5) and nib.aff2axcodes(sagittal.affine) == ("P", "I", "L")
     np.testing.assert_allclose(nib.affines.voxel_sizes(sagittal.affine), [0.9, 3, 0.8], rtol=1e-6)
 
@@ -1071,7 +1072,8 @@ def test_volumes_of_slices_in_other_planes_are_reported(data):
     write_volume(data / "train" / "case_8.nii", 8, affine=np.diag([3, 0.8, 0.8, 1]))
     loaded = load_dataset(str(data))
     assert has_notice(loaded, "warning: slices have different orientations (LP, PI): all are treated as LP")
-    assert load_dataset(str(data), axis=2).notices[-1].startswith("warning: pixel sizes differ, from 0.8x0.9")
+    axial = load_dataset(str(data), reading=Reading(2))
+    assert axial.notices[-1].startswith("warning: pixel sizes differ, from 0.8x0.9")
 
 
 def test_a_bad_volume_is_named_once(data):
