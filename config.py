@@ -118,7 +118,7 @@ class TrainConfig(StrictModel):
     )
 
     data: str = option(
-        DATA, "phantom", "folder of .nii/.nii.gz slices or volumes, or 'phantom', the embedded data", free=True
+        DATA, "phantom", "folder of slices or volumes, as docs/data.md says, or 'phantom', the embedded data", free=True
     )
     slice_size: Pair | None = option(
         DATA, None, "rows and columns in pixels, to which slices are cropped or padded; without it the most common size"

@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 import phantom
 from console import printable, run_command
+from containers import read_image
 from files import (
     Reading,
     SliceFile,
@@ -59,7 +60,7 @@ from files import (
     sort_key,
     with_forward_slashes,
 )
-from nifti import MAX_SIDE, DataError, RawImage, open_regular, read_image
+from nifti import MAX_SIDE, DataError, RawImage, open_regular
 from splits import SPLIT_TITLES, SPLITS, find_data
 from volumes import SAME_SPACING, cut_volume
 

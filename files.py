@@ -19,15 +19,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nifti import DataError, describe_stats, open_regular, parts_of, read_grid
+from containers import DICOM, ENDINGS, KINDS, PICTURES, ending_of, parts_of, read_grid
+from nifti import DataError, describe_stats, open_regular
 from volumes import plan_stack
 
 # Limits on a data folder, whoever made it. They bound memory and time.
 MAX_FILES = 1_000_000  # slices per folder: HipMRI has 12,660; records of a million take a gigabyte
 MAX_TABLE_BYTES = 1 << 28
 MAX_FOLDERS = 100_000  # below the data folder: where there are more, a link may lead out of it, even to /
-
-ENDINGS = (".nii", ".nii.gz", ".hdr")
 
 SPLIT_WORDS = {
     "train": ("train", "training", "tr", "imagestr"),
@@ -90,7 +89,7 @@ class SliceFile(NamedTuple):
 
 
 def find_slices(root: Path) -> tuple[list[tuple[str, str]], list[str]]:
-    """Find the slices at any depth below a folder.
+    """Find the slices at any depth below a folder, of the first kind of container that it contains.
 
     Args:
         root: The folder; hidden folders below it are skipped.
@@ -102,22 +101,29 @@ def find_slices(root: Path) -> tuple[list[tuple[str, str]], list[str]]:
         DataError: If two slices get the same name, there are too many, or a folder cannot be read.
     """
     start = len(os.path.join(root, ""))
-    found: dict[str, str] = {}
-    label_maps = []
+    kinds: list[dict[str, str]] = [{} for _ in KINDS]  # path by name
+    label_maps: list[list[str]] = [[] for _ in KINDS]
     for entry in walk_files(root):
-        name = with_forward_slashes(entry.path[start:])
-        if not is_slice(name) or len(parts := parts_of(entry.path)) == 2 and not os.path.exists(parts[1]):
+        path, name = entry.path, with_forward_slashes(entry.path[start:])
+        if not is_slice(name):
+            continue
+        kind = next(i for i, endings in enumerate(KINDS) if name.lower().endswith(endings))
+        if KINDS[kind] == DICOM:  # the folder is the volume
+            path, folder = os.path.join(os.path.dirname(path), ""), name.rpartition("/")[0]
+            name = f"{folder or os.path.basename(os.path.realpath(root))}.dcm"
+        elif name.lower().endswith(".hdr") and not os.path.exists(parts_of(path)[1]):
             continue  # other programs also write .hdr files, but no .img beside them
         if is_label_map(name):
-            label_maps.append(name)
-        elif name in found:
-            both = f"{found[name]} and {entry.path}"
+            label_maps[kind].append(name)
+        elif kinds[kind].get(name, path) != path:
+            both = f"{kinds[kind][name]} and {path}"
             raise DataError(f"{both} have the same name once backslashes are read as slashes: remove one of them")
         else:
-            found[name] = entry.path
-        if len(found) + len(label_maps) > MAX_FILES:
+            kinds[kind][name] = path
+        if sum(map(len, kinds)) + sum(map(len, label_maps)) > MAX_FILES:
             raise DataError(f"{root} contains more than {MAX_FILES} slices, including label maps")
-    return [(path, name) for name, path in found.items()], label_maps
+    chosen = next((i for i, found in enumerate(kinds) if found), 0)
+    return [(path, name) for name, path in kinds[chosen].items()], sorted(set(label_maps[chosen]))
 
 
 def search_folder(folder: Path, pattern: str | None) -> tuple[Path, list[SliceFile], list[str]]:
@@ -129,8 +135,12 @@ def search_folder(folder: Path, pattern: str | None) -> tuple[Path, list[SliceFi
         raise no_slices_error(str(folder), label_maps)
     identities: dict[str, Identity] = {}
     notices: list[str] = []
+    if found[0][1].lower().endswith(PICTURES):
+        assumed = "1 mm is assumed, the front on top, and the patient's left at the right"
+        notices.append(f"warning: pictures tell neither the size of a pixel nor the side: {assumed}")
     if pattern:
-        found, identities, notices = match_names(found, compile_pattern(pattern))
+        found, identities, others = match_names(found, compile_pattern(pattern))
+        notices += others
     below = path_to_splits([name for _, name in found])
     found = [(path, name.removeprefix(below)) for path, name in found if name.startswith(below)]
     label_maps = [name.removeprefix(below) for name in label_maps if name.startswith(below)]
@@ -178,8 +188,8 @@ def describe_files(found: list[tuple[str, str]], identify_name: Callable[[str], 
     for path, name in found:
         try:
             stats = [os.stat(part) for part in parts_of(path)]
-        except OSError as error:
-            bad.append((name, error.strerror or str(error)))
+        except (OSError, DataError) as error:
+            bad.append((name, getattr(error, "strerror", None) or str(error)))
             continue
         if not all(S_ISREG(stat.st_mode) for stat in stats):  # a pipe could block for ever; a device may have no end
             bad.append((name, "not a regular file"))
@@ -225,8 +235,8 @@ def slices_of_volume(
     """Yield a record for each slice of a volume file, named like a file of its own."""
     stack = plan_stack(shape, affine, axis)
     folder, slash, base = file.name.rpartition("/")
-    ending = max((ending for ending in ENDINGS if base.lower().endswith(ending)), key=len)
-    stem = base.removesuffix(base[-len(ending) :])
+    ending = ending_of(base)
+    stem = base[: -len(ending)]
     case = file.case or f"{folder}{slash}{stem}"
     volume = (folder, file.case or "", "" if file.week is None else f"{file.week:03}", base)
     for index in range(stack.slices):
@@ -319,7 +329,7 @@ def with_forward_slashes(name: str) -> str:
 
 
 def is_slice(name: str) -> bool:
-    """Return whether a name is that of a NIfTI file, of a pair the header, unless it is hidden (macOS: ._*.nii)."""
+    """Return whether a name is that of an image, of a pair the header, unless it is hidden (macOS: ._*.nii)."""
     return name.lower().endswith(ENDINGS) and "/." not in f"/{name}"
 
 
@@ -525,7 +535,7 @@ def read_table(table: Path, folder: Path) -> list[SliceFile]:
         if not name or "\0" in name or name in found:
             raise DataError(f"{place}: {f'{name} is listed twice' if name in found else 'it has no path'}")
         if not name.lower().endswith(ENDINGS):
-            raise DataError(f"{place}: {name} is no {' or '.join(ENDINGS)} file")
+            raise DataError(f"{place}: {name} is none of {' '.join(ENDINGS)}")
         found[name] = str(
             next((start / name for start in (table.parent, folder) if os.path.exists(start / name)), name)
         )
@@ -613,7 +623,7 @@ def without_slice_folders(folder: str) -> str:
 
 def lower_stem(name: str) -> str:
     """Return a file's name in lower case and without its ending."""
-    return name.lower().removesuffix(".gz").removesuffix(".nii").removesuffix(".hdr")
+    return name.lower().removesuffix(ending_of(name))
 
 
 def sort_key(file: SliceFile) -> tuple:

@@ -5,6 +5,7 @@ python dataset.py DIR [--axis 0|1|2] [--pattern REGEX] [--table CSV] [--out cont
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -17,9 +18,9 @@ import numpy as np
 
 from config import TrainConfig, add_option
 from console import Parser, log_notices, nonempty, run_command, say
+from containers import parts_of, read_grid
 from dataset import PERCENTILE, SPLIT_TITLES, THREADS, DataSplits, load_dataset
-from files import Reading, SliceFile, abbreviate, counted, file_name, is_slice, walk_files, with_forward_slashes
-from nifti import read_grid
+from files import Reading, SliceFile, abbreviate, counted, file_name, walk_files
 from plots import caption, contact_sheet_figure, evenly_spaced
 from splits import find_data
 from utils import check_folder
@@ -125,14 +126,13 @@ def describe_files(files: list[SliceFile], folder: Path) -> list[str]:
     return lines
 
 
-def describe_others(folder: Path) -> list[str]:
-    """Return a line on files that are neither slices nor their pixels, if there are any."""
-    names = [with_forward_slashes(entry.path) for entry in walk_files(folder)]
-    pixels = {PurePath(name).with_suffix(".img") for name in names if name.lower().endswith(".hdr")}
-    others = [name for name in names if not is_slice(name) and PurePath(name) not in pixels]
+def describe_others(folder: Path, files: list[SliceFile]) -> list[str]:
+    """Return a line on the files of a folder that are not read, if there are any."""
+    read = {os.path.abspath(part) for path in {file.path for file in files} for part in parts_of(path)}
+    others = [path for entry in walk_files(folder) if (path := os.path.abspath(entry.path)) not in read]
     if not others:
         return []
-    endings = Counter("".join(PurePath(name).suffixes[-2:]).lower() or "without ending" for name in others)
+    endings = Counter("".join(PurePath(path).suffixes[-2:]).lower() or "without ending" for path in others)
     listed = abbreviate([f"{ending}: {count}" for ending, count in endings.most_common()], MAX_LISTED)
     return [f"other files, not read: {len(others)} ({listed})"]
 
@@ -167,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     data = load_dataset(str(options.folder), None, (side, side), options.seed, reading=reading)
     scales = np.concatenate([part.scales for part in (data.train, data.validate, data.test)])
     per_volume = list({file.volume: scale for file, scale in zip(found.files, scales)}.values())
-    for line in describe_files(found.files, found.folder) + describe_others(options.folder):
+    for line in describe_files(found.files, found.folder) + describe_others(options.folder, found.files):
         say(line)
     say(f"intensities: 0 is black; the {PERCENTILE}th percentile of a volume, {describe_range(per_volume)}, is white")
     log_notices(data.notices)

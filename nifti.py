@@ -251,6 +251,23 @@ def parse_header(kind: type[Nifti1PairHeader], block: bytes, endianness: str) ->
         raise DataError(
             "not a single-file NIfTI" if single else "not a NIfTI pair: Analyze headers do not tell the sides"
         )
+    if dtype.kind not in "iuf":
+        raise DataError(f"has {header.get_value_label('datatype')} voxels: they must be integers or real numbers")
+    if not (kind.single_vox_offset if single else 0) <= offset <= MAX_OFFSET:
+        raise DataError(f"bad header: pixels start at byte {offset}")
+    sides, affine = check_grid(shape, affine)
+    return Header(sides, dtype, offset, slope, inter, affine)
+
+
+def check_grid(shape: tuple[int, ...], affine: np.ndarray) -> tuple[tuple[int, ...], np.ndarray]:
+    """Check the shape and the affine (4, 4) of a slice or a volume.
+
+    Returns:
+        The shape without axes one voxel thick, (H, W) or (A, B, C), and its affine.
+
+    Raises:
+        DataError: If it is neither slice nor volume, too large, or its affine is no voxel grid.
+    """
     axes = image_axes(shape)
     if not axes:
         raise DataError(f"has shape {shape}: only 2D slices and 3D volumes are supported")
@@ -259,18 +276,13 @@ def parse_header(kind: type[Nifti1PairHeader], block: bytes, endianness: str) ->
         raise DataError(f"has shape {shape}: each side must be 1 to {MAX_SIDE} pixels")
     if math.prod(sides) > MAX_VOXELS:
         raise DataError(f"has shape {shape}: a volume may have {MAX_VOXELS} voxels")
-    if dtype.kind not in "iuf":
-        raise DataError(f"has {header.get_value_label('datatype')} voxels: they must be integers or real numbers")
-    if not (kind.single_vox_offset if single else 0) <= offset <= MAX_OFFSET:
-        raise DataError(f"bad header: pixels start at byte {offset}")
     if not np.abs(affine).max() <= MAX_DISTANCE:  # also true of NaN
         raise DataError("bad header: its affine is not finite or out of range")
     if len(axes) == 3:
         check_voxels(affine)
-        return Header(sides, dtype, offset, slope, inter, affine)
+        return sides, affine
     # The axis across the slice comes third, whichever it is in the file.
-    affine = affine[:, [*axes, 3 - sum(axes), 3]]
-    return Header(sides, dtype, offset, slope, inter, complete_affine(affine))
+    return sides, complete_affine(affine[:, [*axes, 3 - sum(axes), 3]])
 
 
 def image_axes(shape: tuple[int, ...]) -> list[int]:

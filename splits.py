@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from containers import read_image
 from files import (
     Reading,
     SliceFile,
@@ -28,7 +29,7 @@ from files import (
     split_of,
     splits_of_folders,
 )
-from nifti import DataError, read_image
+from nifti import DataError
 
 SPLITS = ("train", "validate", "test")
 SPLIT_TITLES = {"train": "training", "validate": "validation", "test": "test"}

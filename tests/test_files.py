@@ -644,7 +644,7 @@ def test_a_table_without_splits_is_split_by_case(data, separator):
         (["path,case", "a.nii,1", "a.nii,2"], "row 3: a.nii is listed twice"),
         (["path,case", ",1"], "row 2: it has no path"),
         (["path,case", "a.nii,1", "b.nii,1"], "b.nii: No such file"),
-        (["path,case", "a.txt,1"], "row 2: a.txt is no .nii or .nii.gz or .hdr file"),
+        (["path,case", "a.txt,1"], "row 2: a.txt is none of .nii .nii.gz .hdr .mha"),
         (["path,case,slice", "a.nii,1,3.5"], "row 2: its slice is 3.5, where a whole number is needed"),
         (["path,case,split", "a.nii,1,train", "c.nii,2,"], "row 3: its split is , not train, validate or test"),
         (["path,case,split", "a.nii,1,test"], "has no row with split train"),
