@@ -117,11 +117,30 @@ class TrainConfig(StrictModel):
         RUN, False, "resume although files of the data were added, removed or altered since the run began", free=True
     )
 
-    data: str = option(DATA, "phantom", "folder of 2D .nii/.nii.gz slices, or 'phantom', the embedded data", free=True)
+    data: str = option(
+        DATA, "phantom", "folder of slices or volumes, as docs/data.md says, or 'phantom', the embedded data", free=True
+    )
     slice_size: Pair | None = option(
         DATA, None, "rows and columns in pixels, to which slices are cropped or padded; without it the most common size"
     )
     phantom_size: Pair = option(DATA, (256, 128), "slice size of the phantom, where --slice-size is not given")
+    axis: Annotated[int, Ge(0), Le(2)] | None = option(
+        DATA,
+        None,
+        "cut volumes into sagittal (0), coronal (1) or axial (2) slices; without it across their largest voxel spacing",
+    )
+    pattern: str | None = option(
+        DATA,
+        None,
+        "regular expression that finds (?P<case>...) and, if wanted, (?P<week>...) and (?P<slice>...) in the path of a "
+        "file; files that it does not match are left out",
+    )
+    table: FilePath | None = option(
+        DATA,
+        None,
+        "CSV file that lists the files to read, with the columns path and case, and, if wanted, week, slice and split",
+        free=True,
+    )
     batch_size: Annotated[int, Ge(1), Le(MAX_BATCH_SIZE)] = option(DATA, 32, "slices per update of the VQ-VAE")
     batch_divisor: Annotated[int, Ge(1), Le(MAX_BATCH_SIZE)] = option(
         DATA, 4, "prior and refiner take this fraction of a batch per update: more, smaller updates in the same time"

@@ -2,6 +2,8 @@
 
 A first pass decodes every file, scales intensity one volume at a time and stores the result in an on-disk cache, which
 later runs map into memory. files.py finds the slices and interprets their names, nifti.py reads a single file.
+
+python dataset.py DIR      # prints what is in a folder, and writes contact_sheet.png (inspection.py)
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations, pairwise
@@ -34,29 +36,33 @@ import torch
 from tqdm import tqdm
 
 import phantom
-from console import printable
+from console import printable, run_command
+from containers import read_image
 from files import (
+    Reading,
     SliceFile,
     abbreviate,
     assign_volumes,
+    compile_pattern,
     counted,
     describe_files,
+    file_name,
     find_slices,
+    find_volumes,
+    identify,
+    identify_by_pattern,
     is_label_map,
     is_slice,
     label_map_notices,
-    likely_split_of,
-    name_notices,
     no_slices_error,
-    path_to_splits,
     positions_of,
     refuse_files,
     sort_key,
-    split_of,
-    splits_of_folders,
     with_forward_slashes,
 )
-from nifti import MAX_SIDE, DataError, RawSlice, open_regular, read_shape, read_slice
+from nifti import MAX_SIDE, DataError, RawImage, open_regular
+from splits import SPLIT_TITLES, SPLITS, find_data
+from volumes import SAME_SPACING, cut_volume
 
 CACHE_FORMAT = 5  # raise it when the same files would give other pixels or another index, notices included
 PERCENTILE = 99.5  # of a volume's pixels: the value that maps to +1; the few brighter ones are vessels
@@ -65,14 +71,13 @@ BLACK = 12  # grey levels of 255: all tissue is brighter
 MIN_BRIGHT = 0.02  # of a volume's pixels above that level: a body fills far more
 MIN_VALUES = 12  # distinct values of a slice of integers; HipMRI's label maps have 6
 SAMPLED = 300  # pixels of a slice that quick checks look at
-SAME_SPACING = 1.02  # pixel sizes that differ by a smaller factor differ by rounding
 
 MAX_VOLUME = 1 << 28  # pixels that are scaled together, 1 GiB as float32; HipMRI's volumes have 5 million
+AS_NAMED = Reading()
+LARGE_VOLUME = 1 << 24  # pixels: larger volumes of one file are decoded one at a time, so that memory does not add up
+LARGE_VOLUME_LOCK = Lock()
 THREADS = 6  # that read files: more would wait for each other, and each holds its largest slice in memory
 INDEX_BYTES = 64  # per slice, the most that is read of a cache entry's index: an intact one has fewer
-
-SPLITS = ("train", "validate", "test")
-SPLIT_TITLES = {"train": "training", "validate": "validation", "test": "test"}
 
 
 # ---------------------------------------------------------------- public API
@@ -122,8 +127,9 @@ def load_dataset(
     multiple: tuple[int, int] = (1, 1),
     seed: int = 0,
     workers: int | None = None,
+    reading: Reading = AS_NAMED,
 ) -> DataSplits:
-    """Load a folder of 2D NIfTI slices, from the cache where an earlier run has decoded it.
+    """Load a folder of NIfTI slices and volumes, from the cache where an earlier run has decoded it.
 
     Label maps are recognised by the names of files and folders, and left out.
 
@@ -136,6 +142,8 @@ def load_dataset(
         multiple: (H, W) in pixels: the network accepts multiples of it.
         seed: Of the random splits, which are drawn where no folders define them.
         workers: Threads that read files; None for THREADS. For the phantom, also processes that draw it.
+        reading: How files become slices. With a table, `data` is where its paths may start; "phantom" stands for the
+            table's folder.
 
     Returns:
         The three splits, their intensity scaled one volume at a time, and notices for the user.
@@ -151,8 +159,10 @@ def load_dataset(
         height, width = slice_size
         size = (height, width)
         check_slice_size(size, multiple)
+    if reading.table and data == "phantom":
+        data = str(reading.table.parent)
     if data != "phantom":
-        return load_folder(Path(data), size, multiple, seed, workers)
+        return load_folder(Path(data), size, multiple, seed, workers, reading)
     height, width = size or (256, 128)
     # A hash of the code that draws it names the folder, so that a changed phantom is drawn again.
     code = b"".join(Path(__file__).with_name(name).read_bytes() for name in ("phantom.py", "tissues.py"))
@@ -165,17 +175,20 @@ def load_dataset(
         except ValueError as error:
             raise DataError(f"cannot draw a phantom of {height}x{width}: {error}") from None
     try:
-        return load_folder(folder, size, multiple, seed, workers)
+        return load_folder(folder, size, multiple, seed, workers, AS_NAMED)
     except DataError as error:
         raise DataError(f"{error} (the phantom is kept in {folder}: delete that folder to draw it again)") from error
 
 
-def read_slices(paths: Sequence[Path], slice_size: tuple[int, int]) -> tuple[Slices, list[np.ndarray], list[str]]:
+def read_slices(
+    paths: Sequence[Path], slice_size: tuple[int, int], reading: Reading = AS_NAMED
+) -> tuple[Slices, list[np.ndarray], list[str]]:
     """Read slices into memory, scaled one volume at a time like training data.
 
     Args:
         paths: Files and folders; folders are searched for slices at any depth.
         slice_size: (H, W) in pixels, reached by centre crop or zero pad.
+        reading: How files become slices. A table is not used; a pattern only for names that it matches.
 
     Returns:
         The slices in the order of `paths`, the affine (4, 4) of each after crop or pad, and notices for the user.
@@ -183,22 +196,29 @@ def read_slices(paths: Sequence[Path], slice_size: tuple[int, int]) -> tuple[Sli
     Raises:
         DataError: If a path or file cannot be used, or if there are no slices.
     """
-    found: list[tuple[int, str, str]] = []  # index in `paths`, path, name
+    found: list[tuple[str, str]] = []  # path, name
+    places: dict[str, int] = {}  # index in `paths` by path
     label_maps: list[str] = []
     for place, path in enumerate(map(Path, paths)):
         if os.path.isdir(path):
             below, left_out = find_slices(path)
-            found += [(place, at, (path / name).as_posix()) for at, name in below]
+            own = [(at, (path / name).as_posix()) for at, name in below]
             label_maps += [(path / name).as_posix() for name in left_out]
         elif os.path.exists(path) and (not is_slice(name := with_forward_slashes(path.name)) or is_label_map(name)):
             raise DataError(f"{path} is not a .nii or .nii.gz slice (files with the name of a label map are not read)")
         else:
-            found.append((place, str(path), path.as_posix()))
+            own = [(str(path), path.as_posix())]
+        found += own
+        for at, _ in own:
+            places.setdefault(at, place)
     if not found:
         raise no_slices_error(", ".join(map(str, paths)), label_maps)
-    files = assign_volumes(describe_files([(at, name) for _, at, name in found]))
-    rows = sorted(range(len(files)), key=lambda row: (found[row][0], *sort_key(files[row])))
-    files = [files[row] for row in rows]
+    expression = compile_pattern(reading.pattern) if reading.pattern else None
+    described = describe_files(
+        found, lambda name: (expression and identify_by_pattern(expression, name)) or identify(name)
+    )
+    files = assign_volumes(find_volumes(described, reading.axis, THREADS))
+    files.sort(key=lambda file: (places[file.path], *sort_key(file)))
     pixels = np.zeros((len(files), *slice_size), np.uint8)
     decoded = decode_files(files, slice_size, pixels.__setitem__, None)
     scales = np.array([one.scale for one in decoded], np.float32)
@@ -263,33 +283,26 @@ def describe_changes(before: dict[str, str], now: dict[str, str]) -> str:
     return printable(", ".join(listed))
 
 
-# ---------------------------------------------------------------- splits
+# ---------------------------------------------------------------- folders
 
 
 def load_folder(
-    folder: Path, slice_size: tuple[int, int] | None, multiple: tuple[int, int], seed: int, workers: int | None
+    folder: Path,
+    slice_size: tuple[int, int] | None,
+    multiple: tuple[int, int],
+    seed: int,
+    workers: int | None,
+    reading: Reading,
 ) -> DataSplits:
     """Load a folder as `load_dataset` does."""
-    if not os.path.exists(folder):
-        raise DataError(f"no such folder: {folder}")
-    if not os.path.isdir(folder):
-        raise DataError(f"{folder} is a file: give the folder that contains the slices")
-    if os.path.isdir(folder / "keras_slices_data"):
-        folder = folder / "keras_slices_data"
-    found, label_maps = find_slices(folder)
-    if not found:
-        raise no_slices_error(str(folder), label_maps)
-    below = path_to_splits([name for _, name in found])
-    found = [(path, name.removeprefix(below)) for path, name in found if name.startswith(below)]
-    label_maps = [name.removeprefix(below) for name in label_maps if name.startswith(below)]
-    folder = folder / below
-    files, notices = assign_splits(sorted(assign_volumes(describe_files(found)), key=sort_key), folder, seed)
-    notices += label_map_notices(label_maps) + name_notices(files)
-    pixels, index = decode_or_reopen(folder, files, slice_size, multiple, workers)
+    folder, files, notices = find_data(folder, seed, workers or THREADS, reading)
+    # Where names alone do not say them.
+    given = [(file.case, file.week, file.number) for file in files] if reading.pattern or reading.table else []
+    pixels, index = decode_or_reopen(folder, files, slice_size, multiple, workers, given)
     names, cases = [file.name for file in files], [file.case for file in files]
     positions, scales = positions_of(files), np.array(index.scales, np.float32)
     checksums = dict(zip(names, index.checksums))
-    content = json.dumps([index.slice_size, [file.split for file in files], checksums])
+    content = json.dumps([index.slice_size, [file.split for file in files], checksums] + [given] * bool(given))
     counts = Counter(file.split for file in files)
     parts = [slice(*ends) for ends in pairwise(np.cumsum([0, *(counts[split] for split in SPLITS)]))]
     train, validate, test = (
@@ -306,92 +319,6 @@ def load_folder(
         fingerprint=hashlib.sha256(content.encode()).hexdigest(),
         notices=[printable(notice) for notice in notices + index.notices],
     )
-
-
-def assign_splits(files: list[SliceFile], folder: Path, seed: int) -> tuple[list[SliceFile], list[str]]:
-    """Assign files to splits, by folder where folders are named like splits, else by case.
-
-    Returns:
-        The files, sorted by split, and notices on how they were split.
-    """
-    folders = splits_of_folders([file.name for file in files])
-    split_of_file = [folders.get(file.name.partition("/")[0]) for file in files]
-    inside = [file._replace(split=split) for file, split in zip(files, split_of_file) if split]
-    notices = split_folder_notices(inside or files, folders)
-    if not inside:
-        drawn, more = split_by_case(files, SPLITS, seed)
-        return drawn, notices + more
-    if len(inside) < len(files):
-        notices.append(f"ignored {counted(len(files) - len(inside), 'file')} outside the split folders of {folder}")
-    splits = {split: [file for file in inside if file.split == split] for split in SPLITS}
-    if not splits["train"]:
-        likely = sorted(
-            top for top in {file.name.partition("/")[0] for file in files} if likely_split_of(top) == "train"
-        )
-        hint = f"; is it {likely[0]}? name it train" if likely else ""
-        raise DataError(f"no training slices in {folder}: put them into keras_slices_train or train{hint}")
-    if not splits["validate"]:
-        drawn, more = split_by_case(splits["train"], SPLITS[:2], seed)
-        splits |= {split: [file for file in drawn if file.split == split] for split in SPLITS[:2]}
-        notices += ["no validation slices: some of the training slices are used for validation", *more]
-    for one, other in combinations(SPLITS, 2):
-        shared = {file.case for file in splits[one] if file.case} & {file.case for file in splits[other]}
-        if shared:
-            listed = abbreviate(sorted(shared), 10)
-            notices.append(f"warning: data leak between splits: {one} and {other} share {listed}")
-    return [file for split in SPLITS for file in splits[split]], notices
-
-
-def split_by_case(files: list[SliceFile], parts: Sequence[str], seed: int) -> tuple[list[SliceFile], list[str]]:
-    """Draw whole cases for validation and test, about 5 % each, or single files where names give no case.
-
-    Returns:
-        The files, sorted by split, and notices on how they were split.
-    """
-    notices = []
-    groups = [file.case or file.name for file in files]
-    unnamed = sum(file.case is None for file in files)
-    if unnamed:
-        notices.append(f"warning: {counted(unnamed, 'file name')} without a case: a patient may be in several splits")
-    elif len(set(groups)) == 1:
-        notices.append(f"warning: all slices are of {groups[0]}: every split contains the same patient")
-        groups = [file.name for file in files]
-    names = sorted(set(groups))
-    if len(names) < 2:
-        try:
-            read_file(files[0])
-        except DataError as error:
-            refuse_files([(files[0].name, str(error))], 1)
-        raise DataError(f"only one slice, {files[0].name}: training and validation need at least one each")
-    order = np.random.default_rng(seed).permutation(len(names))
-    share = max(1, round(0.05 * len(names)))
-    drawn: dict[str, str] = {}
-    for number, part in enumerate(parts[1:]):
-        if len(names) >= number + 2:
-            drawn.update((names[i], part) for i in order[number * share : (number + 1) * share])
-    assigned = [file._replace(split=drawn.get(group, "train")) for file, group in zip(files, groups)]
-    assigned.sort(key=lambda file: SPLITS.index(file.split))
-    counts = Counter(file.split for file in assigned)
-    listed = ", ".join(f"{counts[part]} {part}" for part in parts)
-    return assigned, [*notices, f"split by {'file' if notices else 'case'} with seed {seed}: {listed} slices"]
-
-
-def split_folder_notices(files: list[SliceFile], used: dict[str, str]) -> list[str]:
-    """Report folders used as splits with names that only resemble one, and folders named like splits but not used."""
-    guessed = sorted(f"{folder} as {split}" for folder, split in used.items() if not split_of(folder))
-    notices = [f"splits by the names of folders: {abbreviate(guessed, 4)}"] if guessed else []
-    unused = set()
-    for folders in {tuple(file.name.split("/")[:-1]) for file in files}:
-        unused |= {
-            "/".join(folders[: depth + 1])
-            for depth, folder in enumerate(folders)
-            if likely_split_of(folder) not in (None, used.get(folders[0]))
-        }
-    if unused:
-        listed = abbreviate(sorted(unused), 4)
-        advice = "point --data at the folder that contains the splits, or name them train, validate and test"
-        notices.append(f"warning: folders named like splits are not used as splits ({listed}): {advice}")
-    return notices
 
 
 # ---------------------------------------------------------------- cache
@@ -414,10 +341,17 @@ def decode_or_reopen(
     slice_size: tuple[int, int] | None,
     multiple: tuple[int, int],
     workers: int | None,
+    given: list[tuple[str | None, int | None, int | None]],
 ) -> tuple[np.ndarray, CacheIndex]:
-    """Return the pixels and index of `files` from their cache entry, which is filled first where there is none."""
-    described = [(file.split, file.name, file.size, file.mtime_ns) for file in files]
-    choices = (CACHE_FORMAT, PERCENTILE, os.path.realpath(folder), multiple)
+    """Return the pixels and index of `files` from their cache entry, which is filled first where there is none.
+
+    `given` are their cases, weeks and slice numbers, where names alone do not say them.
+    """
+    described = [
+        (file.split, file.name, file.size, file.mtime_ns) + (() if file.axis is None else (file.axis,))
+        for file in files
+    ]
+    choices = (CACHE_FORMAT, PERCENTILE, os.path.realpath(folder), multiple) + ((given,) if given else ())
     # The given slice size may be the most common one, for which an earlier run without a size made an entry.
     keys = [ascii((*choices, size, described)).encode() for size in dict.fromkeys((None, slice_size))]
     entries = [cache_folder() / hashlib.sha256(key).hexdigest()[:32] for key in keys]
@@ -425,7 +359,7 @@ def decode_or_reopen(
         opened = open_cache_entry(entry, len(files))
         if opened and slice_size in (None, opened[1].slice_size):
             return opened
-    size = slice_size or most_common_size([file for file in files if file.split == "train"], multiple, workers)
+    size = slice_size or most_common_size([file for file in files if file.split == "train"], multiple)
     return fill_cache_entry(entries[-1], files, size, workers)
 
 
@@ -579,12 +513,16 @@ def refuse_blank_splits(files: list[SliceFile], decoded: list[Decoded]) -> None:
 def duplicate_notices(files: list[SliceFile], decoded: list[Decoded], workers: int | None) -> list[str]:
     """Report slices with identical pixels, in two splits or in one, whatever their names."""
     counts = Counter(one.quick_digest for one in decoded)
-    alike = [row for row, one in enumerate(decoded) if one.quick_digest and counts[one.quick_digest] > 1]
+    alike: dict[str, list[SliceFile]] = {}  # by path
+    for file, properties in zip(files, decoded):
+        if properties.quick_digest and counts[properties.quick_digest] > 1:
+            alike.setdefault(file.path, []).append(file)
     with ThreadPoolExecutor(workers or THREADS) as pool:  # digests of all slices would cost the first pass 5 to 9 %
-        digests = list(pool.map(pixel_digest, [files[row] for row in alike]))
+        digests = {name: digest for part in pool.map(pixel_digests, alike.values()) for name, digest in part.items()}
     found: dict[str, dict[str | None, list[str]]] = {}  # digest, split, names
-    for row, digest in zip(alike, digests):
-        found.setdefault(digest, {}).setdefault(files[row].split, []).append(files[row].name)
+    for file in files:
+        if file.name in digests:
+            found.setdefault(digests[file.name], {}).setdefault(file.split, []).append(file.name)
     notices = []
     for one, other in combinations(SPLITS, 2):
         pairs = [f"{names[one][0]} = {names[other][0]}" for names in found.values() if one in names and other in names]
@@ -656,11 +594,9 @@ def check_slice_size(size: tuple[int, int], multiple: tuple[int, int]) -> None:
         raise DataError(f"slice size {size[0]}x{size[1]} does not fit the network: the nearest that do are {nearest}")
 
 
-def most_common_size(files: list[SliceFile], multiple: tuple[int, int], workers: int | None) -> tuple[int, int]:
-    """Return the most common size (H, W), from the headers alone, rounded to a multiple of `multiple`."""
-    with ThreadPoolExecutor(workers or THREADS) as pool:
-        shapes = pool.map(read_shape, [file.path for file in files])
-        counts = Counter(shape for shape in shapes if shape)  # decoding reports the bad files
+def most_common_size(files: list[SliceFile], multiple: tuple[int, int]) -> tuple[int, int]:
+    """Return the most common size (H, W), rounded to a multiple of `multiple`."""
+    counts = Counter(file.shape for file in files if file.shape)  # decoding reports the bad files
     common = max(counts, key=lambda shape: (counts[shape], shape), default=multiple)
     height, width = (max((side + step // 2) // step, 1) * step for side, step in zip(common, multiple))
     return height, width
@@ -714,7 +650,8 @@ def decode_files(
         except BaseException:
             pool.shutdown(cancel_futures=True)  # so that Ctrl-C does not wait for the rest
             raise
-    refuse_files([(files[row].name, reason) for row, reason in bad.items()], len(files))
+    reasons = {file_name(files[row]): reason for row, reason in bad.items()}
+    refuse_files(list(reasons.items()), len({file.path for file in files}))
     return [decoded[row] for row in range(len(files))]
 
 
@@ -726,20 +663,47 @@ def decode_volume(
     Returns:
         The result for each row. If any cannot be used, no results, and the reason for each such row.
     """
-    slices: dict[int, RawSlice] = {}
+    with LARGE_VOLUME_LOCK if is_large(files[rows[0]], len(rows)) else nullcontext():
+        slices, bad = read_volume(files, rows)
+        return ({}, bad) if bad else scale_volume(slices, size, store)
+
+
+def is_large(file: SliceFile, slices: int) -> bool:
+    """Return whether a volume file with a number of slices like this one is large."""
+    return file.axis is not None and file.shape is not None and slices * math.prod(file.shape) > LARGE_VOLUME
+
+
+def read_volume(files: list[SliceFile], rows: list[int]) -> tuple[dict[int, RawImage], dict[int, str]]:
+    """Read the slices of one volume: its only file once, or one file for each slice.
+
+    Returns:
+        The slices that can be used, and the reasons why others cannot, by row.
+    """
+    slices: dict[int, RawImage] = {}
     bad: dict[int, str] = {}
     held = 0  # pixels
+    if files[rows[0]].axis is not None:
+        try:
+            images = read_file(files[rows[0]])
+        except DataError as error:
+            return {}, {rows[0]: str(error)}
+        return {row: images[files[row].number or 0] for row in rows}, {}
     for row in rows:
         try:
-            slices[row] = read_file(files[row])
+            (slices[row],) = read_file(files[row])
             held += slices[row].image.size
         except DataError as error:
             bad[row] = str(error)  # the error itself would keep what was read in memory
         if held > MAX_VOLUME:
             bad[row] = f"its volume has more than {MAX_VOLUME} pixels up to this slice"
             break
-    if bad:
-        return {}, bad
+    return slices, bad
+
+
+def scale_volume(
+    slices: dict[int, RawImage], size: tuple[int, int], store: Callable[[int, np.ndarray], None]
+) -> tuple[dict[int, Decoded], dict[int, str]]:
+    """Scale the slices of one volume together and store their pixels, as `decode_volume` does."""
     scale = volume_scale([one.image for one in slices.values()])
     decoded, lows, highs, bright = {}, [], [], 0
     for row, (image, affine, checksum) in slices.items():
@@ -764,15 +728,19 @@ def decode_volume(
             checksum=checksum,
         )
     if min(lows) < max(highs) <= 0:
-        return {}, dict.fromkeys(rows, "its volume has no values above 0: air should be 0, and tissue brighter")
+        return {}, dict.fromkeys(slices, "its volume has no values above 0: air should be 0, and tissue brighter")
+    held = sum(one.image.size for one in slices.values())
     if min(lows) != max(highs) and bright < MIN_BRIGHT * held:
         decoded = {row: one._replace(dark=True) for row, one in decoded.items()}
     return decoded, {}
 
 
-def read_file(file: SliceFile) -> RawSlice:
-    """Read one file as it was when it was found."""
-    return read_slice(file.path, file.size, file.mtime_ns)
+def read_file(file: SliceFile) -> list[RawImage]:
+    """Read one file as it was when it was found: its slice, or all slices of a volume."""
+    image = read_image(file.path, file.size, file.mtime_ns)
+    if (image.image.ndim == 3) != (file.axis is not None):
+        raise DataError("changed while it was being read: try again once it is complete")
+    return [image] if file.axis is None else cut_volume(image, file.axis)
 
 
 def volume_scale(images: list[np.ndarray]) -> np.float32:
@@ -824,17 +792,24 @@ def sample_pixels(image: np.ndarray) -> np.ndarray:
     return image.ravel(order="F")[:: max(1, image.size // SAMPLED)]
 
 
-def pixel_digest(file: SliceFile) -> str:
-    """Return a digest of a file's shape and values, whatever its data type and header are."""
+def pixel_digests(files: list[SliceFile]) -> dict[str, str]:
+    """Return a digest of shape and values, whatever the data type and the header, of slices of one file, by name."""
     try:
-        image = read_file(file).image
+        images = [one.image for one in read_file(files[0])]
     except DataError as error:
-        raise DataError(f"{file.name}: {error}") from error
-    return digest_values(image.shape, image.ravel(order="F"))
+        raise DataError(f"{file_name(files[0])}: {error}") from error
+    chosen = {file.name: images[0 if file.axis is None else file.number or 0] for file in files}
+    return {name: digest_values(image.shape, image.ravel(order="F")) for name, image in chosen.items()}
 
 
-def digest_values(shape: tuple[int, int], values: np.ndarray) -> str:
+def digest_values(shape: tuple[int, ...], values: np.ndarray) -> str:
     """Return a digest of a shape and values."""
     hashed = hashlib.blake2b(repr(shape).encode(), digest_size=16)
     hashed.update((values + 0).data)  # the sum turns -0 into 0
     return hashed.hexdigest()
+
+
+if __name__ == "__main__":
+    from inspection import main  # here, because it draws figures, which nothing above does
+
+    run_command(main)

@@ -35,6 +35,7 @@ from config import RunConfig
 from console import Parser, RunError, log_notices, logger, nonempty, number, run_command, say
 from copying import Copies, align, nearest_distances
 from dataset import SPLIT_TITLES, DataSplits, Slices, describe_changes, load_dataset
+from files import Reading
 from membership import attack_metrics, attack_scores, code_nll, pair_patients, roc_curve
 from metrics import (
     MIN_SIDE,
@@ -146,7 +147,8 @@ def training_data(options: EvaluateOptions, config: RunConfig) -> DataSplits:
     if folder != "phantom" and not Path(folder).exists():
         raise RunError(f"the data of {options.run} are not in {folder}: name their folder with --data")
     side = config.options.downsampling
-    data = load_dataset(folder, config.slice_size, (side, side), config.options.seed)
+    reading = Reading(config.options.axis, config.options.pattern, config.options.table)
+    data = load_dataset(folder, config.slice_size, (side, side), config.options.seed, reading=reading)
     log_notices(data.notices)
     if data.fingerprint != config.fingerprint:
         changes = describe_changes(read_data_files(options.run), data.files)

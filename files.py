@@ -1,13 +1,17 @@
 """Find the slices of a data folder, and read case, week, slice number, volume and split from their names.
 
-Names of slices are relative to the data folder, with forward slashes.
+Names of slices are relative to the data folder, with forward slashes. A pattern or a table of the user's may replace
+what names are taken to say.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from stat import S_ISREG
@@ -15,10 +19,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nifti import DataError
+from containers import DICOM, ENDINGS, KINDS, PICTURES, ending_of, parts_of, read_grid
+from nifti import DataError, describe_stats, open_regular
+from volumes import plan_stack
 
 # Limits on a data folder, whoever made it. They bound memory and time.
 MAX_FILES = 1_000_000  # slices per folder: HipMRI has 12,660; records of a million take a gigabyte
+MAX_TABLE_BYTES = 1 << 28
 MAX_FOLDERS = 100_000  # below the data folder: where there are more, a link may lead out of it, even to /
 
 SPLIT_WORDS = {
@@ -42,6 +49,7 @@ CASE = re.compile(  # 004, A004 and 004b, up to the next word
 )
 WEEK = re.compile(rf"{START}(?i:week|session|ses|visit){SPACE}([0-9]+)")
 NUMBER = re.compile(rf"{START}(?i:slice){SPACE}([0-9]+)")
+BIDS_SUBJECT = re.compile(rf"\A(sub)-(?!{OTHERS})([0-9A-Za-z]+)(?=_|\Z)")  # which may be letters alone
 DIGITS = re.compile("[0-9]+")
 
 
@@ -51,6 +59,14 @@ class Identity(NamedTuple):
     case: str | None  # the patient, as case_004
     week: int | None
     number: int | None  # of the slice in its volume
+
+
+class Reading(NamedTuple):
+    """How files become slices, as the options of the same names say."""
+
+    axis: int | None = None  # along which volumes are cut, as `volumes.plan_stack` takes it
+    pattern: str | None = None  # regular expression with the named groups case and, if wanted, week and slice
+    table: Path | None = None  # CSV file with the columns path, case and, if wanted, week, slice and split
 
 
 class SliceFile(NamedTuple):
@@ -65,13 +81,15 @@ class SliceFile(NamedTuple):
     number: int | None  # of the slice in its volume
     volume: tuple[str, ...] = ()  # equal for slices that are scaled together
     split: str | None = None
+    shape: tuple[int, int] | None = None  # (H, W); None where the header cannot be used
+    axis: int | None = None  # of a volume file, along which its slices are stacked
 
 
 # ---------------------------------------------------------------- finding files
 
 
 def find_slices(root: Path) -> tuple[list[tuple[str, str]], list[str]]:
-    """Find the slices at any depth below a folder.
+    """Find the slices at any depth below a folder, of the first kind of container that it contains.
 
     Args:
         root: The folder; hidden folders below it are skipped.
@@ -83,22 +101,51 @@ def find_slices(root: Path) -> tuple[list[tuple[str, str]], list[str]]:
         DataError: If two slices get the same name, there are too many, or a folder cannot be read.
     """
     start = len(os.path.join(root, ""))
-    found: dict[str, str] = {}
-    label_maps = []
+    kinds: list[dict[str, str]] = [{} for _ in KINDS]  # path by name
+    label_maps: list[list[str]] = [[] for _ in KINDS]
     for entry in walk_files(root):
-        name = with_forward_slashes(entry.path[start:])
+        path, name = entry.path, with_forward_slashes(entry.path[start:])
         if not is_slice(name):
             continue
+        kind = next(i for i, endings in enumerate(KINDS) if name.lower().endswith(endings))
+        if KINDS[kind] == DICOM:  # the folder is the volume
+            path, folder = os.path.join(os.path.dirname(path), ""), name.rpartition("/")[0]
+            name = f"{folder or os.path.basename(os.path.realpath(root))}.dcm"
+        elif name.lower().endswith(".hdr") and not os.path.exists(parts_of(path)[1]):
+            continue  # other programs also write .hdr files, but no .img beside them
         if is_label_map(name):
-            label_maps.append(name)
-        elif name in found:
-            both = f"{found[name]} and {entry.path}"
+            label_maps[kind].append(name)
+        elif kinds[kind].get(name, path) != path:
+            both = f"{kinds[kind][name]} and {path}"
             raise DataError(f"{both} have the same name once backslashes are read as slashes: remove one of them")
         else:
-            found[name] = entry.path
-        if len(found) + len(label_maps) > MAX_FILES:
+            kinds[kind][name] = path
+        if sum(map(len, kinds)) + sum(map(len, label_maps)) > MAX_FILES:
             raise DataError(f"{root} contains more than {MAX_FILES} slices, including label maps")
-    return [(path, name) for name, path in found.items()], label_maps
+    chosen = next((i for i, found in enumerate(kinds) if found), 0)
+    return [(path, name) for name, path in kinds[chosen].items()], sorted(set(label_maps[chosen]))
+
+
+def search_folder(folder: Path, pattern: str | None) -> tuple[Path, list[SliceFile], list[str]]:
+    """Return the folder that holds the splits or slices, a record of each file, and notices on those left out."""
+    if os.path.isdir(folder / "keras_slices_data"):
+        folder = folder / "keras_slices_data"
+    found, label_maps = find_slices(folder)
+    if not found:
+        raise no_slices_error(str(folder), label_maps)
+    identities: dict[str, Identity] = {}
+    notices: list[str] = []
+    if found[0][1].lower().endswith(PICTURES):
+        assumed = "1 mm is assumed, the front on top, and the patient's left at the right"
+        notices.append(f"warning: pictures tell neither the size of a pixel nor the side: {assumed}")
+    if pattern:
+        found, identities, others = match_names(found, compile_pattern(pattern))
+        notices += others
+    below = path_to_splits([name for _, name in found])
+    found = [(path, name.removeprefix(below)) for path, name in found if name.startswith(below)]
+    label_maps = [name.removeprefix(below) for name in label_maps if name.startswith(below)]
+    files = describe_files(found, (lambda name: identities[below + name]) if pattern else identify)
+    return folder / below, files, notices + label_map_notices(label_maps)
 
 
 def walk_files(root: Path) -> Iterator[os.DirEntry]:
@@ -130,22 +177,85 @@ def is_folder(entry: os.DirEntry) -> bool:
         return False
 
 
-def describe_files(found: list[tuple[str, str]]) -> list[SliceFile]:
-    """Make a record of each (path, name), or raise DataError listing those that are not regular files."""
+def describe_files(found: list[tuple[str, str]], identify_name: Callable[[str], Identity]) -> list[SliceFile]:
+    """Make a record of each (path, name), or raise DataError listing those that are not regular files.
+
+    Args:
+        found: Paths and names.
+        identify_name: Returns what a name says, as `identify` does.
+    """
     files, bad = [], []
     for path, name in found:
         try:
-            stat = os.stat(path)
-        except OSError as error:
-            bad.append((name, error.strerror or str(error)))
+            stats = [os.stat(part) for part in parts_of(path)]
+        except (OSError, DataError) as error:
+            bad.append((name, getattr(error, "strerror", None) or str(error)))
             continue
-        if not S_ISREG(stat.st_mode):  # opening a pipe could wait for ever, and a device may have no end
+        if not all(S_ISREG(stat.st_mode) for stat in stats):  # a pipe could block for ever; a device may have no end
             bad.append((name, "not a regular file"))
-        elif not stat.st_size:
+        elif not all(stat.st_size for stat in stats):
             bad.append((name, "empty"))
-        files.append(SliceFile(path, name, stat.st_size, stat.st_mtime_ns, *identify(name)))
+        size, mtime_ns = describe_stats(stats)
+        files.append(SliceFile(path, name, size, mtime_ns, *identify_name(name)))
     refuse_files(bad, len(found))
     return files
+
+
+def find_volumes(files: list[SliceFile], axis: int | None, workers: int) -> list[SliceFile]:
+    """Read the headers of files; return a record with its shape for each slice, of which a volume has several.
+
+    Args:
+        files: As `describe_files` returns them. A bad header is left to the reader of the pixels, which gives reasons.
+        axis: Along which volumes are cut, as `volumes.plan_stack` takes it.
+        workers: Threads.
+
+    Raises:
+        DataError: If there are too many slices, or two get the same name.
+    """
+    with ThreadPoolExecutor(workers) as pool:
+        grids = list(pool.map(read_grid, [file.path for file in files]))
+    found: list[SliceFile] = []
+    for file, grid in zip(files, grids):
+        if grid is None:
+            found.append(file)
+        elif len(grid[0]) == 2:
+            found.append(file._replace(shape=(grid[0][0], grid[0][1])))
+        else:
+            found += slices_of_volume(file, *grid, axis)
+        if len(found) > MAX_FILES:
+            raise DataError(f"{file.name}: with this volume there are more than {MAX_FILES} slices")
+    if len(found) > len(files):
+        refuse_shared_names(found)
+    return found
+
+
+def slices_of_volume(
+    file: SliceFile, shape: tuple[int, ...], affine: np.ndarray, axis: int | None
+) -> Iterator[SliceFile]:
+    """Yield a record for each slice of a volume file, named like a file of its own."""
+    stack = plan_stack(shape, affine, axis)
+    folder, slash, base = file.name.rpartition("/")
+    ending = ending_of(base)
+    stem = base[: -len(ending)]
+    case = file.case or f"{folder}{slash}{stem}"
+    volume = (folder, file.case or "", "" if file.week is None else f"{file.week:03}", base)
+    for index in range(stack.slices):
+        name = f"{folder}{slash}{stem}_slice_{index:03}{base[-len(ending) :]}"
+        yield file._replace(name=name, case=case, number=index, volume=volume, shape=stack.size, axis=stack.axis)
+
+
+def file_name(file: SliceFile) -> str:
+    """Return the name of the file that holds a slice, below the same folder as the slice's own name."""
+    return file.name if file.axis is None else "/".join(filter(None, (file.volume[0], file.volume[-1])))
+
+
+def refuse_shared_names(files: list[SliceFile]) -> None:
+    """Raise DataError if a slice of a volume is named like another slice."""
+    paths: dict[str, str] = {}
+    for file in files:
+        other = paths.setdefault(file.name, file.path)
+        if other != file.path:
+            raise DataError(f"{other} and {file.path} both contain a slice called {file.name}: remove one of them")
 
 
 def refuse_files(bad: list[tuple[str, str]], count: int) -> None:
@@ -178,6 +288,7 @@ def name_notices(files: list[SliceFile]) -> list[str]:
             repeated.append(file.name)
         seen.add((file.volume, file.number))
     unnamed = sum(file.case is None for file in files)
+    alone = {file_name(file) for file in files if file.axis is not None and not file.volume[1]}
     unnumbered = sum(file.case is not None and file.number is None for file in files)
     example = "(expected as in case_004_week_0_slice_12.nii.gz)"
     notices = []
@@ -187,6 +298,9 @@ def name_notices(files: list[SliceFile]) -> list[str]:
     if unnamed:
         unknown = "such slices are scaled individually, and their patient and position are unknown"
         notices.append(f"{counted(unnamed, 'file name')} without a case {example}: {unknown}")
+    if alone:
+        volumes = f"{counted(len(alone), 'volume')} without a case in the name ({abbreviate(sorted(alone), 1)})"
+        notices.append(f"{volumes}: each is taken for a patient of its own")
     if unnumbered:
         unknown = "the positions of such slices are unknown"
         notices.append(f"{counted(unnumbered, 'file name')} without a slice number {example}: {unknown}")
@@ -215,8 +329,8 @@ def with_forward_slashes(name: str) -> str:
 
 
 def is_slice(name: str) -> bool:
-    """Return whether a name is that of a NIfTI file, unless it is hidden (macOS leaves ._*.nii)."""
-    return name.lower().endswith((".nii", ".nii.gz")) and "/." not in f"/{name}"
+    """Return whether a name is that of an image, of a pair the header, unless it is hidden (macOS: ._*.nii)."""
+    return name.lower().endswith(ENDINGS) and "/." not in f"/{name}"
 
 
 def is_label_map(name: str) -> bool:
@@ -340,7 +454,7 @@ def parse_name(part: str) -> Identity:
 
     Numbers are compared by value: case_4 is case_004.
     """
-    case, week, number = CASE.search(part), WEEK.search(part), NUMBER.search(part)
+    case, week, number = CASE.search(part) or BIDS_SUBJECT.search(part), WEEK.search(part), NUMBER.search(part)
     patient = f"{case[1].lower()}_{DIGITS.sub(pad_number, case[2].lower())}" if case else None
     return Identity(patient, int(week[1]) if week else None, int(number[1]) if number else None)
 
@@ -350,21 +464,133 @@ def pad_number(digits: re.Match[str]) -> str:
     return f"{int(digits[0]):03}"
 
 
+# ---------------------------------------------------------------- names: a pattern or a table of the user's
+
+
+def compile_pattern(pattern: str) -> re.Pattern[str]:
+    """Compile a pattern, or raise DataError if it is no regular expression or lacks the group `case`."""
+    try:
+        expression = re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise DataError(f"--pattern {pattern} is no regular expression: {error}") from None
+    groups = expression.groupindex.keys()
+    if "case" not in groups or not groups <= {"case", "week", "slice"}:
+        raise DataError(f"--pattern {pattern} needs a group (?P<case>...); (?P<week>...) and (?P<slice>...) may follow")
+    return expression
+
+
+def identify_by_pattern(expression: re.Pattern[str], name: str) -> Identity | None:
+    """Return what a pattern finds in a name, or None if it does not match. Raises DataError."""
+    match = expression.search(name)
+    return make_identity(name, match.groupdict()) if match else None
+
+
+def make_identity(name: str, fields: dict[str, str | None]) -> Identity:
+    """Make an identity of the texts of case, week and slice. Raises DataError if a number is none."""
+    numbers = []
+    for field in ("week", "slice"):
+        text = (fields.get(field) or "").strip()
+        if text and not re.fullmatch("[0-9]{1,9}", text):
+            raise DataError(f"{name}: its {field} is {text:.20}, where a whole number is needed")
+        numbers.append(int(text) if text else None)
+    return Identity((fields["case"] or "").strip() or None, *numbers)
+
+
+def match_names(
+    found: list[tuple[str, str]], expression: re.Pattern[str]
+) -> tuple[list[tuple[str, str]], dict[str, Identity], list[str]]:
+    """Apply a pattern to the names of files.
+
+    Returns:
+        The (path, name) of those that match, what the pattern finds in them, and a notice that names the others.
+
+    Raises:
+        DataError: If no name matches, or a week or slice is no number.
+    """
+    matches = {name: identity for _, name in found if (identity := identify_by_pattern(expression, name))}
+    others = sorted(name for _, name in found if name not in matches)
+    listed = f"--pattern {expression.pattern} does not match {counted(len(others), 'file')} ({abbreviate(others, 3)})"
+    if not matches:
+        raise DataError(listed)
+    notices = [f"warning: {listed}: not read"] if others else []
+    return [(path, name) for path, name in found if name in matches], matches, notices
+
+
+def read_table(table: Path, folder: Path) -> list[SliceFile]:
+    """Make a record of each file that a table lists.
+
+    Args:
+        table: CSV file with a header, separated by commas, semicolons or tabs, in UTF-8.
+        folder: Where paths start that do not exist below the table's own folder.
+
+    Raises:
+        DataError: If the table or a file cannot be used; the message names the row.
+    """
+    rows = table_rows(table)
+    found: dict[str, str] = {}  # path by name
+    identities, splits = {}, {}
+    for number, row in enumerate(rows, 2):
+        place = f"{table}, row {number}"
+        name = with_forward_slashes((row["path"] or "").strip())
+        if not name or "\0" in name or name in found:
+            raise DataError(f"{place}: {f'{name} is listed twice' if name in found else 'it has no path'}")
+        if not name.lower().endswith(ENDINGS):
+            raise DataError(f"{place}: {name} is none of {' '.join(ENDINGS)}")
+        found[name] = str(
+            next((start / name for start in (table.parent, folder) if os.path.exists(start / name)), name)
+        )
+        identities[name] = make_identity(place, row)
+        splits[name] = split_of((row.get("split") or "").strip())
+        if "split" in row and not splits[name]:
+            raise DataError(f"{place}: its split is {row['split']}, not train, validate or test")
+    if any(splits.values()) and "train" not in splits.values():
+        raise DataError(f"{table} has no row with split train")
+    files = describe_files([(path, name) for name, path in found.items()], identities.__getitem__)
+    return [file._replace(split=splits[file.name]) for file in files]
+
+
+def table_rows(table: Path) -> list[dict[str, str | None]]:
+    """Read the rows of a table, or raise DataError."""
+    try:
+        with open_regular(table) as file:
+            content = file.read(MAX_TABLE_BYTES + 1)
+        text = content.decode("utf-8-sig")
+    except OSError as error:
+        raise DataError(f"--table {table} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError:
+        raise DataError(f"--table {table} is no CSV file in UTF-8") from None
+    header = text.partition("\n")[0]
+    try:
+        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count), strict=True)
+        rows = [row for row, _ in zip(reader, range(MAX_FILES + 1))]
+    except csv.Error as error:
+        raise DataError(f"--table {table} is no CSV file: {error}") from None
+    if len(content) > MAX_TABLE_BYTES or len(rows) > MAX_FILES:
+        raise DataError(f"--table {table} has more than {MAX_FILES} rows or {MAX_TABLE_BYTES} bytes")
+    if not {"path", "case"} <= set(reader.fieldnames or ()):
+        raise DataError(f"--table {table} needs the columns path and case, and may have week, slice and split")
+    if not rows:
+        raise DataError(f"--table {table} lists no files")
+    return rows
+
+
 # ---------------------------------------------------------------- volumes
 
 
 def assign_volumes(files: list[SliceFile]) -> list[SliceFile]:
-    """Set the volume of each file: the slices of one case and week of a split, even from several folders.
+    """Set the volume of each 2D file: the slices of one case and week of a split, even from several folders.
 
     Where these repeat a slice number, or several folders contain slices without a number, the folders are different
     series, and each is a volume. A slice without a case is a volume of its own.
     """
     groups: dict[tuple, list[tuple[int, str]]] = {}
     for row, file in enumerate(files):
+        if file.axis is not None:
+            continue
         folder, _, base = file.name.rpartition("/")
         series = series_folder(folder, base)
         groups.setdefault((splits_in_path(folder), file.case, file.week), []).append((row, series))
-    volumes: list[tuple[str, ...]] = [()] * len(files)
+    volumes = [file.volume for file in files]
     for (_, case, week), group in groups.items():
         numbers = [files[row].number for row, _ in group if files[row].number is not None]
         unnumbered = {series for row, series in group if files[row].number is None}
@@ -397,7 +623,7 @@ def without_slice_folders(folder: str) -> str:
 
 def lower_stem(name: str) -> str:
     """Return a file's name in lower case and without its ending."""
-    return name.lower().removesuffix(".gz").removesuffix(".nii")
+    return name.lower().removesuffix(ending_of(name))
 
 
 def sort_key(file: SliceFile) -> tuple:

@@ -30,6 +30,7 @@ COMPARISON_COLOURS = {
 }
 ATTACK_COLOURS = ("#9aa5b1", "#b59f3b", "#c2410c", "#0f766e", "#4b5563", "#7c3aed")
 MAX_CAPTION_LENGTH = 40  # characters
+CONTACT_COLUMNS, CONTACT_WIDTH = 6, 250  # of a contact sheet: slices per row, pixels of each
 
 
 # ---------------------------------------------------------------- shared
@@ -241,6 +242,27 @@ def samples_figure(path: Path, slices: np.ndarray, title: str, columns: int = 8)
     axes.imshow(sheet, cmap="gray", vmin=-1, vmax=1)
     axes.set_axis_off()
     figure.text(0.004, 1 - 0.18 / (inches[1] + 0.35), title, va="center", fontsize=11)
+    save_figure(figure, path)
+
+
+def contact_sheet_figure(path: Path, slices: np.ndarray, titles: Sequence[str], title: str) -> None:
+    """Plot a grid of slices (n, H, W) in [-1, 1], each under its own title; small ones are enlarged."""
+    images = to_display(slices)
+    n, height, width = images.shape
+    columns = min(n, CONTACT_COLUMNS)
+    rows = -(-n // columns)
+    scale = CONTACT_WIDTH / width  # pixels of the figure per pixel of a slice
+    cell_height, cell_width = round(height * scale) + 22, CONTACT_WIDTH + 6
+    inches = np.array((columns * cell_width, rows * cell_height + 34)) / 120
+    figure = Figure(figsize=(inches[0], inches[1]))
+    figure.text(0.004, 1 - 0.13 / inches[1], printable(title), va="center", fontsize=10, parse_math=False)
+    for i, (image, name) in enumerate(zip(images, titles)):
+        left, top = i % columns * cell_width, i // columns * cell_height + 34 + 22
+        box = (left, 120 * inches[1] - top - height * scale, CONTACT_WIDTH, height * scale)
+        axes = figure.add_axes(tuple(np.array(box) / (120 * np.tile(inches, 2))))
+        axes.imshow(image, cmap="gray", vmin=-1, vmax=1, aspect="auto")
+        axes.set_axis_off()
+        axes.set_title(printable(name), fontsize=8, loc="left", pad=3, parse_math=False)
     save_figure(figure, path)
 
 

@@ -26,6 +26,7 @@ from checkpoints import is_complete, load_weights, read_config
 from config import MAX_BATCH_SIZE, MAX_SEED, Positions, RunConfig
 from console import Parser, RunError, log_notices, logger, nonempty, number, printable, run_command, say
 from dataset import SAME_SPACING, denormalize, read_slices
+from files import Reading
 from metrics import reconstruction_metrics
 from modules import MIN_TEMPERATURE, VQVAE, GatedPixelCNN, PriorConfig, VQVAEConfig
 from nifti import encode_slice
@@ -374,7 +375,8 @@ def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def reconstruct(options: PredictOptions, config: RunConfig, vqvae: VQVAE, device: torch.device) -> None:
     """Encode and decode given slices; write originals, reconstructions, a table of SSIM and PSNR, and a figure."""
-    slices, affines, notices = read_slices(options.reconstruct or [], config.slice_size)
+    reading = Reading(config.options.axis, config.options.pattern, config.options.table)
+    slices, affines, notices = read_slices(options.reconstruct or [], config.slice_size, reading)
     log_notices(notices)
     warn_of_geometry(affines, np.array(config.affine))
     if any(Path(name).resolve().parent == options.out.resolve() for name in slices.names):

@@ -12,7 +12,7 @@ import numpy as np
 from config import RunConfig
 from console import RunError, say
 from dataset import denormalize
-from nifti import encode_slice, read_slice
+from nifti import encode_slice, read_image
 from utils import write_file, writing
 
 SIX_DIGITS = "[0-9]" * 6  # glob pattern of a sample's number
@@ -118,4 +118,4 @@ class SampleFolder:
     def read(self, n: int) -> np.ndarray:
         """Return the pixels (H, W) of sample n, in [-1, 1]."""
         status = self.path(n).stat()
-        return read_slice(self.path(n), status.st_size, status.st_mtime_ns).image / self.scale * 2 - 1
+        return read_image(self.path(n), status.st_size, status.st_mtime_ns).image / self.scale * 2 - 1

@@ -21,6 +21,7 @@ from checkpoints import Checkpoint, Run, describe_code, load_weights, read_data_
 from config import FORMAT, SMALLEST_SIDE, RunConfig, TrainConfig, add_options, configure, network_config, validate
 from console import Parser, RunError, log_notices, logger, run_command, say
 from dataset import PERCENTILE, DataError, DataSplits, Slices, batch_indices, describe_changes, load_dataset
+from files import Reading
 from metrics import code_counts, codebook_use, reconstruction_metrics
 from modules import VQVAE, GatedPixelCNN, PriorConfig, VQVAEConfig
 from nifti import left_right_axis
@@ -383,9 +384,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check_folder("--run", options.run)
     check_folder("--images", options.images)
     side = options.downsampling
-    size = options.slice_size or (options.phantom_size if options.data == "phantom" else None)
+    phantom = options.data == "phantom" and not options.table
+    size = options.slice_size or (options.phantom_size if phantom else None)
     with StopSignals() as stop:
-        data = load_dataset(options.data, size, (side, side), options.seed)
+        reading = Reading(options.axis, options.pattern, options.table)
+        data = load_dataset(options.data, size, (side, side), options.seed, reading=reading)
         log_notices(data.notices)
         if min(data.slice_size) < SMALLEST_SIDE:
             raise DataError(f"slices of {data.slice_size} pixels are too small: a side needs at least {SMALLEST_SIDE}")

@@ -27,6 +27,7 @@ from checkpoints import read_config
 from config import TrainConfig
 from console import nonempty
 from dataset import Slices, batch_indices, load_dataset
+from files import Reading
 from modules import VQVAE, GatedPixelCNN, PriorConfig
 from predict import load_vqvae
 from train import extract_codes
@@ -112,7 +113,8 @@ def main() -> None:
     given = read_config(options.run)
     vqvae = load_vqvae(options.run, given, device)
     side = vqvae.config.downsampling
-    data = load_dataset(given.options.data, given.slice_size, (side, side), given.options.seed)
+    reading = Reading(given.options.axis, given.options.pattern, given.options.table)
+    data = load_dataset(given.options.data, given.slice_size, (side, side), given.options.seed, reading=reading)
     training, held_out = (codes_and_positions(vqvae, of, device) for of in (data.train, getattr(data, options.split)))
 
     torch.manual_seed(options.seed)

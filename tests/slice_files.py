@@ -26,6 +26,16 @@ def write(path, image=None, affine=AFFINE, kind=nib.Nifti1Image):
     return path
 
 
+def write_volume(path, seed=0, shape=(8, 6, 5), affine=AFFINE, codes="RAS", kind=nib.Nifti1Image):
+    """Write a volume of random voxels, stored in another order of axes than that of `shape`, and return its image."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    turn = nib.orientations.ornt_transform(nib.io_orientation(affine), nib.orientations.axcodes2ornt(codes))
+    turned = nib.Nifti1Image(picture(seed, shape), affine).as_reoriented(turn)
+    stored = kind(np.asarray(turned.dataobj), turned.affine)
+    nib.save(stored, path)
+    return stored
+
+
 def write_cases(folder, cases, slices=2, week=0, **options):
     """Write slices numbered from 0 for each case of one week."""
     for case in cases:

@@ -24,17 +24,19 @@ from mutated_files import largest, load_case, make_case
 from slice_files import (
     AFFINE,
     big_endian,
-    cases_of,
     has_notice,
     message,
     picture,
     write,
     write_cases,
     write_splits,
+    write_volume,
 )
 
 import dataset
 from dataset import DataError, batch_indices, denormalize, describe_changes, load_dataset, read_slices
+from files import Reading
+from nifti import write_slice
 
 pytestmark = pytest.mark.usefixtures("cache")
 ROOT = Path(__file__).parents[1]
@@ -80,12 +82,12 @@ def test_a_folder_of_empty_files_is_refused(data):
     assert message(load_dataset, str(data)).startswith("3 of 3 files")
 
 
-def test_a_single_3d_volume_is_refused_for_its_shape(data):
+def test_a_single_4d_file_is_refused_for_its_shape(data):
     """The message does not call it the only slice."""
-    write(data / "semantic_MRs_anon" / "Case_004_Week0_LFOV.nii.gz", picture(1, (8, 6, 5)))
+    write(data / "semantic_MRs_anon" / "Case_004_Week0_LFOV.nii.gz", picture(1, (8, 6, 5, 2)))
     text = message(load_dataset, str(data))
     assert text.startswith("1 of 1 file cannot be used: ")
-    assert text.endswith("Case_004_Week0_LFOV.nii.gz: has shape (8, 6, 5): only 2D slices are supported")
+    assert text.endswith("LFOV.nii.gz: has shape (8, 6, 5, 2): only 2D slices and 3D volumes are supported")
     write(data / "semantic_MRs_anon" / "Case_004_Week0_LFOV.nii.gz", picture(1))
     assert "only one slice" in message(load_dataset, str(data))
 
@@ -223,180 +225,6 @@ def test_changing_a_batch_leaves_the_permutation_unchanged():
     np.testing.assert_array_equal(batch_indices(10, 4, 7, 0), expected)
     with pytest.raises(ValueError, match="read-only"):
         dataset.epoch_permutation(10, 7, 0)[0] = 1
-
-
-# ---------------------------------------------------------------- splits
-
-
-@pytest.mark.parametrize(
-    "names",
-    [
-        ("keras_slices_train", "keras_slices_validate", "keras_slices_test"),
-        ("train", "validate", "test"),
-        ("train", "val", "test"),
-        ("Train", "validation", "Test"),
-        ("training", "valid", "testing"),
-        ("TRAIN", "Val", "TEST"),
-        ("train", "dev", "test"),
-        ("imagesTr", "imagesVal", "imagesTs"),
-        ("train_images", "val_images", "test_images"),
-        ("T2w_slices_train", "T2w_slices_dev", "T2w_slices_test"),
-        ("hipmri_train", "hipmri_validate", "HipMRI-test"),
-        ("train set", "validation set", "test set"),
-    ],
-)
-def test_folders_named_like_splits_are_the_splits(data, names):
-    for name, cases in zip(names, ((1, 2), (3,), (4,))):
-        write_cases(data / name, cases)
-    loaded = load_dataset(str(data))
-    assert [len(loaded.train), len(loaded.validate), len(loaded.test)] == [4, 2, 2]
-    assert loaded.train.names[0] == f"{names[0]}/case_001_week_0_slice_0.nii"
-    assert cases_of(loaded.validate) == {"case_003"}
-    assert cases_of(loaded.test) == {"case_004"}
-    assert loaded.notices == []
-
-
-@pytest.mark.parametrize("name", ["train_test", "train1", "constraint", "keras_slices", "tr_3000"])
-def test_other_folder_names_are_not_splits(data, name):
-    write_cases(data / name, (1, 2, 3))
-    write_cases(data / "others", (4,))
-    loaded = load_dataset(str(data))
-    assert loaded.notices == ["split by case with seed 0: 4 train, 2 validate, 2 test slices"]
-
-
-@pytest.mark.parametrize("name", ["test_retest", "training_hospital_A", "test_2020"])
-def test_a_name_that_may_be_a_split_is_none_beside_others_but_reported(data, name):
-    write_cases(data / name, (1, 2, 3))
-    write_cases(data / "others", (4,))
-    loaded = load_dataset(str(data))
-    assert has_notice(loaded, f"warning: folders named like splits are not used as splits ({name})")
-    assert has_notice(loaded, "split by case with seed 0: 4 train, 2 validate, 2 test slices")
-
-
-@pytest.mark.parametrize(
-    "names",
-    [
-        ("fold0_train", "fold0_val", "fold0_test"),
-        ("train_2D_v2", "val_2D_v2", "test_2D_v2"),
-        ("train (1)", "val (1)", "test (1)"),
-        ("prostate_train", "val", "prostate_test"),
-    ],
-)
-def test_folders_that_all_name_a_split_are_the_splits_whatever_else_they_say(data, names):
-    for name, cases in zip(names, ((1, 2), (3,), (4,))):
-        write_cases(data / name, cases)
-    loaded = load_dataset(str(data))
-    assert cases_of(loaded.train) == {"case_001", "case_002"}
-    assert cases_of(loaded.validate) == {"case_003"}
-    assert cases_of(loaded.test) == {"case_004"}
-    assert has_notice(loaded, "splits by the names of folders: ")
-
-
-def test_a_missing_training_folder_names_the_one_that_may_be_meant(data):
-    write_cases(data / "train (1)", (1, 2))
-    write_cases(data / "val", (3,))
-    write_cases(data / "docs", (4,))
-    assert message(load_dataset, str(data)).endswith("into keras_slices_train or train; is it train (1)? name it train")
-
-
-def test_split_folders_that_are_not_used_are_reported(data):
-    for hospital, cases in (("hospital_A", (1, 2, 3)), ("hospital_B", (4, 5, 6))):
-        for split, case in zip(("train", "val", "test"), cases):
-            write_cases(data / hospital / split, (case,))
-    loaded = load_dataset(str(data))
-    start = "warning: folders named like splits are not used as splits (hospital_A/test, hospital_A/train, "
-    assert has_notice(loaded, f"{start}hospital_A/val, hospital_B/test and 2 more): point --data at the folder")
-    assert has_notice(loaded, "split by case")
-
-
-def test_a_split_folder_within_another_split_is_reported(data):
-    write_cases(data / "train" / "train", (1, 2))
-    write_cases(data / "train" / "images", (3,))
-    write_cases(data / "train" / "val", (4,))
-    write_cases(data / "val", (5,))
-    write_cases(data / "old" / "test", (6,))  # not read
-    loaded = load_dataset(str(data))
-    assert has_notice(loaded, "not used as splits (train/val): point")
-    assert has_notice(loaded, "ignored 2 files outside")
-    assert len(loaded.notices) == 2
-
-
-def test_nnunet_folders_are_the_splits(data):
-    """nnU-Net and the Medical Segmentation Decathlon use these names."""
-    write_cases(data / "imagesTr", (1, 2, 3, 4))
-    write_cases(data / "labelsTr", (1, 2, 3, 4))
-    write_cases(data / "imagesTs", (5,))
-    loaded = load_dataset(str(data))
-    assert [len(loaded.train), len(loaded.validate), len(loaded.test)] == [6, 2, 2]
-    assert cases_of(loaded.test) == {"case_005"}
-    assert has_notice(loaded, "ignored 8 label maps (labelsTr/case_001_week_0_slice_0.nii and 7 more)")
-
-
-def test_a_missing_test_split_is_empty_and_files_outside_are_ignored(data):
-    write_cases(data / "train", (1,))
-    write_cases(data / "val", (2,))
-    write(data / "case_003_week_0_slice_0.nii")
-    loaded = load_dataset(str(data))
-    assert len(loaded.test) == 0
-    assert loaded.test.batch([]).shape == (0, 1, 8, 6)
-    assert has_notice(loaded, "ignored 1 file outside")
-
-
-def test_a_missing_validation_split_is_drawn_from_training_by_case(data):
-    write_cases(data / "train", range(5))
-    write_cases(data / "test", (9,))
-    loaded = load_dataset(str(data))
-    assert len(cases_of(loaded.validate)) == 1
-    assert len(cases_of(loaded.train)) == 4
-    assert not cases_of(loaded.train) & cases_of(loaded.validate)
-    assert cases_of(loaded.test) == {"case_009"}
-    assert has_notice(loaded, "no validation slices")
-
-
-def test_a_flat_folder_is_split_by_case_and_seed(data):
-    write_cases(data / "a", range(30), slices=1)
-    write_cases(data / "b", range(30, 60), slices=1, week=1)
-    first, again, other = (load_dataset(str(data), seed=seed) for seed in (0, 0, 1))
-    assert [len(first.train), len(first.validate), len(first.test)] == [54, 3, 3]
-    assert not cases_of(first.train) & (cases_of(first.validate) | cases_of(first.test))
-    assert not cases_of(first.validate) & cases_of(first.test)
-    assert first.validate.names == again.validate.names
-    assert first.validate.names != other.validate.names
-    assert other.notices == ["split by case with seed 1: 54 train, 3 validate, 3 test slices"]
-
-
-@pytest.mark.parametrize(("cases", "expected"), [(2, [2, 2, 0]), (3, [2, 2, 2]), (10, [16, 2, 2])])
-def test_few_cases_fill_validation_before_test(data, cases, expected):
-    write_cases(data, range(cases))
-    loaded = load_dataset(str(data))
-    assert [len(loaded.train), len(loaded.validate), len(loaded.test)] == expected
-
-
-def test_a_single_case_is_split_by_file(data):
-    write_cases(data, (1,), slices=4)
-    loaded = load_dataset(str(data))
-    assert [len(loaded.train), len(loaded.validate), len(loaded.test)] == [2, 1, 1]
-    assert has_notice(loaded, "warning", "case_001", "the same patient")
-    assert has_notice(loaded, "split by file with seed 0: 2 train, 1 validate, 1 test")
-    assert len({*loaded.train.scales, *loaded.validate.scales, *loaded.test.scales}) == 1  # it is one volume
-
-
-def test_names_without_a_case_are_split_by_file(data):
-    for number in range(4):
-        write(data / f"image{number}.nii")
-    loaded = load_dataset(str(data))
-    assert [len(loaded.train), len(loaded.validate), len(loaded.test)] == [2, 1, 1]
-    assert has_notice(loaded, "warning", "4 file names without a case")
-    assert np.isnan(loaded.train.positions).all()
-    assert loaded.train.scales[0] != loaded.train.scales[1]  # each file is its own volume
-
-
-def test_a_case_in_two_splits_is_reported_as_a_data_leak(data):
-    write_splits(data)
-    write_cases(data / "keras_slices_test", (5,), week=3)
-    loaded = load_dataset(str(data))
-    assert has_notice(loaded, "warning", "case_005", "train", "test")
-    assert not has_notice(loaded, "case_004")
 
 
 # ---------------------------------------------------------------- cache
@@ -1097,3 +925,202 @@ def test_volumes_are_limited_in_size(data, monkeypatch):
     assert len(load_dataset(str(data)).train) == 2
     write_cases(data / "train", (1,), slices=3)
     assert "case_001_week_0_slice_2.nii: its volume has more than 100 pixels" in message(load_dataset, str(data))
+
+
+# ---------------------------------------------------------------- volumes in one file
+
+ORDERS = {"train": ("RAS", "LPS", "PIR"), "val": ("SAL",), "test": ("ILA",)}
+
+
+def write_volumes(folder, suffix=".nii.gz", kind=nib.Nifti1Image):
+    """Write a volume for each of five cases, each stored in another order of axes."""
+    case = 0
+    for split, orders in ORDERS.items():
+        for codes in orders:
+            case += 1
+            write_volume(folder / split / f"case_{case}{suffix}", seed=case, codes=codes, kind=kind)
+
+
+def test_volumes_are_cut_scaled_and_split(data):
+    write_volumes(data)
+    loaded = load_dataset(str(data))
+    assert [len(loaded.train), len(loaded.validate), len(loaded.test)] == [15, 5, 5]
+    assert loaded.slice_size == (8, 6) and loaded.notices == []
+    for case in range(3):
+        volume = picture(case + 1, (8, 6, 5))
+        scale = np.percentile(volume, 99.5)
+        part = slice(5 * case, 5 * case + 5)
+        np.testing.assert_allclose(loaded.train.scales[part], scale, rtol=1e-6)
+        expected = np.rint(np.clip(volume[::-1, ::-1] / np.float32(scale), 0, 1) * 255).transpose(2, 0, 1)
+        np.testing.assert_allclose(loaded.train.pixels[part], expected, atol=1)
+
+
+def test_volumes_equal_the_slices_that_they_contain(data, tmp_path):
+    write_volumes(data)
+    for path in data.rglob("*.nii.gz"):
+        stored = nib.load(path)
+        turn = nib.orientations.ornt_transform(nib.io_orientation(stored.affine), nib.orientations.axcodes2ornt("LPS"))
+        turned = stored.as_reoriented(turn)
+        for index in range(5):
+            cut = turned.slicer[:, :, index : index + 1]
+            name = path.name.replace(".nii.gz", f"_slice_{index}.nii")
+            write(tmp_path / "cut" / path.parent.name / name, cut.get_fdata(dtype=np.float32), cut.affine)
+    one, other = load_dataset(str(data)), load_dataset(str(tmp_path / "cut"))
+    for first, second in ((one.train, other.train), (one.validate, other.validate), (one.test, other.test)):
+        np.testing.assert_array_equal(first.pixels, second.pixels)
+        np.testing.assert_array_equal(first.positions, second.positions)
+        assert (first.cases, first.scales.tolist()) == (second.cases, second.scales.tolist())
+    np.testing.assert_allclose(one.affine, other.affine, atol=1e-5)
+
+
+@pytest.mark.parametrize("workers", [2, 5])
+def test_pixels_do_not_depend_on_the_number_of_workers(data, cache, workers):
+    write_volumes(data)
+    write_cases(data / "train", (1,), slices=3)
+    one = load_dataset(str(data), workers=1)
+    shutil.rmtree(cache)
+    other = load_dataset(str(data), workers=workers)
+    assert (one.files, one.fingerprint, one.scale) == (other.files, other.fingerprint, other.scale)
+    for first, second in ((one.train, other.train), (one.validate, other.validate), (one.test, other.test)):
+        np.testing.assert_array_equal(first.pixels, second.pixels)
+        np.testing.assert_array_equal(first.scales, second.scales)
+
+
+def test_volumes_are_read_once_and_then_reopened(data, monkeypatch):
+    read = []
+
+    def count(file):
+        read.append(file.path)
+        return original(file)
+
+    original = dataset.read_file
+    write_volumes(data)
+    monkeypatch.setattr(dataset, "read_file", count)
+    first = load_dataset(str(data))
+    assert sorted(read) == sorted(map(str, data.rglob("*.nii.gz")))
+    forbid_decoding(monkeypatch)
+    second = load_dataset(str(data))
+    assert (first.files, first.fingerprint, first.notices) == (second.files, second.fingerprint, second.notices)
+    np.testing.assert_array_equal(first.train.pixels, second.train.pixels)
+    with pytest.raises(AssertionError, match="decoded again"):
+        load_dataset(str(data), reading=Reading(1))
+    path = data / "train" / "case_1.nii.gz"
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+    with pytest.raises(AssertionError, match="decoded again"):
+        load_dataset(str(data))
+
+
+def test_a_copied_volume_is_a_leak_that_is_found_with_one_more_reading(data, monkeypatch):
+    read = []
+
+    def count(file):
+        read.append(file.path)
+        return original(file)
+
+    original = dataset.read_file
+    write_volumes(data)
+    write_volume(data / "test" / "case_9.nii", seed=1, codes="AIR")  # case 1
+    monkeypatch.setattr(dataset, "read_file", count)
+    shared = "train/case_1_slice_000.nii.gz = test/case_9_slice_000.nii"
+    loaded = load_dataset(str(data))
+    assert has_notice(loaded, f"warning: data leak between splits: train and test share 5 identical slices ({shared}, ")
+    assert len(read) == 6 + 2
+
+
+def test_another_axis_gives_other_slices_and_another_fingerprint(data):
+    for case in range(3):
+        write_volume(data / f"case_{case}.nii", case, (6, 6, 6))
+    loaded = [load_dataset(str(data), reading=Reading(axis)) for axis in (None, 0, 1, 2)]
+    assert len({one.fingerprint for one in loaded}) == 3
+    assert loaded[0].fingerprint == loaded[3].fingerprint
+    assert all(one.files.keys() == loaded[0].files.keys() for one in loaded)
+
+
+@pytest.mark.parametrize("axis", [None, 0, 1, 2])
+def test_samples_lie_where_the_slices_of_volumes_lie(data, axis):
+    """Pixels written with the affine of a slice are at the physical points of the voxels, after crop and pad, too."""
+    oblique = np.array([[0.7, 0.2, 0.3, 1], [-0.2, 0.9, 0.1, 2], [0.1, 0.1, 3, 3], [0, 0, 0, 1]])
+    volume = write_volume(data / "case_1.nii", 3, (12, 9, 5), oblique, codes="PIR")
+    voxels = volume.get_fdata(dtype=np.float32)
+    slices, affines, _ = read_slices([data / "case_1.nii"], (8, 10), Reading(axis))
+    seen = 0
+    for grey, affine, scale in zip(slices.pixels, affines, slices.scales):
+        write_slice(data / "sample.nii", denormalize(grey / 127.5 - 1, scale), affine)
+        sample = nib.load(data / "sample.nii")
+        for row, column in np.argwhere(grey):
+            point = nib.affines.apply_affine(sample.affine, [row, column, 0])
+            voxel = np.rint(nib.affines.apply_affine(np.linalg.inv(volume.affine), point)).astype(int)
+            np.testing.assert_allclose(nib.affines.apply_affine(volume.affine, voxel), point, atol=1e-4)
+            expected = min(voxels[tuple(voxel)], scale)
+            assert sample.get_fdata()[row, column] == pytest.approx(expected, abs=float(scale) / 400)
+            seen += 1
+    assert seen > 200
+
+
+def test_the_affine_of_training_volumes_has_the_spacing_and_axes_of_their_slices(data):
+    write_volumes(data)
+    loaded = load_dataset(str(data))
+    assert nib.aff2axcodes(loaded.affine) == ("L", "P", "S")
+    np.testing.assert_allclose(nib.affines.voxel_sizes(loaded.affine), [0.8, 0.9, 3], rtol=1e-6)
+    sagittal = load_dataset(str(data), reading=Reading(0))
+    assert sagittal.slice_size == (6, 5) and nib.aff2axcodes(sagittal.affine) == ("P", "I", "L")
+    np.testing.assert_allclose(nib.affines.voxel_sizes(sagittal.affine), [0.9, 3, 0.8], rtol=1e-6)
+
+
+def test_volumes_of_slices_in_other_planes_are_reported(data):
+    write_volumes(data)
+    write_volume(data / "train" / "case_8.nii", 8, affine=np.diag([3, 0.8, 0.8, 1]))
+    loaded = load_dataset(str(data))
+    assert has_notice(loaded, "warning: slices have different orientations (LP, PI): all are treated as LP")
+    axial = load_dataset(str(data), reading=Reading(2))
+    assert axial.notices[-1].startswith("warning: pixel sizes differ, from 0.8x0.9")
+
+
+def test_a_bad_volume_is_named_once(data):
+    write_volumes(data)
+    whole = (data / "train" / "case_1.nii.gz").read_bytes()
+    (data / "train" / "case_1.nii.gz").write_bytes(whole[:-9])
+    write(data / "train" / "case_7.nii", picture(1, (8, 6, 5, 2)))
+    write(data / "train" / "case_8.nii", picture(1, (8, 6, 5)) - 1024)
+    text = message(load_dataset, str(data))
+    assert text.startswith("3 of 7 files cannot be used: train/case_1.nii.gz: truncated: ")
+    assert "train/case_7.nii: has shape (8, 6, 5, 2): only 2D slices and 3D volumes are supported; " in text
+    assert text.endswith("train/case_8.nii: its volume has no values above 0: air should be 0, and tissue brighter")
+
+
+def test_integer_volumes_with_a_slope_and_pairs_load_alike(data, tmp_path):
+    def scaled(kind):
+        def make(image, affine):
+            made = kind(image, affine)
+            made.header.set_data_dtype(np.int16)
+            made.header.set_slope_inter(0.25, -3)
+            return made
+
+        return make
+
+    write_volumes(data, kind=scaled(nib.Nifti1Image))
+    write_volumes(tmp_path / "pairs", ".hdr", scaled(nib.Nifti1Pair))
+    one, other = load_dataset(str(data)), load_dataset(str(tmp_path / "pairs"))
+    np.testing.assert_array_equal(one.train.pixels, other.train.pixels)
+    np.testing.assert_array_equal(one.affine, other.affine)
+    scales = [np.percentile(picture(seed, (8, 6, 5)) * 0.25 - 3, 99.5) for seed in (1, 2, 3)]  # stored as integers
+    assert one.scale == other.scale == pytest.approx(np.median(scales), abs=0.25)
+
+
+def test_large_volumes_are_decoded_one_at_a_time(data, monkeypatch):
+    inside, most = [], []
+
+    def watch(file):
+        inside.append(file)
+        most.append(len(inside))
+        time.sleep(0.02)
+        images = original(file)
+        inside.remove(file)
+        return images
+
+    original = dataset.read_file
+    write_volumes(data)
+    monkeypatch.setattr(dataset, "read_file", watch)
+    monkeypatch.setattr(dataset, "LARGE_VOLUME", 100)
+    load_dataset(str(data), workers=4)
+    assert most == [1] * 5

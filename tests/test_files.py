@@ -4,12 +4,24 @@ import os
 import shutil
 import socket
 
+import nibabel as nib
 import numpy as np
 import pytest
-from slice_files import cases_of, has_notice, message, picture, volumes_of, write, write_cases, write_splits
+from slice_files import (
+    cases_of,
+    has_notice,
+    message,
+    picture,
+    volumes_of,
+    write,
+    write_cases,
+    write_splits,
+    write_volume,
+)
 
 import files
 from dataset import load_dataset, read_slices
+from files import Reading
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -347,6 +359,11 @@ def test_mask_folders_within_splits_are_left_out(data):
         ("week_3/case_004/slice_2/image", ("case_004", 3, 2)),
         ("case_004/image", ("case_004", None, None)),
         ("slice_3", (None, None, None)),
+        ("sub-001_ses-02_acq-tse_T2w", ("sub_001", 2, None)),
+        ("sub-control_ses-pre_T2w", ("sub_control", None, None)),
+        ("sub-AB/ses-2/anat/sub-AB_ses-2_run-1_T2w", ("sub_ab", 2, None)),
+        ("sub-control", (None, None, None)),
+        ("sub-slice_3", (None, None, None)),
         ("showcase_12_slice_3", (None, None, None)),
         ("subtle_3", (None, None, None)),
         ("lowercase12", (None, None, None)),
@@ -495,3 +512,220 @@ def test_folders_per_case_and_week_are_volumes(data):
     assert loaded.notices == ["split by case with seed 0: 4 train, 4 validate, 4 test slices"]
     assert [len(names) for names in volumes_of(loaded.train)] == [2, 2]
     assert loaded.train.positions.tolist() == [0, 1, 0, 1]
+
+
+# ---------------------------------------------------------------- a pattern or a table of the user's
+
+PATTERN = r"sub-(?P<case>\w+?)_.*_z(?P<slice>\d+)"
+
+
+def test_a_pattern_finds_case_week_and_slice_number(data):
+    for case in ("P7", "x", "12"):
+        for number in range(3):
+            write(data / f"sub-{case}_acq-t2_z{number}.nii")
+    loaded = load_dataset(str(data), reading=Reading(pattern=PATTERN))
+    assert {*loaded.train.cases, *loaded.validate.cases, *loaded.test.cases} == {"P7", "x", "12"}
+    assert loaded.train.positions.tolist() == [0, 0.5, 1] and len(set(loaded.train.scales)) == 1
+    assert loaded.notices == ["split by case with seed 0: 3 train, 3 validate, 3 test slices"]
+    found = files.identify_by_pattern(files.compile_pattern(r"(?P<case>.+)/w(?P<week>\d)"), "a/b/w3.nii")
+    assert found == ("a/b", 3, None)
+
+
+def test_files_that_a_pattern_does_not_match_are_named_and_left_out(data):
+    for case in range(3):
+        write(data / f"sub-{case}_a_z0.nii")
+    write(data / "scout.nii")
+    loaded = load_dataset(str(data), reading=Reading(pattern=PATTERN))
+    assert "scout.nii" not in loaded.files and len(loaded.files) == 3
+    assert has_notice(loaded, f"warning: --pattern {PATTERN} does not match 1 file (scout.nii): not read")
+    assert "does not match 4 files (" in message(load_dataset, str(data), reading=Reading(pattern="(?P<case>zebra)"))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        ("(?P<case>", "is no regular expression: "),
+        ("*", "is no regular expression: nothing to repeat"),
+        (r"case_(\d+)", "needs a group (?P<case>...)"),
+        (r"(?P<slice>\d+)", "needs a group (?P<case>...)"),
+        (r"(?P<case>\d)(?P<number>\d)", "needs a group (?P<case>...)"),
+        (r"(?P<case>s)ub-(?P<week>\w)", "its week is a, where a whole number is needed"),
+    ],
+)
+def test_a_bad_pattern_is_refused(data, pattern, words):
+    write(data / "sub-a.nii")
+    assert words in message(load_dataset, str(data), reading=Reading(pattern=pattern))
+
+
+def test_a_pattern_finds_splits_and_volumes_below_lone_folders(data):
+    for split, case in (("train", "a"), ("train", "b"), ("val", "c")):
+        write_volume(data / "export" / split / f"t2_{case}.nii.gz", ord(case))
+    loaded = load_dataset(str(data), reading=Reading(pattern=r"t2_(?P<case>\w)"))
+    assert loaded.train.cases == ["a"] * 5 + ["b"] * 5 and loaded.validate.cases == ["c"] * 5
+    assert loaded.notices == []
+
+
+def test_another_pattern_or_table_is_other_data(data):
+    for number in range(8):
+        write(data / f"a{number // 2}_b{number // 4}_{number % 2}.nii", picture(number) * (number + 1))
+    patterns = (r"a(?P<case>\d)_.*_(?P<slice>\d)", r"b(?P<case>\d)", r"a(?P<case>\d)")
+    loaded = [load_dataset(str(data), reading=Reading(pattern=pattern)) for pattern in patterns]
+    assert len({one.fingerprint for one in loaded}) == 3
+    again = load_dataset(str(data), reading=Reading(pattern=patterns[0]))
+    assert again.fingerprint == loaded[0].fingerprint
+    np.testing.assert_array_equal(again.train.scales, loaded[0].train.scales)
+
+
+def test_slices_to_reconstruct_are_named_by_a_pattern_or_as_usual(data):
+    paths = [write(data / name) for name in ("sub-a_t_z1.nii", "sub-a_t_z0.nii", "case_4_slice_2.nii")]
+    slices, *_ = read_slices(paths, (8, 6), Reading(pattern=PATTERN))
+    assert slices.cases == ["a", "a", "case_004"] and slices.positions.tolist() == [1, 0, 0.5]
+
+
+def test_a_bids_tree_is_recognised(data):
+    """Its label maps are in derivatives, and all its images have their patients."""
+    for seed, (subject, session) in enumerate([("01", "pre"), ("01", "02"), ("ctrl", "pre"), ("B3", "1"), ("7", "1")]):
+        folder = data / f"sub-{subject}" / f"ses-{session}" / "anat"
+        write_volume(folder / f"sub-{subject}_ses-{session}_acq-tse_T2w.nii.gz", seed)
+        mask = data / "derivatives" / "manual" / f"sub-{subject}" / "anat"
+        write_volume(mask / f"sub-{subject}_ses-{session}_desc-prostate_mask.nii.gz", seed)
+    write_volume(data / "sub-noses" / "anat" / "sub-noses_T2w.nii.gz", 9)
+    (data / "dataset_description.json").write_text("{}")
+    loaded = load_dataset(str(data))
+    cases = [set(part.cases) for part in (loaded.train, loaded.validate, loaded.test)]
+    assert set.union(*cases) == {"sub_001", "sub_ctrl", "sub_b003", "sub_007", "sub_noses"}
+    assert sum(map(len, cases)) == 5 and len(loaded.files) == 30
+    assert sorted(loaded.notices)[0].startswith("ignored 5 label maps (derivatives/manual/sub-01/anat/")
+    assert len(loaded.notices) == 2
+
+
+def write_table(path, *rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(rows))
+    return path
+
+
+def test_a_table_says_what_files_are(data, tmp_path):
+    for name in ("x.nii", "y.nii", "masks/z.nii", "elsewhere.nii"):
+        write(data / name)
+    write_volume(tmp_path / "list" / "vol.nii.gz", 5)
+    table = write_table(
+        tmp_path / "list" / "slices.csv",
+        "path,case,week,slice,split,remark",
+        "x.nii,anna,2,7,train,",
+        'y.nii,anna,2,3,training,"a, b"',
+        "masks/z.nii,bo,,,val,",
+        "vol.nii.gz,cy,1,,test,",
+    )
+    loaded = load_dataset(str(data), reading=Reading(table=table))
+    assert loaded.train.names == ["y.nii", "x.nii"] and loaded.train.cases == ["anna", "anna"]
+    assert loaded.train.positions.tolist() == [0, 1] and len(set(loaded.train.scales)) == 1
+    assert loaded.validate.names == ["masks/z.nii"]
+    assert loaded.test.cases == ["cy"] * 5 and loaded.test.names[0] == "vol_slice_000.nii.gz"
+    assert list(loaded.files) == loaded.train.names + loaded.validate.names + loaded.test.names
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_a_table_without_splits_is_split_by_case(data, separator):
+    rows = [f"{write(data / f'{case}{number}.nii').name},{case}" for case in "abcd" for number in range(2)]
+    table = write_table(data / "slices.csv", *(row.replace(",", separator) for row in ("path,case", *rows)))
+    for given in (str(data), "phantom"):  # the table's own folder
+        loaded = load_dataset(given, reading=Reading(table=table))
+        assert [len(loaded.train), len(loaded.validate), len(loaded.test)] == [4, 2, 2]
+        assert len(set(loaded.validate.cases)) == 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        (["file,case", "a.nii,1"], "needs the columns path and case"),
+        (["path,case"], "lists no files"),
+        ([""], "needs the columns path and case"),
+        (["path,case", "a.nii,1", "a.nii,2"], "row 3: a.nii is listed twice"),
+        (["path,case", ",1"], "row 2: it has no path"),
+        (["path,case", "a.nii,1", "b.nii,1"], "b.nii: No such file"),
+        (["path,case", "a.txt,1"], "row 2: a.txt is none of .nii .nii.gz .hdr .mha"),
+        (["path,case,slice", "a.nii,1,3.5"], "row 2: its slice is 3.5, where a whole number is needed"),
+        (["path,case,split", "a.nii,1,train", "c.nii,2,"], "row 3: its split is , not train, validate or test"),
+        (["path,case,split", "a.nii,1,test"], "has no row with split train"),
+        (["path,case", 'a.nii,"1'], "is no CSV file: "),
+    ],
+)
+def test_a_bad_table_is_refused(data, rows, words):
+    write(data / "a.nii")
+    write(data / "c.nii")
+    assert words in message(load_dataset, str(data), reading=Reading(table=write_table(data / "t.csv", *rows)))
+
+
+def test_a_table_is_read_within_bounds(data, monkeypatch):
+    data.mkdir()
+    (data / "binary.csv").write_bytes(b"path,case\n\xff\xfe")
+    assert "is no CSV file in UTF-8" in message(load_dataset, str(data), reading=Reading(table=data / "binary.csv"))
+    os.mkfifo(data / "pipe.csv")
+    assert "not a regular file" in message(load_dataset, str(data), reading=Reading(table=data / "pipe.csv"))
+    assert "No such file" in message(load_dataset, str(data), reading=Reading(table=data / "none.csv"))
+    table = write_table(data / "long.csv", "path,case", *(f"{number}.nii,1" for number in range(20)))
+    monkeypatch.setattr(files, "MAX_FILES", 10)
+    assert "has more than 10 rows" in message(load_dataset, str(data), reading=Reading(table=table))
+
+
+# ---------------------------------------------------------------- volumes in one file
+
+
+def test_a_volume_file_gives_numbered_slices(data):
+    write_volume(data / "train" / "Case_004_Week1_LFOV.nii.gz")
+    write_volume(data / "val" / "scan.hdr", seed=1, kind=nib.Nifti1Pair)
+    loaded = load_dataset(str(data))
+    assert loaded.train.names == [f"train/Case_004_Week1_LFOV_slice_{index:03}.nii.gz" for index in range(5)]
+    assert loaded.validate.names == [f"val/scan_slice_{index:03}.hdr" for index in range(5)]
+    assert loaded.train.cases == ["case_004"] * 5 and loaded.validate.cases == ["val/scan"] * 5
+    assert loaded.train.positions.tolist() == loaded.validate.positions.tolist() == [0, 0.25, 0.5, 0.75, 1]
+    assert has_notice(loaded, "1 volume without a case in the name (val/scan.hdr): each is taken for a patient")
+
+
+def test_positions_rise_from_the_feet_whatever_the_order_in_the_file(data):
+    up = np.asarray(write_volume(data / "case_1.nii", codes="RAS").dataobj)
+    write_volume(data / "case_2.nii", codes="LPI")
+    write_volume(data / "case_3.nii", codes="ARI")
+    for name in ("case_1.nii", "case_2.nii", "case_3.nii"):
+        slices, *_ = read_slices([data / name], (8, 6))
+        assert slices.positions.tolist() == [0, 0.25, 0.5, 0.75, 1]
+        lowest = slices.pixels[0] / 255 * slices.scales[0]
+        np.testing.assert_allclose(lowest, up[::-1, ::-1, 0].clip(max=slices.scales[0]), atol=0.3)
+
+
+def test_each_volume_file_of_a_case_is_scaled_alone(data):
+    write_volume(data / "case_1_t2.nii", seed=1)
+    write_volume(data / "case_1_adc.nii", seed=2)
+    write_cases(data, (1,), slices=3)
+    loaded, *_ = read_slices([data], (8, 6))
+    assert sorted(len(names) for names in volumes_of(loaded)) == [3, 5, 5]
+    assert loaded.cases == ["case_001"] * 13
+
+
+def test_a_header_without_pixels_is_no_slice(data):
+    """Other programs also write .hdr files."""
+    write_cases(data, (1, 2, 3))
+    (data / "photo.hdr").write_bytes(b"#?RADIANCE")
+    (data / "disk.img").write_bytes(b"boot")
+    assert len(load_dataset(str(data)).files) == 6
+
+
+def test_a_slice_named_like_one_of_a_volume_is_refused(data):
+    write_volume(data / "case_1.nii")
+    write(data / "case_1_slice_003.nii")
+    text = message(load_dataset, str(data))
+    assert str(data / "case_1.nii") in text and "both contain a slice called case_1_slice_003.nii: remove one" in text
+
+
+def test_slices_in_volumes_are_limited_in_number(data, monkeypatch):
+    for case in range(3):
+        write_volume(data / f"case_{case}.nii", seed=case)
+    monkeypatch.setattr(files, "MAX_FILES", 12)
+    assert message(load_dataset, str(data)).endswith("with this volume there are more than 12 slices")
+
+
+def test_repeated_slice_numbers_are_not_reported_of_several_volumes(data):
+    for case in range(3):
+        write_volume(data / f"case_{case}.nii", seed=case)
+    assert load_dataset(str(data)).notices == ["split by case with seed 0: 5 train, 5 validate, 5 test slices"]

@@ -13,13 +13,13 @@ from mutated_files import member
 from slice_files import AFFINE, big_endian, changed, message, picture, write
 
 import nifti
-from nifti import RawSlice
+from nifti import RawImage
 
 
-def read(path) -> RawSlice:
+def read(path) -> RawImage:
     """Read a file as it is now."""
     stat = os.stat(path)
-    return nifti.read_slice(path, stat.st_size, stat.st_mtime_ns)
+    return nifti.read_image(path, stat.st_size, stat.st_mtime_ns)
 
 
 # ---------------------------------------------------------------- pixels
@@ -100,10 +100,10 @@ def test_values_are_unscaled_where_the_slope_is_zero_or_nan(tmp_path):
 def test_the_shape_is_read_from_the_header_alone(tmp_path):
     path = write(tmp_path / "a.nii", picture(1, (8, 1, 6)))
     path.write_bytes(path.read_bytes()[:352])
-    assert nifti.read_shape(path) == (8, 6)
+    assert nifti.read_grid(path)[0] == (8, 6)
     path.write_bytes(b"bad")
-    assert nifti.read_shape(path) is None
-    assert nifti.read_shape(tmp_path / "missing.nii") is None
+    assert nifti.read_grid(path) is None
+    assert nifti.read_grid(tmp_path / "missing.nii") is None
 
 
 def test_the_checksum_is_of_the_uncompressed_file(tmp_path):
@@ -123,6 +123,103 @@ def test_an_encoded_slice_reads_back(tmp_path):
     written = nib.load(path)
     assert written.shape == (8, 6) and written.get_data_dtype() == np.float32
     assert written.header.get_xyzt_units()[0] == "mm"
+
+
+# ---------------------------------------------------------------- volumes and pairs
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image, big_endian, with_slope, with_qform])
+@pytest.mark.parametrize("shape", [(8, 6, 5), (2, 8, 6), (8, 6, 5, 1)])
+def test_volumes_agree_with_nibabel(tmp_path, name, kind, shape):
+    path = write(tmp_path / name, picture(3, shape), OBLIQUE, kind)
+    expected, (image, affine, _) = nib.load(path), read(path)
+    assert image.dtype == np.float32 and image.shape == shape[:3]
+    np.testing.assert_allclose(image, expected.get_fdata().reshape(shape[:3]), rtol=1e-6)
+    np.testing.assert_allclose(affine, expected.affine, rtol=1e-5)
+
+
+PAIRS = [nib.Nifti1Pair, nib.Nifti2Pair]
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+@pytest.mark.parametrize("shape", [(8, 6), (8, 6, 5)])
+@pytest.mark.parametrize("endings", [("hdr", "img"), ("HDR", "IMG")])
+def test_pairs_agree_with_nibabel(tmp_path, kind, shape, endings):
+    write(tmp_path / "a.hdr", picture(3, shape), OBLIQUE, kind)
+    expected, values = nib.load(tmp_path / "a.hdr"), nib.load(tmp_path / "a.hdr").get_fdata()
+    for ending, other in zip(("hdr", "img"), endings):
+        (tmp_path / f"a.{ending}").rename(tmp_path / f"b.{other}")
+    image, affine, _ = read_pair(tmp_path / f"b.{endings[0]}")
+    np.testing.assert_allclose(image, values, rtol=1e-6)
+    np.testing.assert_allclose(affine, expected.affine, rtol=1e-5)
+
+
+def read_pair(path) -> RawImage:
+    """Read a pair of files as they are now."""
+    return nifti.read_image(path, *nifti.describe_stats([os.stat(part) for part in nifti.parts_of(path)]))
+
+
+def test_the_checksum_of_a_pair_depends_on_both_files(tmp_path):
+    checksums = set()
+    for seed, affine in ((1, AFFINE), (2, AFFINE), (1, 2 * AFFINE)):
+        checksums.add(read_pair(write(tmp_path / "a.hdr", picture(seed), affine, nib.Nifti1Pair)).checksum)
+    assert len(checksums) == 3
+
+
+@pytest.mark.parametrize("ending", ["hdr", "img"])
+def test_a_pair_of_which_one_file_changes_is_refused(tmp_path, ending):
+    path = write(tmp_path / "a.hdr", kind=nib.Nifti1Pair)
+    stamp = nifti.describe_stats([os.stat(part) for part in nifti.parts_of(path)])
+    os.utime(tmp_path / f"a.{ending}", ns=(0, stamp[1] + 1))
+    assert message(nifti.read_image, path, *stamp).startswith("changed while it was being read")
+
+
+def test_analyze_files_are_refused(tmp_path):
+    """Their headers do not tell left from right."""
+    path = write(tmp_path / "a.hdr", kind=lambda image, _: nib.AnalyzeImage(image, None))
+    assert message(read_pair, path) == "not a NIfTI pair: Analyze headers do not tell the sides"
+
+
+def test_a_truncated_pair_is_refused(tmp_path):
+    path = write(tmp_path / "a.hdr", kind=nib.Nifti1Pair)
+    pixels = tmp_path / "a.img"
+    whole = pixels.read_bytes()
+    pixels.write_bytes(whole[:-1])
+    assert "truncated" in message(read_pair, path)
+    pixels.write_bytes(whole + b"0")
+    assert "contains more than" in message(read_pair, path)
+
+
+def claim(path, *shape):
+    """Write a volume whose header claims another shape."""
+    return changed(path, dim=[len(shape), *shape, *[1] * (7 - len(shape))])
+
+
+def test_volumes_are_limited_in_size(tmp_path):
+    assert "a volume may have 134217728 voxels" in reason(claim(tmp_path / "a.nii", 1024, 1024, 129))
+    assert "each side must be 1 to 2048" in reason(claim(tmp_path / "b.nii", 4, 4, 2049))
+    assert "truncated" in reason(claim(tmp_path / "c.nii", 512, 512, 512))
+
+
+def test_a_gzip_bomb_of_a_volume_is_refused(tmp_path):
+    plain = write(tmp_path / "a.nii", picture(1, (8, 6, 5))).read_bytes()
+    path = tmp_path / "a.nii.gz"
+    path.write_bytes(gzip.compress(plain + bytes(200_000_000), 1))
+    assert "contains more than" in reason(path)
+    path.write_bytes(gzip.compress(claim(tmp_path / "b.nii", 512, 512, 512).read_bytes()))
+    assert "more than a file of" in reason(path)
+
+
+@pytest.mark.parametrize(
+    "affine", [np.diag([1, 1, 0, 1.0]), np.array([[1, 0, 1, 0], [0, 1, 1, 0], [0, 0, 1e-5, 0], [0, 0, 0, 1.0]])]
+)
+def test_a_volume_whose_axes_lie_in_one_plane_is_refused(tmp_path, affine):
+    raw = write(tmp_path / "a.nii", picture(1, (8, 6, 5))).read_bytes()
+    header = nib.Nifti1Header(raw[:348])
+    header["srow_x"], header["srow_y"], header["srow_z"] = affine[:3]
+    (tmp_path / "a.nii").write_bytes(header.binaryblock + raw[348:])
+    assert "affine gives voxels no volume" in reason(tmp_path / "a.nii")
 
 
 # ---------------------------------------------------------------- affines
@@ -180,13 +277,17 @@ def test_a_wrong_gzip_checksum_is_refused(tmp_path):
     assert "damaged" in reason(path)
 
 
-@pytest.mark.parametrize("shape", [(8, 6, 5), (2, 8, 6), (8, 6, 1, 3), (1, 8, 6, 2), (1, 1, 8, 6), (1, 1, 6)])
-def test_volumes_and_series_are_refused(tmp_path, shape):
-    assert f"shape {shape}: only 2D slices are supported" in reason(write(tmp_path / "a.nii.gz", picture(1, shape)))
+@pytest.mark.parametrize("shape", [(8, 6, 5, 2), (8, 6, 1, 3), (1, 8, 6, 2), (1, 1, 8, 6), (1, 1, 6)])
+def test_series_and_lines_are_refused(tmp_path, shape):
+    assert f"shape {shape}: only 2D slices and 3D volumes are supported" in reason(
+        write(tmp_path / "a.nii.gz", picture(1, shape))
+    )
 
 
 def test_one_dimensional_files_are_refused(tmp_path):
-    assert "shape (8,): only 2D slices are supported" in reason(write(tmp_path / "a.nii", picture(1, (8,))))
+    assert "shape (8,): only 2D slices and 3D volumes are supported" in reason(
+        write(tmp_path / "a.nii", picture(1, (8,)))
+    )
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -241,7 +342,7 @@ def test_a_file_that_changes_while_being_read_is_refused(tmp_path):
     path = write(tmp_path / "a.nii")
     stat = path.stat()
     for size, mtime_ns in ((stat.st_size, stat.st_mtime_ns + 1), (stat.st_size + 1, stat.st_mtime_ns)):
-        assert message(nifti.read_slice, path, size, mtime_ns).startswith("changed while it was being read")
+        assert message(nifti.read_image, path, size, mtime_ns).startswith("changed while it was being read")
 
 
 # ---------------------------------------------------------------- bounded memory

@@ -170,6 +170,21 @@ def test_small_samples_are_enlarged_by_an_integer_factor(tmp_path):
     np.testing.assert_allclose(shown[36:-3, 3:-3], 0, atol=0.01)
 
 
+def test_a_contact_sheet_shows_every_slice_upright_in_its_grey_levels(tmp_path):
+    slices = np.stack([marked_slice(64, 32, -1 + index / 10, 1.0) for index in range(8)])
+    names = [f"$case {index}" for index in range(8)]
+    plots.contact_sheet_figure(tmp_path / "sheet.png", slices, names, "a $title")
+    sheet = imread(tmp_path / "sheet.png")[..., :3]
+    assert (sheet == sheet[..., :1]).all()
+    width, height = plots.CONTACT_WIDTH, plots.CONTACT_WIDTH // 2
+    assert sheet.shape[1] == pytest.approx(6 * (width + 6), abs=2)
+    for index in range(8):
+        top, left = 56 + index // 6 * (height + 22), index % 6 * (width + 6)
+        shown = sheet[top : top + height, left : left + width, 0]
+        np.testing.assert_allclose(shown[4:24, 4:50], 1, atol=0.01)  # a quarter of each side, at the upper left
+        np.testing.assert_allclose(shown[40:-4, 80:-4], index / 20, atol=0.01)
+
+
 def test_evenly_spaced_indices():
     assert plots.evenly_spaced(60, 6).tolist() == [5, 15, 25, 35, 45, 55]
     assert plots.evenly_spaced(3, 6).tolist() == [0, 1, 2]

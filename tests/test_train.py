@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -24,6 +25,7 @@ from broken_writes import half_done, on_writes
 from conftest import VQVAE_TINY, make_quick, options_of
 from matplotlib.image import imread
 from safetensors.torch import load_file
+from slice_files import write_volume
 from tampering import judge_run, resume, tamper
 from trainings import (
     UPDATES,
@@ -42,6 +44,7 @@ import checkpoints
 import config
 import evaluate
 import phantom
+import predict
 import train
 import trainer
 import utils
@@ -84,6 +87,29 @@ def test_config_json_records_options_data_and_libraries(trained):
     assert config["intensity"]["scale"] == pytest.approx(data.scale)
     np.testing.assert_allclose(config["affine"], data.affine)
     assert config["libraries"].keys() == set(checkpoints.LIBRARIES)
+
+
+def test_a_run_on_volumes_records_how_they_are_read(options, tmp_path, cache, error_line):
+    data, given = tmp_path / "volumes", options | {"pattern": r"t2-(?P<case>\w)", "axis": 1}
+    affine = np.diag([1.5, 2, 1.0, 1])
+    for seed, case in enumerate("abcde"):
+        write_volume(data / f"t2-{case}.nii.gz", seed, (16, 6, 12), affine, codes="PIR")
+    given["data"] = data
+    train.main(arguments(**given))
+    run = checkpoints.read_config(options["run"])
+    assert (run.options.axis, run.options.pattern, run.slice_size) == (1, given["pattern"], (16, 12))
+    evaluated = SimpleNamespace(run=options["run"], data=None, split="test", self_test=False)
+    with pytest.raises(RunError, match="a side needs at least"):  # the data are those of the run, but too small
+        evaluate.training_data(evaluated, run)
+    predict.main(
+        ["--run", str(options["run"]), "--num", "1", "--out", str(tmp_path / "samples"), "--images", str(tmp_path)]
+    )
+    sample = nib.load(tmp_path / "samples" / "sample_000000.nii.gz")
+    assert nib.aff2axcodes(sample.affine) == ("L", "I", "P")
+    np.testing.assert_allclose(nib.affines.voxel_sizes(sample.affine), [1.5, 1, 2], rtol=1e-6)
+    for other in ({"axis": 2}, {"pattern": "2-(?P<case>[a-e])"}):
+        (name,) = other
+        assert f"--{name} was" in error_line("train.py", arguments(**given | other))
 
 
 def test_config_json_is_written_before_the_first_update(options, monkeypatch):
