@@ -1,6 +1,7 @@
 """containers.py: images of other containers, against the same volume in NIfTI."""
 
 import os
+import struct
 
 import nibabel as nib
 import numpy as np
@@ -173,6 +174,81 @@ def test_large_and_damaged_files_are_refused(tmp_path, sitk):
         assert words in message(read, str(path))
     path.write_bytes(b"ElementDataFile = LOCAL\n")
     assert "SimpleITK cannot read it: " in message(read, str(path))
+
+
+def test_slices_missing_from_a_series_are_noticed(tmp_path, sitk):
+    folder = write_itk(sitk, tmp_path / "b.dcm", whole(1, tmp_path / "a.nii"))
+    os.remove(f"{folder}2.dcm")  # the second lowest but one
+    assert message(read, folder) == "its DICOM slices are not at even distances: is one missing or repeated?"
+
+
+def element(tag, representation, value, length=None):
+    """A DICOM element, explicit or implicit little-endian, which claims a length."""
+    head, length = struct.pack("<HH", *tag), len(value) if length is None else length
+    if representation is None:
+        return head + struct.pack("<I", length) + value
+    if representation in (b"OW", b"SQ", b"UN"):
+        return head + representation + struct.pack("<HI", 0, length) + value
+    return head + representation + struct.pack("<H", length) + value
+
+
+def item(value, length=None):
+    return struct.pack("<HHI", 0xFFFE, 0xE000, len(value) if length is None else length) + value
+
+
+END_OF_ITEM, END_OF_SEQUENCE = struct.pack("<HHI", 0xFFFE, 0xE00D, 0), struct.pack("<HHI", 0xFFFE, 0xE0DD, 0)
+UNDEFINED = containers.UNDEFINED
+
+
+def dicom(path, body, syntax=b"1.2.840.10008.1.2.1"):
+    path.write_bytes(bytes(128) + b"DICM" + element((2, 0x10), b"UI", syntax) + body)
+    return path
+
+
+@pytest.mark.parametrize("representation", [b"LO", None])
+def test_dicom_files_whose_elements_fit_are_accepted(tmp_path, representation):
+    explicit = representation is not None
+    syntax = b"1.2.840.10008.1.2.1" if explicit else b"1.2.840.10008.1.2\0"
+    name, sequence = element((0x10, 0x20), representation, b"x" * 6), b"SQ" if explicit else None
+    bodies = [
+        name,
+        element((8, 0x1140), sequence, item(name) + item(name)) + name,
+        element((8, 0x1140), sequence, item(name + END_OF_ITEM, UNDEFINED) + END_OF_SEQUENCE, UNDEFINED) + name,
+        element((0x7FE0, 0x10), b"OW" if explicit else None, b"\xfe\xff\x00\xe0" + bytes(20)),
+    ]
+    if explicit:
+        bodies.append(
+            element((0x7FE0, 0x10), b"OW", item(b"") + item(b"\xff" * 40) + END_OF_SEQUENCE, UNDEFINED) + name
+        )
+    for body in bodies:
+        containers.check_dicom(str(dicom(tmp_path / "a.dcm", body, syntax)))
+
+
+@pytest.mark.parametrize("representation", [b"OW", None])
+def test_dicom_elements_that_claim_more_than_the_file_are_refused(tmp_path, representation):
+    explicit = representation is not None
+    syntax = b"1.2.840.10008.1.2.1" if explicit else b"1.2.840.10008.1.2\0"
+    liar, sequence = element((0x10, 0x20), representation, b"x" * 6, 0xF0000000), b"SQ" if explicit else None
+    for body in (
+        liar,
+        element((8, 0x1140), sequence, item(liar)),
+        element((8, 0x1140), sequence, item(liar, UNDEFINED), UNDEFINED),
+        element((8, 0x1140), sequence, item(b"", 0xF0000000)),
+        element((0x7FE0, 0x10), representation, b"1234", 0x7FFFFFFF),
+        element((0x7FE0, 0x10), representation, item(b"1234", 0x7FFFFFFF), UNDEFINED),
+    ):
+        assert "truncated: an element of " in message(
+            containers.check_dicom, str(dicom(tmp_path / "a.dcm", body, syntax))
+        )
+
+
+def test_other_dicom_files_are_refused(tmp_path):
+    path = tmp_path / "a.dcm"
+    for syntax in (b"1.2.840.10008.1.2.2", b"1.2.840.10008.1.2.1.99"):
+        assert "big-endian or deflated" in message(containers.check_dicom, str(dicom(path, b"", syntax)))
+    path.write_bytes(b"photo")
+    assert message(containers.check_dicom, str(path)) == "not a DICOM file"
+    assert "no value representation" in message(containers.check_dicom, str(dicom(path, bytes(20))))
 
 
 # ---------------------------------------------------------------- pictures
