@@ -36,7 +36,7 @@ from slice_files import (
 import dataset
 from dataset import DataError, batch_indices, denormalize, describe_changes, load_dataset, read_slices
 from files import Reading
-from nifti import write_slice
+from nifti import encode_slice
 
 pytestmark = pytest.mark.usefixtures("cache")
 ROOT = Path(__file__).parents[1]
@@ -1045,7 +1045,7 @@ def test_samples_lie_where_the_slices_of_volumes_lie(data, axis):
     slices, affines, _ = read_slices([data / "case_1.nii"], (8, 10), Reading(axis))
     seen = 0
     for grey, affine, scale in zip(slices.pixels, affines, slices.scales):
-        write_slice(data / "sample.nii", denormalize(grey / 127.5 - 1, scale), affine)
+        (data / "sample.nii.gz").write_bytes(encode_slice(denormalize(grey / 127.5 - 1, scale), affine))
         sample = nib.load(data / "sample.nii")
         for row, column in np.argwhere(grey):
             point = nib.affines.apply_affine(sample.affine, [row, column, 0])
