@@ -1046,7 +1046,7 @@ def test_samples_lie_where_the_slices_of_volumes_lie(data, axis):
     seen = 0
     for grey, affine, scale in zip(slices.pixels, affines, slices.scales):
         (data / "sample.nii.gz").write_bytes(encode_slice(denormalize(grey / 127.5 - 1, scale), affine))
-        sample = nib.load(data / "sample.nii")
+        sample = nib.load(data / "sample.nii.gz")
         for row, column in np.argwhere(grey):
             point = nib.affines.apply_affine(sample.affine, [row, column, 0])
             voxel = np.rint(nib.affines.apply_affine(np.linalg.inv(volume.affine), point)).astype(int)

@@ -77,7 +77,7 @@ def test_self_test_needs_no_particular_split(trained, monkeypatch):
     """Data without test slices, with the default --split."""
     data, config = load_dataset(str(trained.data), None, (4, 4), 0), read_config(trained.run)
     nothing = Slices(data.test.pixels[:0], [], [], data.test.positions[:0], data.test.scales[:0])
-    monkeypatch.setattr(evaluate, "load_dataset", lambda *_: dataclasses.replace(data, test=nothing))
+    monkeypatch.setattr(evaluate, "load_dataset", lambda *_, **__: dataclasses.replace(data, test=nothing))
     given = SimpleNamespace(run=trained.run, data=None, split="test", self_test=True)
     assert len(evaluate.training_data(given, config).validate) == 4
     given.self_test = False

@@ -557,7 +557,7 @@ def test_a_stop_signal_between_updates_loses_nothing(options, trained, monkeypat
     assert (header.stage, header.update) == when
     assert "stopped after {} update {};".format(*when) in capsys.readouterr().out
     with monkeypatch.context() as patch:  # a second stop, while the data are loaded
-        patch.setattr(train, "load_dataset", lambda *_: send(kind)())
+        patch.setattr(train, "load_dataset", lambda *_, **__: send(kind)())
         with pytest.raises(SystemExit) as stop:
             train.main(arguments(**options))
     assert stop.value.code == 128 + kind
@@ -1000,7 +1000,7 @@ def test_missing_data_create_no_run(options):
 
 def test_an_unusable_figure_folder_is_refused_before_training(options, monkeypatch):
     options["images"].write_text("mine")
-    monkeypatch.setattr(train, "load_dataset", lambda *_: pytest.fail("began to work"))
+    monkeypatch.setattr(train, "load_dataset", lambda *_, **__: pytest.fail("began to work"))
     with pytest.raises(RunError, match="images"):
         train.main(arguments(**options))
 
