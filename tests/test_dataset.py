@@ -986,16 +986,21 @@ def test_pixels_do_not_depend_on_the_number_of_workers(data, cache, workers):
         np.testing.assert_array_equal(first.scales, second.scales)
 
 
-def test_volumes_are_read_once_and_then_reopened(data, monkeypatch):
-    read = []
+def record_reads(monkeypatch):
+    """The paths of the files that are decoded from now on."""
+    read, original = [], dataset.read_file
 
-    def count(file):
+    def record(file):
         read.append(file.path)
         return original(file)
 
-    original = dataset.read_file
+    monkeypatch.setattr(dataset, "read_file", record)
+    return read
+
+
+def test_volumes_are_read_once_and_then_reopened(data, monkeypatch):
+    read = record_reads(monkeypatch)
     write_volumes(data)
-    monkeypatch.setattr(dataset, "read_file", count)
     first = load_dataset(str(data))
     assert sorted(read) == sorted(map(str, data.rglob("*.nii.gz")))
     forbid_decoding(monkeypatch)
@@ -1011,16 +1016,9 @@ def test_volumes_are_read_once_and_then_reopened(data, monkeypatch):
 
 
 def test_a_copied_volume_is_a_leak_that_is_found_with_one_more_reading(data, monkeypatch):
-    read = []
-
-    def count(file):
-        read.append(file.path)
-        return original(file)
-
-    original = dataset.read_file
+    read = record_reads(monkeypatch)
     write_volumes(data)
     write_volume(data / "test" / "case_9.nii", seed=1, codes="AIR")  # case 1
-    monkeypatch.setattr(dataset, "read_file", count)
     shared = "train/case_1_slice_000.nii.gz = test/case_9_slice_000.nii"
     loaded = load_dataset(str(data))
     assert has_notice(loaded, f"warning: data leak between splits: train and test share 5 identical slices ({shared}, ")
