@@ -215,6 +215,11 @@ class TrainConfig(StrictModel):
         OPTIMISER, 0, "validations, 20 per stage, without a lower loss after which the stage ends; 0 ends none"
     )
 
+    @property
+    def on_phantom(self) -> bool:
+        """Return whether the slices are the phantom's: beside a table, "phantom" stands for the table's folder."""
+        return self.data == "phantom" and not self.table
+
 
 # What differs from the defaults.
 PRESETS: dict[str, dict[str, Any]] = {

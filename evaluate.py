@@ -137,6 +137,11 @@ def data_folder(options: EvaluateOptions, config: RunConfig) -> str:
     return options.data or config.options.data
 
 
+def shows_phantom(options: EvaluateOptions, config: RunConfig) -> bool:
+    """Return whether the evaluated slices are the phantom's."""
+    return config.options.model_copy(update={"data": data_folder(options, config)}).on_phantom
+
+
 def training_data(options: EvaluateOptions, config: RunConfig) -> DataSplits:
     """Load the data that a run was trained on.
 
@@ -147,7 +152,7 @@ def training_data(options: EvaluateOptions, config: RunConfig) -> DataSplits:
     if folder != "phantom" and not Path(folder).exists():
         raise RunError(f"the data of {options.run} are not in {folder}: name their folder with --data")
     side = config.options.downsampling
-    reading = Reading(config.options.axis, config.options.pattern, config.options.table)
+    reading = Reading.of(config.options)
     data = load_dataset(folder, config.slice_size, (side, side), config.options.seed, reading=reading)
     log_notices(data.notices)
     if data.fingerprint != config.fingerprint:
@@ -298,7 +303,7 @@ def evaluate(options: EvaluateOptions, config: RunConfig, networks: Networks, de
     outliers_figure(
         options.images / "outliers.png", {name: lowest(sets[name].slices, anatomy.scores[name]) for name in both}
     )
-    phantom = data_folder(options, config) == "phantom"
+    phantom = shows_phantom(options, config)
     real_shown = phantom or options.report_real_slices
     evidence = Evidence(
         logged_curves(options.run),

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from stat import S_ISREG
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -67,6 +67,11 @@ class Reading(NamedTuple):
     axis: int | None = None  # along which volumes are cut, as `volumes.plan_stack` takes it
     pattern: str | None = None  # regular expression with the named groups case and, if wanted, week and slice
     table: Path | None = None  # CSV file with the columns path, case and, if wanted, week, slice and split
+
+    @classmethod
+    def of(cls, options: Any) -> Reading:
+        """Return what options with attributes of the same names say."""
+        return cls(options.axis, options.pattern, options.table)
 
 
 class SliceFile(NamedTuple):

@@ -161,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command `python dataset.py`."""
     options = parse_options(arguments)
     check_folder("--out", options.out.parent)
-    reading = Reading(options.axis, options.pattern, options.table)
+    reading = Reading.of(options)
     found = find_data(options.folder, options.seed, THREADS, reading)
     side = TrainConfig().downsampling  # so that a training finds the cache filled
     data = load_dataset(str(options.folder), None, (side, side), options.seed, reading=reading)

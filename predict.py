@@ -375,7 +375,7 @@ def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def reconstruct(options: PredictOptions, config: RunConfig, vqvae: VQVAE, device: torch.device) -> None:
     """Encode and decode given slices; write originals, reconstructions, a table of SSIM and PSNR, and a figure."""
-    reading = Reading(config.options.axis, config.options.pattern, config.options.table)
+    reading = Reading.of(config.options)
     slices, affines, notices = read_slices(options.reconstruct or [], config.slice_size, reading)
     log_notices(notices)
     warn_of_geometry(affines, np.array(config.affine))

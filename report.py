@@ -113,6 +113,7 @@ def redact(config: RunConfig) -> RunConfig:
         command += ["--slice-size", *map(str, options.slice_size)]
     for name, value in changed_options(without).items():
         command += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
+    command += ["--table", "TABLE"] if options.table else []
     command += [] if options.data == "phantom" else ["--data", "DATA"]
     return config.model_copy(update={"options": without, "command": [*command, "--run", "RUN"]})
 
@@ -220,7 +221,7 @@ def facts(config: RunConfig, results: Mapping[str, Any]) -> Element:
     options = config.options
     side = options.downsampling
     rows = {
-        "data": "the phantom" if options.data == "phantom" else "a folder of slices",
+        "data": "the phantom" if options.on_phantom else "a folder of slices",
         "pixel size": f"{' x '.join(f'{size:.2f}' for size in pixel_size(config))} mm",
         "codes": f"one for {side}x{side} pixels, of {options.codebook_size}",
         "updates of VQ-VAE, prior, refiner": f"{options.updates:,}, {options.prior_updates:,}, "

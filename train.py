@@ -384,11 +384,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check_folder("--run", options.run)
     check_folder("--images", options.images)
     side = options.downsampling
-    phantom = options.data == "phantom" and not options.table
-    size = options.slice_size or (options.phantom_size if phantom else None)
+    size = options.slice_size or (options.phantom_size if options.on_phantom else None)
     with StopSignals() as stop:
-        reading = Reading(options.axis, options.pattern, options.table)
-        data = load_dataset(options.data, size, (side, side), options.seed, reading=reading)
+        data = load_dataset(options.data, size, (side, side), options.seed, reading=Reading.of(options))
         log_notices(data.notices)
         if min(data.slice_size) < SMALLEST_SIDE:
             raise DataError(f"slices of {data.slice_size} pixels are too small: a side needs at least {SMALLEST_SIDE}")

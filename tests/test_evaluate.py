@@ -203,6 +203,22 @@ def test_a_report_of_patients_has_samples_only(evaluation):
     assert f'<td data-column="test">{results["reconstructions"]["ssim"]:.3f}</td>' in report
 
 
+@pytest.mark.parametrize(
+    ("data", "table", "given", "phantom"),
+    [
+        ("phantom", None, None, True),
+        ("somewhere", None, None, False),
+        ("phantom", "slices.csv", None, False),
+        ("phantom", "slices.csv", "phantom", False),
+        ("phantom", None, "somewhere", False),
+    ],
+)
+def test_slices_that_a_table_lists_are_of_patients(run_config, data, table, given, phantom):
+    """Without --data, a table's folder is read, and not the phantom."""
+    options = evaluate.parse_options(["--data", given] if given else [])
+    assert evaluate.shows_phantom(options, run_config(data=data, table=table)) == phantom
+
+
 def test_a_report_has_real_slices_if_asked(trained, tmp_path, quick):
     shutil.copytree(trained.run, tmp_path / "run")
     given = {"run": tmp_path / "run", "images": tmp_path / "images", "device": "cpu", "num": 6}

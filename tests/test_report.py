@@ -286,6 +286,13 @@ def test_no_path_and_no_name_of_a_data_file_is_written(write, run_config):
         assert any(line.endswith("--init INIT --data DATA --run RUN") for line in commands_of(read(path)))
 
 
+def test_a_run_on_a_table_is_not_one_on_the_phantom(write, run_config):
+    page = read(write(evidence_of(phantom=False), config=run_config(data="phantom", table="/secret/slices.csv")))
+    assert "a folder of slices" in [own["text"] for own in page.all("td")]
+    assert any(line.endswith("--table TABLE --run RUN") for line in commands_of(page))
+    assert "secret" not in page.all("main")[0]["text"]
+
+
 def test_the_command_trains_with_the_same_options(write, run_config, tmp_path):
     given = {"preset": "demo", "data": "/secret", "slice_size": [64, 32], "adam_beta1": 0.8, "updates": 9, "seed": 3}
     config = run_config(**given)
