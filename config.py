@@ -188,11 +188,10 @@ class TrainConfig(StrictModel):
         REFINER, 20_000, "updates of the refiner; by default not more slices than the VQ-VAE sees"
     )
     refiner_learning_rate: Rate = option(REFINER, 4e-3, "peak learning rate")
-    refiner_channels: Width = option(REFINER, 128, "width on the code grid")
-    refiner_residual_blocks: Layers = option(REFINER, 4, "residual blocks on the code grid")
-    refiner_hidden_channels: Width = option(REFINER, 64, "width inside a residual block")
-    refiner_pixel_features: Width = option(REFINER, 14, "channels per pixel from the code grid")
-    refiner_pixel_channels: Width = option(REFINER, 32, "width of the layers on pixels")
+    refiner_channels: Width = option(REFINER, 16, "width of the layers on pixels, which doubles from level to level")
+    refiner_levels: Annotated[int, Ge(1), Le(8)] = option(
+        REFINER, 4, "levels of the U-Net; each has half the rows and columns of the one before"
+    )
     refiner_time_frequencies: Layers = option(REFINER, 8, "Fourier features of the flow's time")
     refiner_ode_steps: Layers = option(REFINER, 8, "steps of the ODE solver per sample, each one pass")
     std_slices: Annotated[int, Ge(1), Le(100_000)] = option(
@@ -275,7 +274,7 @@ def network_model(kind: type, prefix: str = "") -> type[StrictModel]:
 
 # ---------------------------------------------------------------- config.json
 
-FORMAT = 4  # of a run directory; increment it when this version and an older one would misread each other's files
+FORMAT = 5  # of a run directory; increment it when this version and an older one would misread each other's files
 FLOAT32 = np.finfo(np.float32)
 Text = Annotated[str, MaxLen(4096)]
 Row = Annotated[tuple[float, float, float, float], Strict(False)]

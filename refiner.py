@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modules import AUGMENTATIONS, VQVAE, ResidualBlock, stream_seed
+from modules import AUGMENTATIONS, VQVAE, stream_seed
 
 SEED_OFFSET = 2**32  # added to a seed, which is smaller: the refiner's random streams differ from the prior's
 MICRO_BATCH_PIXELS = 2**17  # per forward pass on a CPU, so that its activations stay in the caches
@@ -31,24 +31,16 @@ class RefinerConfig:
     Attributes:
         downsampling: As in the VQ-VAE.
         codebook_size: As in the VQ-VAE.
-        embedding_dim: As in the VQ-VAE.
-        channels: Width of the layers on the code grid.
-        residual_blocks: Residual blocks on the code grid.
-        hidden_channels: Width inside a residual block.
-        pixel_features: Channels per pixel that the code grid hands to the layers on pixels.
-        pixel_channels: Width of the layers on pixels.
+        channels: Width of the layers on pixels, which doubles from level to level.
+        levels: Resolutions of the U-Net; each has half the rows and columns of the one before.
         time_frequencies: Fourier features of the flow's time.
         ode_steps: Steps of the ODE solver, each one pass of the network.
     """
 
     downsampling: int = 4
     codebook_size: int = 2048
-    embedding_dim: int = 64
-    channels: int = 128
-    residual_blocks: int = 4
-    hidden_channels: int = 64
-    pixel_features: int = 14
-    pixel_channels: int = 32
+    channels: int = 16
+    levels: int = 4
     time_frequencies: int = 8
     ode_steps: int = 8
 
@@ -66,9 +58,29 @@ def gaussian_rate(time: Tensor) -> Tensor:
 class Conditioning(NamedTuple):
     """What the refiner is given beside x and the time."""
 
-    decoded: Tensor  # (N, 1, H, W)
-    features: Tensor  # (N, C, h, w) of `decoded`, of the residual's standard deviation, and of the embeddings
+    pictures: Tensor  # (N, 2, H, W): the decoded slices, and half the logarithm of the residual's standard deviation
     augmentation: Tensor  # (N, 1 + AUGMENTATIONS): whether a slice was augmented, and how
+
+
+class ModulatedBlock(nn.Module):
+    """Pre-activation residual block of two 3x3 convolutions; it starts as the identity.
+
+    Scale and shift between the two make its features depend on the flow's time (FiLM, Perez et al. 2018,
+    arXiv:1709.07871).
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        for parameter in self.conv2.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """Return the features (N, C, H, W) of x (N, C, H, W), scaled and shifted by a modulation (N, 2C, 1, 1)."""
+        scale, shift = modulation.chunk(2, 1)
+        h = self.conv1(F.relu(x))
+        return x + self.conv2(F.relu(h + h * scale + shift))
 
 
 class Refiner(nn.Module):
@@ -80,9 +92,9 @@ class Refiner(nn.Module):
 
     The residual's standard deviation is estimated for each pixel of each code's square in the training slices, so that
     x_1 has unit variance in air as in muscle. If x_1 were Gaussian noise, v would be `gaussian_rate`(t) x; the network
-    learns the rest. Most convolutions run on the code grid, as in the encoder. The last three run on pixels, because
-    grain does not depend on where in a square it lies. As the prior, the refiner is told in training how a slice was
-    augmented.
+    learns the rest. It is a U-Net (Ronneberger et al. 2015, arXiv:1505.04597) that begins on pixels: thin lines and
+    grain are as fine as those, and do not depend on where in a code's square they lie. As the prior, the refiner is
+    told in training how a slice was augmented.
     """
 
     residual_std: Tensor  # (K, downsampling^2)
@@ -90,22 +102,18 @@ class Refiner(nn.Module):
     def __init__(self, config: RefinerConfig):
         super().__init__()
         self.config = config
-        square, c = config.downsampling**2, config.channels
-        self.register_buffer("residual_std", torch.ones(config.codebook_size, square))
-        self.stem = nn.Conv2d(square, c, 3, padding=1)
-        self.context = nn.Conv2d(2 * square + config.embedding_dim, c, 3, padding=1, bias=False)
-        inputs = 1 + 2 * config.time_frequencies + 1 + AUGMENTATIONS
-        self.modulation = nn.Linear(inputs, 2 * config.residual_blocks * c)
-        self.blocks = nn.ModuleList(ResidualBlock(c, config.hidden_channels) for _ in range(config.residual_blocks))
-        self.to_pixels = nn.Conv2d(c, square * config.pixel_features, 1)
-        self.pixels = nn.Sequential(
-            nn.Conv2d(config.pixel_features + 2, config.pixel_channels, 3, padding=1),
-            nn.ReLU(inplace=True),  # saves memory, of which pixels take most
-            nn.Conv2d(config.pixel_channels, config.pixel_channels, 3, padding=1),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(config.pixel_channels, 1, 3, padding=1),
-        )
-        for parameter in self.pixels[-1].parameters():
+        self.register_buffer("residual_std", torch.ones(config.codebook_size, config.downsampling**2))
+        *finer, coarsest = [config.channels * 2**level for level in range(config.levels)]
+        self.modulation_widths = [2 * width for width in (*finer, coarsest, coarsest, *reversed(finer))]
+        self.modulation = nn.Linear(1 + 2 * config.time_frequencies + 1 + AUGMENTATIONS, sum(self.modulation_widths))
+        self.stem = nn.Conv2d(3, config.channels, 3, padding=1)
+        self.down = nn.ModuleList(map(ModulatedBlock, finer))
+        self.shrink = nn.ModuleList(nn.Conv2d(fine, 2 * fine, 2, stride=2) for fine in finer)
+        self.bottom = nn.ModuleList(ModulatedBlock(coarsest) for _ in range(2))
+        self.grow = nn.ModuleList(nn.Conv2d(2 * fine, fine, 1) for fine in reversed(finer))
+        self.up = nn.ModuleList(map(ModulatedBlock, reversed(finer)))
+        self.output = nn.Conv2d(config.channels, 1, 3, padding=1)
+        for parameter in (*self.modulation.parameters(), *self.output.parameters()):
             nn.init.zeros_(parameter)
 
     @torch.no_grad()
@@ -122,41 +130,44 @@ class Refiner(nn.Module):
         """Return the residual's standard deviation at each pixel (N, 1, H, W) for codes (N, h, w)."""
         return F.pixel_shuffle(F.embedding(codes, self.residual_std).permute(0, 3, 1, 2), self.config.downsampling)
 
-    def condition(
-        self, codes: Tensor, decoded: Tensor, vqvae: VQVAE, augmentation: Tensor | None = None
-    ) -> Conditioning:
+    def condition(self, codes: Tensor, decoded: Tensor, augmentation: Tensor | None = None) -> Conditioning:
         """Return the conditioning, which does not depend on time.
 
         Args:
             codes: (N, h, w).
-            decoded: (N, 1, H, W).
-            vqvae: The VQ-VAE that the codes belong to.
+            decoded: Their decoded slices (N, 1, H, W).
             augmentation: (N, AUGMENTATIONS), 0 for a slice that was not augmented; None if none was.
         """
-        pictures = decoded, self.pixel_std(codes).log() / 2  # both about in [-2, 1]
-        squares = [F.pixel_unshuffle(picture, self.config.downsampling) for picture in pictures]
-        features = self.context(torch.cat([*squares, vqvae.embed(codes)], 1))
         if augmentation is None:
             augmentation = decoded.new_zeros(len(decoded), AUGMENTATIONS)
         # Interpolation blurs however little it turns: so the network is also told whether a slice was augmented.
         augmented = augmentation.any(1, keepdim=True).to(augmentation)
-        return Conditioning(decoded, features, torch.cat([augmented, augmentation], 1))
+        pictures = torch.cat([decoded, self.pixel_std(codes).log() / 2], 1)  # both about in [-2, 1]
+        return Conditioning(pictures, torch.cat([augmented, augmentation], 1))
 
     def forward(self, x: Tensor, time: Tensor, given: Conditioning) -> Tensor:
         """Return the velocity (N, 1, H, W) at x (N, 1, H, W), times (N,) in [0, 1] and `condition`'s conditioning."""
-        side = self.config.downsampling
+        (rows, columns), coarsest = x.shape[2:], 2 ** (self.config.levels - 1)
+        pictures = torch.cat([x, given.pictures], 1)
+        pictures = F.pad(pictures, (0, -columns % coarsest, 0, -rows % coarsest), mode="replicate")
+        h = self.stem(pictures.contiguous(memory_format=torch.channels_last))
+        modulations = iter(self.modulate(time, given.augmentation).to(h.dtype).split(self.modulation_widths, 1))
+        skips = []
+        for block, shrink in zip(self.down, self.shrink):
+            h = block(h, next(modulations))
+            skips.append(h)
+            h = shrink(h)
+        for block in self.bottom:
+            h = block(h, next(modulations))
+        for block, grow, skip in zip(self.up, self.grow, reversed(skips)):
+            h = block(skip + F.interpolate(grow(h), scale_factor=2), next(modulations))
+        velocity = self.output(F.relu(h))[..., :rows, :columns]
+        return velocity.float() + gaussian_rate(time[:, None, None, None]) * x
+
+    def modulate(self, time: Tensor, augmentation: Tensor) -> Tensor:
+        """Return the modulation of all blocks, side by side, (N, 2C, 1, 1)."""
         phases = time[:, None] * torch.arange(1, self.config.time_frequencies + 1, device=time.device) * torch.pi
-        # FiLM (Perez et al. 2018, arXiv:1709.07871): time and augmentation scale and shift the features of each block.
-        told = torch.cat([time[:, None], phases.sin(), phases.cos(), given.augmentation], 1)
-        modulation = self.modulation(told)[:, :, None, None]
-        h = self.stem(F.pixel_unshuffle(x, side)) + given.features
-        for block, film in zip(self.blocks, modulation.to(h.dtype).chunk(self.config.residual_blocks, 1)):
-            scale, shift = film.chunk(2, 1)
-            h = block(h + h * scale + shift)
-        pixels = F.pixel_shuffle(F.relu(self.to_pixels(F.relu(h))), side)
-        pixels = torch.cat([pixels, x.to(pixels.dtype), given.decoded.to(pixels.dtype)], 1)
-        pixels = pixels.contiguous(memory_format=torch.channels_last)  # PixelShuffle loses it; convolutions need it
-        return self.pixels(pixels).float() + gaussian_rate(time[:, None, None, None]) * x
+        return self.modulation(torch.cat([time[:, None], phases.sin(), phases.cos(), augmentation], 1))[..., None, None]
 
     def loss(self, slices: Tensor, codes: Tensor, vqvae: VQVAE, augmentation: Tensor | None = None) -> Tensor:
         """Return the flow-matching loss (): 1.74 for Gaussian residuals of the right standard deviation.
@@ -175,7 +186,7 @@ class Refiner(nn.Module):
         noise = torch.randn_like(residual)
         time = torch.randn(len(slices), device=slices.device).sigmoid()
         x = torch.lerp(noise, residual, time[:, None, None, None])
-        given = self.condition(codes, decoded, vqvae, augmentation)
+        given = self.condition(codes, decoded, augmentation)
         return F.mse_loss(self(x, time, given), residual - noise)
 
     @torch.no_grad()
@@ -201,7 +212,7 @@ class Refiner(nn.Module):
         """
         with torch.autocast(codes.device.type, enabled=False):  # bfloat16 would round the result to half a grey level
             decoded = vqvae.decode(codes)
-        conditioning = self.condition(codes, decoded, vqvae)
+        conditioning = self.condition(codes, decoded)
         x = torch.empty_like(decoded)
         for own, sample_id in zip(x, sample_ids):
             stream = torch.Generator(x.device).manual_seed(stream_seed(seed + SEED_OFFSET, sample_id))

@@ -260,7 +260,7 @@ class RefinerTrainer(Trainer[Refiner]):
     ):
         self.data, self.vqvae = data, vqvae
         seed_update(options.seed, self.stage, 0)
-        shared = {name: getattr(options, name) for name in ("downsampling", "codebook_size", "embedding_dim")}
+        shared = {name: getattr(options, name) for name in ("downsampling", "codebook_size")}
         model = channels_last(Refiner(network_config(RefinerConfig, options, "refiner_", **shared)), loader.device)
         model.fit_residual_std(*reconstruct_subset(vqvae, data.train, options, loader.device))
         super().__init__(run, stop, options, loader, model, options.refiner_updates, options.refiner_learning_rate)

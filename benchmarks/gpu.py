@@ -141,7 +141,7 @@ def compare_networks(
         of.refiner(
             x.to(where),
             times.to(where),
-            of.refiner.condition(codes.to(where), of.vqvae.decode(codes.to(where)), of.vqvae),
+            of.refiner.condition(codes.to(where), of.vqvae.decode(codes.to(where))),
         )
         for of, where in ((on_cpu, "cpu"), (on_gpu, device))
     ]

@@ -21,7 +21,7 @@ VQVAE_TINY = VQVAEConfig(
     downsampling=4, channels=16, residual_blocks=1, hidden_channels=8, codebook_size=16, embedding_dim=8
 )
 PRIOR_TINY = PriorConfig(channels=8, dilation_cycles=1, head_channels=16)
-REFINER_TINY = RefinerConfig(channels=8, residual_blocks=1, hidden_channels=8)
+REFINER_TINY = RefinerConfig(channels=4, levels=2)
 
 
 def network_options(shape, prefix=""):

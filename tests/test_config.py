@@ -116,7 +116,7 @@ def test_network_configs_are_taken_from_the_options():
 
 def test_the_defaults_of_the_networks_are_those_of_the_options():
     options = TrainConfig()
-    shared = {name: getattr(options, name) for name in ("downsampling", "codebook_size", "embedding_dim")}
+    shared = {name: getattr(options, name) for name in ("downsampling", "codebook_size")}
     assert config.network_config(VQVAEConfig, options) == VQVAEConfig()
     given = {"grid": (64, 32), "codebook_size": options.codebook_size, "left_right": 0}
     assert config.network_config(PriorConfig, options, "prior_", **given) == PriorConfig()

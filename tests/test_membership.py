@@ -42,9 +42,7 @@ def networks():
     torch.manual_seed(0)
     vqvae = VQVAE(VQVAEConfig(channels=8, residual_blocks=1, hidden_channels=8, codebook_size=16, embedding_dim=4))
     prior = GatedPixelCNN(PriorConfig(grid=(8, 4), codebook_size=16, channels=8, dilation_cycles=1, head_channels=16))
-    refiner = Refiner(
-        RefinerConfig(codebook_size=16, embedding_dim=4, channels=8, residual_blocks=1, hidden_channels=8)
-    )
+    refiner = Refiner(RefinerConfig(codebook_size=16, channels=4, levels=2))
     return vqvae.eval(), prior.eval(), refiner.eval()
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import config
 import refiner as refiner_module
@@ -15,9 +16,7 @@ from refiner import Conditioning, Refiner, RefinerConfig
 SMALL = VQVAEConfig(
     downsampling=4, channels=16, residual_blocks=1, hidden_channels=8, codebook_size=20, embedding_dim=6
 )
-SMALL_REFINER = RefinerConfig(
-    downsampling=4, codebook_size=20, embedding_dim=6, channels=16, residual_blocks=2, hidden_channels=8
-)
+SMALL_REFINER = RefinerConfig(downsampling=4, codebook_size=20, channels=8, levels=3)
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +27,9 @@ def seeded():
 def small_refiner(velocity=None, std=1.0, **fields):
     """A refiner with random weights or, if given, a known velocity(x, t) with t (N, 1, 1, 1)."""
     refiner = Refiner(replace(SMALL_REFINER, **fields)).eval()
-    refiner.pixels[-1].reset_parameters()  # they start at 0
+    for layer in refiner.modules():
+        if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear)):
+            layer.reset_parameters()  # some start at 0
     refiner.residual_std.copy_(torch.as_tensor(std))
     if velocity:
         refiner.forward = lambda x, time, conditioning: velocity(x, time[:, None, None, None])
@@ -93,7 +94,7 @@ def test_pixel_std_has_the_std_of_each_code_at_its_pixels():
 @pytest.mark.parametrize("size", [(16, 8), (8, 24), (4, 4)])
 def test_refiner_shapes_and_ranges(size):
     refiner, (codes, vqvae) = small_refiner(std=0.5), some_codes(3, size)
-    velocities = refiner(torch.randn(3, 1, *size), torch.rand(3), refiner.condition(codes, vqvae.decode(codes), vqvae))
+    velocities = refiner(torch.randn(3, 1, *size), torch.rand(3), refiner.condition(codes, vqvae.decode(codes)))
     loss = refiner.loss(torch.rand(3, 1, *size), codes, vqvae)
     slices = refiner.sample(range(3), codes, vqvae)
     assert velocities.shape == slices.shape == (3, 1, *size)
@@ -104,17 +105,17 @@ def test_refiner_shapes_and_ranges(size):
 
 
 def test_velocity_depends_on_noise_time_and_conditioning():
-    """Changing any of the five inputs changes the output for every slice."""
+    """Changing any of the inputs changes the output for every slice: noise, time, and what codes and decoder say."""
     refiner, (codes, vqvae) = small_refiner(), grey_codes(3)
     x, time = torch.randn(3, 1, 16, 8), torch.tensor([0.1, 0.5, 0.9])
 
     def answer(x, time):
-        return refiner(x, time, refiner.condition(codes, vqvae.decode(codes), vqvae)) - gaussian_velocity(
+        return refiner(x, time, refiner.condition(codes, vqvae.decode(codes))) - gaussian_velocity(
             x, time[:, None, None, None]
         )
 
     answers = [answer(x, time), answer(x + 0.05, time), answer(x, time + 0.05)]
-    for known in (refiner.residual_std, vqvae.decoder[-2].bias.data, vqvae.codebook.embeddings):
+    for known in (refiner.residual_std, vqvae.decoder[-2].bias.data):
         known += 0.05
         answers.append(answer(x, time))
         known -= 0.05
@@ -128,7 +129,7 @@ def test_refiner_is_told_how_a_slice_was_augmented():
     x, time, decoded = torch.randn(3, 1, 16, 8), torch.rand(3), vqvae.decode(codes)
 
     def answer(augmentation):
-        return refiner(x, time, refiner.condition(codes, decoded, vqvae, augmentation))
+        return refiner(x, time, refiner.condition(codes, decoded, augmentation))
 
     plain, augmented = answer(None), torch.zeros(3, AUGMENTATIONS)
     torch.testing.assert_close(answer(augmented), plain, rtol=0, atol=0)
@@ -142,7 +143,7 @@ def test_refiner_is_told_how_a_slice_was_augmented():
 def test_refiner_starts_as_the_flow_of_gaussian_residuals():
     refiner, (codes, vqvae) = Refiner(SMALL_REFINER), some_codes(2)
     x, time = torch.randn(2, 1, 16, 8), torch.rand(2)
-    velocity = refiner(x, time, refiner.condition(codes, vqvae.decode(codes), vqvae))
+    velocity = refiner(x, time, refiner.condition(codes, vqvae.decode(codes)))
     torch.testing.assert_close(velocity, gaussian_velocity(x, time[:, None, None, None]))
 
 
@@ -158,45 +159,46 @@ def test_refiner_takes_codes_of_any_downsampling(downsampling):
     assert ((slices[0] - slices[1]).abs() > 1e-6).float().mean() > 0.9
 
 
-def test_velocity_at_a_pixel_depends_on_its_own_square():
-    """With 1x1 kernels, squares of pixels become channels and squares again, so nothing leaves its square."""
-    refiner, (codes, vqvae) = small_refiner(std=torch.rand(20, 16)), some_codes(1)
-    for convolution in (m for m in refiner.modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (3, 3)):
-        centre = convolution.weight.detach()[:, :, 1:2, 1:2].clone()
-        convolution.weight.data.zero_()[:, :, 1:2, 1:2] = centre
-    x, time, decoded = torch.randn(1, 1, 16, 8), torch.rand(1), torch.rand(1, 1, 16, 8)
-    vqvae.decode = lambda _: decoded
-    before = refiner(x, time, refiner.condition(codes, vqvae.decode(codes), vqvae))
-    for of, place in ((x, (0, 0, 9, 6)), (decoded, (0, 0, 9, 6)), (codes, (0, 2, 1))):
-        of[place] += 1 if of[place] < 19 else -1  # in the square of rows 8 to 11, columns 4 to 7
-        after = refiner(x, time, refiner.condition(codes, vqvae.decode(codes), vqvae))
-        changed = (after != before)[0, 0]
-        assert changed[8:12, 4:].any()
-        assert not changed[:8].any()
-        assert not changed[12:].any()
-        assert not changed[:, :4].any()
-        before = after
-
-
-def test_pixel_layers_are_shift_equivariant():
-    """Without features of the code grid, shifting noise and decoded slices by pixels shifts the output."""
+@pytest.mark.parametrize("size", [(8, 8), (12, 20), (9, 7), (3, 1)])
+def test_slices_of_any_size_are_padded_to_what_all_levels_need(size):
+    """Padding repeats the edge: a slice that is padded by hand has the same velocity."""
     refiner, time = small_refiner(), torch.rand(2)
-    refiner.to_pixels.weight.data.zero_()
-    refiner.to_pixels.bias.data.fill_(0.1)
-    x, decoded, features = torch.randn(2, 1, 24, 16), torch.rand(2, 1, 24, 16), torch.zeros(2, 16, 6, 4)
-    given = Conditioning(decoded, features, torch.zeros(2, 1 + AUGMENTATIONS))
+    rows, columns = size
+    x, given = torch.randn(2, 1, *size), Conditioning(torch.rand(2, 2, *size), torch.zeros(2, 1 + AUGMENTATIONS))
     answer = refiner(x, time, given)
-    for rows, columns in ((1, 0), (0, 3), (2, 1)):
-        moved_decoded = decoded.roll((rows, columns), (2, 3))
-        moved = refiner(x.roll((rows, columns), (2, 3)), time, given._replace(decoded=moved_decoded))
-        expected = answer.roll((rows, columns), (2, 3))
-        torch.testing.assert_close(moved[..., 6:-6, 6:-6], expected[..., 6:-6, 6:-6], rtol=0, atol=1e-5)
-    change = torch.zeros_like(x)
-    change[:, :, 12, 8] = 0.1
-    changed = given._replace(decoded=decoded + change)
-    for other in (refiner(x + change, time, given), refiner(x, time, changed)):
-        beside = (other - answer)[:, 0, 11, 5:12].abs()  # where the analytic part changes nothing
-        assert (beside.amax(1) > 1e-5).all()
+    assert answer.shape == x.shape
+    padding = 0, -columns % 4, 0, -rows % 4
+    x, pictures = (F.pad(of, padding, mode="replicate") for of in (x, given.pictures))
+    padded = refiner(x, time, given._replace(pictures=pictures))
+    torch.testing.assert_close(answer, padded[..., :rows, :columns], rtol=0, atol=1e-6)
+
+
+def test_velocity_shifts_with_the_slice():
+    """By the step of the coarsest level; a shift by one pixel moves what the finest level draws."""
+    refiner, time = small_refiner(), torch.rand(2)
+    x, pictures = torch.randn(2, 1, 96, 96), torch.rand(2, 2, 96, 96)
+
+    def answer(rows, columns):
+        given = Conditioning(pictures.roll((rows, columns), (2, 3)), torch.zeros(2, 1 + AUGMENTATIONS))
+        moved_back = refiner(x.roll((rows, columns), (2, 3)), time, given).roll((-rows, -columns), (2, 3))
+        return moved_back[..., 42:-42, 42:-42]  # away from the edges, which do not move
+
+    torch.testing.assert_close(answer(4, -8), answer(0, 0), rtol=0, atol=1e-5)
+    assert (answer(1, 0) - answer(0, 0)).abs().max() > 1e-4
+    for grow in refiner.grow:
+        torch.nn.init.zeros_(grow.weight)  # cuts off all levels but the finest
+    torch.testing.assert_close(answer(1, 3), answer(0, 0), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("levels", "least", "most"), [(1, 6, 6), (3, 24, 33)])
+def test_velocity_sees_as_far_as_the_coarsest_level(levels, least, most):
+    """One level has six convolutions of 3x3; with three levels they reach 6 + 8 + 16 pixels, up to rounding to 4."""
+    refiner, time = small_refiner(levels=levels), torch.rand(1)
+    x, given = torch.randn(1, 1, 80, 80), Conditioning(torch.rand(1, 2, 80, 80), torch.zeros(1, 1 + AUGMENTATIONS))
+    changed = x.clone()
+    changed[..., 40, 40] += 1
+    felt = (refiner(changed, time, given) != refiner(x, time, given))[0, 0].nonzero() - 40
+    assert least <= felt.abs().max() <= most
 
 
 def test_flow_loss_of_gaussian_residuals_is_the_analytic_one():
@@ -362,7 +364,7 @@ def test_refiner_and_prior_have_different_random_streams():
 
 def test_refiner_learns_a_bimodal_distribution():
     """Slices are 0.3 lighter or darker than the decoded ones, at random: samples are one or the other."""
-    refiner = Refiner(replace(SMALL_REFINER, channels=32, residual_blocks=1, hidden_channels=32))
+    refiner = Refiner(replace(SMALL_REFINER, channels=16))
     refiner.residual_std.fill_(0.3)
     optimiser = torch.optim.Adam(refiner.parameters(), lr=5e-3)
     codes, vqvae = grey_codes(128, (8, 8))
