@@ -400,7 +400,7 @@ def reconstruct(options: PredictOptions, config: RunConfig, vqvae: VQVAE, device
     for i, affine in enumerate(affines):
         name = f"{i:06d}_{truncate_name(Path(slices.names[i]).name.removesuffix('.gz').removesuffix('.nii'))}"
         for kind, pixels in (("original", originals[i]), ("reconstruction", reconstructions[i])):
-            content = encode_slice(denormalize(pixels, slices.scales[i]), affine)
+            content = encode_slice(denormalize(pixels, slices.scales[i], slices.lows[i]), affine)
             write_file(options.out / f"{name}_{kind}.nii.gz", partial(Path.write_bytes, data=content))
     write_file(options.out / "reconstructions.csv", lambda part: write_table(part, rows))
     shown = evenly_spaced(len(slices))

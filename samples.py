@@ -45,7 +45,7 @@ class SampleFolder:
 
     def __init__(self, folder: Path, numbers: range, shared: bool, settings: dict[str, Any], config: RunConfig):
         self.folder, self.numbers, self.shared, self.settings = folder, numbers, shared, settings
-        self.scale, self.affine = config.intensity.scale, np.array(config.affine)
+        self.intensity, self.affine = config.intensity, np.array(config.affine)
         self.grid = tuple(side // config.options.downsampling for side in config.slice_size)
         self.codes = folder / (f"codes_{numbers.start:06d}.npy" if shared else "codes.npy")
         self.same = self.read_settings() == settings
@@ -112,10 +112,11 @@ class SampleFolder:
 
     def write(self, n: int, pixels: np.ndarray) -> None:
         """Write sample n, pixels (H, W) in [-1, 1]."""
-        content = encode_slice(denormalize(pixels, self.scale), self.affine)
+        content = encode_slice(denormalize(pixels, self.intensity.scale, self.intensity.low), self.affine)
         write_file(self.path(n), lambda part: part.write_bytes(content))
 
     def read(self, n: int) -> np.ndarray:
         """Return the pixels (H, W) of sample n, in [-1, 1]."""
         status = self.path(n).stat()
-        return read_image(self.path(n), status.st_size, status.st_mtime_ns).image / self.scale * 2 - 1
+        low, high = self.intensity.low, self.intensity.scale
+        return (read_image(self.path(n), status.st_size, status.st_mtime_ns).image - low) / (high - low) * 2 - 1

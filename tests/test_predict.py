@@ -25,7 +25,8 @@ import predict
 from checkpoints import Run, lock_run, read_config, save_tensors, save_weights
 from config import Positions
 from console import RunError, printable
-from dataset import DataError
+from dataset import DataError, denormalize, load_dataset
+from files import Reading
 from metrics import reconstruction_metrics
 from modules import VQVAE, GatedPixelCNN, PriorConfig, VQVAEConfig
 from refiner import Refiner, RefinerConfig
@@ -450,6 +451,42 @@ def test_input_slices_in_the_output_folder_are_never_removed(call, trained, tmp_
     except RunError as error:
         assert "--out" in str(error)
     assert source.read_bytes() == before
+
+
+# ---------------------------------------------------------------- resampled, cropped and scaled slices
+
+
+def test_samples_have_the_pixel_size_and_the_intensity_of_training(call, prepared):
+    config = read_config(prepared.run)
+    assert config.intensity.percentile is None and config.intensity.low < 0 < config.intensity.scale
+    folder = call(num=4, run=prepared.run)
+    for path in folder.glob("*.nii.gz"):
+        assert nib.load(path).header.get_zooms()[:2] == pytest.approx((8, 8))
+        np.testing.assert_allclose(nib.load(path).affine, config.affine, atol=1e-4)
+    pixels = pixels_of(folder)
+    tolerance = 1e-5 * config.intensity.scale
+    assert config.intensity.low - tolerance <= pixels.min() < 0
+    assert 0.2 * config.intensity.scale < pixels.max() <= config.intensity.scale + tolerance
+
+
+def test_reconstruction_reads_slices_as_training_did(call, prepared):
+    """The written originals are, in value and place, the training's own view of the slices."""
+    config = read_config(prepared.run)
+    folder = call("out", run=prepared.run, reconstruct=[prepared.data / "keras_slices_test"])
+    loaded = load_dataset(str(prepared.data), (48, 24), reading=Reading.of(config.options)).test
+    for row, name in enumerate(loaded.names):
+        original, _ = written(folder, Path(name).name.split(".")[0])
+        low, scale = loaded.lows[row], loaded.scales[row]
+        expected = denormalize(loaded.batch([row])[0, 0], scale, low)
+        np.testing.assert_allclose(np.squeeze(original.get_fdata()), expected, atol=1e-4 * scale)
+        source = nib.load(next(prepared.data.rglob(Path(name).name)))
+        brightness = []
+        for image in (source, original):
+            values = np.clip(np.squeeze(image.get_fdata()), 0, scale)
+            places = np.stack([*np.indices(values.shape), np.zeros(values.shape)], -1)
+            points = nib.affines.apply_affine(image.affine, places)
+            brightness.append((points * values[..., None]).sum((0, 1)) / values.sum())
+        np.testing.assert_allclose(*brightness, atol=1.5)  # mm, of pixels of 6.4 and 8
 
 
 # ---------------------------------------------------------------- unusual files
