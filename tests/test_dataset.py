@@ -1054,7 +1054,7 @@ def test_samples_lie_where_the_slices_of_volumes_lie(data, axis):
             voxel = np.rint(nib.affines.apply_affine(np.linalg.inv(volume.affine), point)).astype(int)
             np.testing.assert_allclose(nib.affines.apply_affine(volume.affine, voxel), point, atol=1e-4)
             expected = min(voxels[tuple(voxel)], scale)
-            assert sample.get_fdata()[row, column] == pytest.approx(expected, abs=float(scale) / 400)
+            assert sample.get_fdata()[row, column, 0] == pytest.approx(expected, abs=float(scale) / 400)
             seen += 1
     assert seen > 200
 
