@@ -221,7 +221,8 @@ def find_volumes(files: list[SliceFile], reading: Reading, workers: int) -> list
         workers: Threads.
 
     Raises:
-        DataError: If there are too many slices, two get the same name, or one would be resampled to too many pixels.
+        DataError: If there are too many slices, two get the same name, or one would be resampled to too many pixels, or
+            to none.
     """
     with ThreadPoolExecutor(workers) as pool:
         grids = list(pool.map(read_grid, [file.path for file in files]))
@@ -236,7 +237,8 @@ def find_volumes(files: list[SliceFile], reading: Reading, workers: int) -> list
             found += slices_of_volume(file, *grid, reading)
         if len(found) > MAX_FILES:
             raise DataError(f"{file.name}: with this volume there are more than {MAX_FILES} slices")
-        if max(size := found[-1].resampled or (0, 0)) > MAX_SIDE:
+        size = found[-1].resampled
+        if size and not 1 <= min(size) <= max(size) <= MAX_SIDE:
             made = f"would have {size[0]}x{size[1]} pixels of --pixel-size {reading.pixel_size:g}"
             bad.append((file.name, f"{made}: each side must be 1 to {MAX_SIDE} pixels"))
     refuse_files(bad, len(files))

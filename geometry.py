@@ -21,10 +21,9 @@ BODY_LEVEL = 0.1  # from air, 0, to bright tissue, 1: the body is brighter
 
 
 def resampled_size(size: Sequence[int], affine: np.ndarray, pixel_size: float) -> tuple[int, int]:
-    """Return the size of a slice (H, W) after `resample`: that of the same area, rounded to whole pixels."""
-    extent = np.linalg.norm(affine[:3, :2], axis=0) * size  # mm
-    height, width = (max(1, round(side / pixel_size)) for side in extent)
-    return height, width
+    """Return the size of a slice (H, W) after `resample`: that of the same area, rounded to whole pixels, perhaps 0."""
+    height, width = np.linalg.norm(affine[:3, :2], axis=0) * size  # mm
+    return round(height / pixel_size), round(width / pixel_size)
 
 
 def resample(given: RawImage, pixel_size: float) -> RawImage:
@@ -35,7 +34,7 @@ def resample(given: RawImage, pixel_size: float) -> RawImage:
 
     Args:
         given: The slice (H, W).
-        pixel_size: In mm.
+        pixel_size: In mm, with which neither side of `resampled_size` is 0.
 
     Returns:
         The slice of size `resampled_size`. Its affine (4, 4) maps the centre of each new pixel to its physical point.
@@ -68,18 +67,20 @@ def blur(pictures: Tensor, sigma: float) -> Tensor:
     return F.conv2d(rows, line.transpose(2, 3), groups=len(line))
 
 
-def inside_body(slices: Tensor, level: float = -0.8) -> Tensor:
-    """Return a mask (N, 1, H, W) bool of the body: where most of the neighbourhood is brighter than a level.
+def smooth(mask: Tensor) -> Tensor:
+    """Return a mask (N, 1, H, W) bool without the noise: where most of the neighbourhood belongs to it."""
+    return blur(mask.float(), 4) > 0.6
 
-    The default level is for slices in [-1, 1], in which air is -1.
-    """
-    return blur((slices > level).float(), 4) > 0.6  # single bright pixels are noise
+
+def inside_body(slices: Tensor) -> Tensor:
+    """Return a mask (N, 1, H, W) bool of the body in slices in [-1, 1], in which air is -1."""
+    return smooth(slices > 2 * BODY_LEVEL - 1)
 
 
 def body_masks(images: Sequence[np.ndarray], air: float, bright: float) -> list[np.ndarray]:
     """Return masks (H, W) bool of the body in images (H, W), given the values of air and of bright tissue."""
     level = air + BODY_LEVEL * (bright - air)
-    return [inside_body(torch.from_numpy(image)[None, None], level)[0, 0].numpy() for image in images]
+    return [smooth(torch.from_numpy(image > level)[None, None])[0, 0].numpy() for image in images]
 
 
 def body_middle(masks: Sequence[np.ndarray], affines: Sequence[np.ndarray]) -> np.ndarray:

@@ -23,10 +23,10 @@ SIX_DIGITS = "[0-9]" * 6  # glob pattern of a sample's number
 CODE_TYPE = np.dtype(np.uint16)
 FORMATS = ("nii.gz", "png", "npz")
 SHARD = 100  # samples of a shard, and what --first is a multiple of: 13 MB of slices of 256x128
-SAMPLE_FILES = tuple(
-    f"{stem}{part}"
-    for stem in (*(f"sample_{SIX_DIGITS}.{ending}" for ending in ("nii.gz", "png")), f"samples_{SIX_DIGITS}.npz")
-    for part in ("", ".*.part")
+SAMPLE_FILES = tuple(  # glob patterns, also of files that killed processes left
+    f"{name}{left}"
+    for name in (f"sample_{SIX_DIGITS}.nii.gz", f"sample_{SIX_DIGITS}.png", f"samples_{SIX_DIGITS}.npz")
+    for left in ("", ".*.part")
 )
 
 
@@ -57,8 +57,6 @@ class SampleFolder(ABC):
     def __init__(self, folder: Path, numbers: range, shared: bool, settings: dict[str, Any], config: RunConfig):
         self.folder, self.numbers, self.shared, self.settings = folder, numbers, shared, settings
         self.low, self.scale = config.intensity.low, config.intensity.scale
-        self.affine = np.array(config.affine)
-        self.grid = tuple(side // config.options.downsampling for side in config.slice_size)
         self.same = self.read_settings() == settings
         self.ready = False
 
@@ -115,7 +113,8 @@ class SliceFolder(SampleFolder):
         self, folder: Path, numbers: range, shared: bool, settings: dict[str, Any], config: RunConfig, ending: str
     ):
         super().__init__(folder, numbers, shared, settings, config)
-        self.ending = ending
+        self.ending, self.affine = ending, np.array(config.affine)
+        self.grid = tuple(side // config.options.downsampling for side in config.slice_size)
         self.codes = self.folder / (f"codes_{numbers.start:06d}.npy" if shared else "codes.npy")
         self.known = self.count_codes() if self.same else 0
 

@@ -1280,6 +1280,13 @@ def test_pixels_so_small_that_slices_grow_too_large_are_refused(data):
     assert "would have 800000000x600000000 pixels of --pixel-size 0.01: each side must be 1 to 2048" in refused
 
 
+def test_slices_smaller_than_half_a_pixel_are_refused(data):
+    write_cases(data, (1, 2), affine=np.diag([1e-5, 1, 1, 1]))
+    assert "would have 0x60 pixels of --pixel-size 0.1" in message(
+        load_dataset, str(data), reading=Reading(pixel_size=0.1)
+    )
+
+
 def test_the_phantom_is_resampled_and_scaled_like_other_data(cache):
     loaded = load_dataset("phantom", (32, 16), reading=Reading(pixel_size=10.0, intensity="zscore"))
     np.testing.assert_allclose(nib.affines.voxel_sizes(loaded.affine)[:2], 10)
