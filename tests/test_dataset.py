@@ -101,6 +101,12 @@ def test_mutated_files_load_or_are_refused(tmp_path):
     assert 20 <= loaded <= 180
 
 
+def test_mutated_files_are_resampled_cropped_and_standardised_or_refused(tmp_path):
+    reading = Reading(pixel_size=1.3, crop="body", intensity="zscore")
+    loaded = sum(load_case(make_case(seed, tmp_path / str(seed)), reading) for seed in range(200, 300))
+    assert 10 <= loaded <= 90
+
+
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real slices are not here")
 def test_real_slices_load():
     loaded = load_dataset(str(REAL), multiple=(8, 8))
