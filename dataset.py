@@ -61,7 +61,7 @@ from files import (
     with_forward_slashes,
 )
 from geometry import body_masks, body_middle, crop_or_pad, resample
-from intensity import PERCENTILE, Limits, bright_values, to_grey, volume_limits
+from intensity import PERCENTILE, Limits, air_value, bright_values, to_grey, volume_limits
 from nifti import MAX_SIDE, DataError, RawImage, open_regular
 from splits import SPLIT_TITLES, SPLITS, find_data
 from volumes import SAME_SPACING, cut_volume
@@ -744,9 +744,7 @@ def scale_volume(
     by_percentile = reading.intensity == "percentile"
     if by_percentile and lowest < highest <= 0:
         return {}, dict.fromkeys(slices, "its volume has no values above 0: air should be 0, and tissue brighter")
-    air = min(lowest, np.float32(0))
-    limits, middle = plan_volume(list(slices.values()), air, reading)
-    (fill,) = to_grey(np.array([air]), limits).tolist()
+    limits, fill, middle = plan_volume(list(slices.values()), reading)
     decoded, visible = {}, 0
     for (row, given), (low, high) in zip(slices.items(), ranges):
         image, affine, checksum = resample(given, reading.pixel_size) if reading.pixel_size else given
@@ -774,13 +772,19 @@ def scale_volume(
     return decoded, {}
 
 
-def plan_volume(slices: Sequence[RawImage], air: np.float32, reading: Reading) -> tuple[Limits, np.ndarray]:
-    """Return the limits of a volume's values, and what its crop has in the middle: (2,) mm from the slices' centre."""
+def plan_volume(slices: Sequence[RawImage], reading: Reading) -> tuple[Limits, int, np.ndarray]:
+    """Return how a volume is scaled, padded and cropped.
+
+    Returns:
+        The limits of its values, the grey level of air, and the middle of the crop, (2,) mm from the slices' centre.
+    """
     images, affines = [one.image for one in slices], [one.affine for one in slices]
-    bright = bright_values(images)
+    bright, air = bright_values(images), air_value(images)
     on_body = reading.crop == "body"
-    masks = body_masks(images, float(air), bright[0]) if on_body or reading.intensity == "zscore" else []
-    return volume_limits(images, masks, bright, reading), body_middle(masks, affines) if on_body else np.zeros(2)
+    masks = body_masks(images, air, bright[0]) if on_body or reading.intensity == "zscore" else []
+    limits = volume_limits(images, masks, bright, reading)
+    fill = 0 if reading.intensity == "percentile" else int(to_grey(np.array([air], np.float32), limits)[0])
+    return limits, fill, body_middle(masks, affines) if on_body else np.zeros(2)
 
 
 def read_file(file: SliceFile) -> list[RawImage]:

@@ -31,6 +31,11 @@ def bright_values(images: Sequence[np.ndarray]) -> tuple[float, float]:
     return low + (rank - below) * (high - low), float(values[below:].max())
 
 
+def air_value(images: Sequence[np.ndarray]) -> float:
+    """Return the value of air in a volume: not its lowest one, which may be an artefact, but one of few below it."""
+    return float(np.percentile(np.concatenate([image[::4, ::4].ravel() for image in images]), 100 - PERCENTILE))
+
+
 def percentile_limits(bright: tuple[float, float]) -> Limits:
     """Return 0 and the percentile of a volume, or for a nearly empty volume its maximum, or else 1."""
     high = next((value for value in bright if value >= FLOAT32.tiny), 1.0)

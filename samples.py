@@ -190,7 +190,7 @@ class ShardFolder(SampleFolder):
 
     def __init__(self, folder: Path, numbers: range, shared: bool, settings: dict[str, Any], config: RunConfig):
         if numbers.start % SHARD:
-            raise RunError(f"--first {numbers.start} begins within a shard: with --format npz, multiples of {SHARD} do")
+            raise RunError(f"--first {numbers.start} begins within a shard: --format npz needs a multiple of {SHARD}")
         super().__init__(folder, numbers, shared, settings, config)
         self.pending: list[tuple[int, np.ndarray, np.ndarray, float]] = []  # of one shard
 

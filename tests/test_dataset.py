@@ -1244,6 +1244,23 @@ def test_other_intensities_are_undone_to_the_values_of_the_files(data, reading):
     np.testing.assert_allclose(values, np.clip(stored, low, high), atol=(high - low) / 255 / 2 * 1.01)
 
 
+@pytest.mark.parametrize(("slope", "offset"), [(3.5, 0), (1, 400), (2, -1024), (0.01, 7)])
+def test_a_scanners_slope_and_offset_change_no_z_score(data, slope, offset):
+    """Nor where the body is found, or the grey level around the slices."""
+    affine = centred(1.0, 1.0, (80, 60))
+    noise = np.random.default_rng(0).normal(5, 2, (80, 60))
+    values = phantom_body((80, 60), affine, shift=(9.0, -4.0)) + noise
+    values[3, 3] = -300  # an artefact
+    one, other = (
+        write(data / f"case_00{i}_slice_1.nii", (values * a + b).astype(np.float32), affine)
+        for i, (a, b) in enumerate([(1, 0), (slope, offset)])
+    )
+    slices, affines, _ = read_slices([one, other], (88, 64), Reading(crop="body", intensity="zscore"))
+    np.testing.assert_allclose(slices.pixels[1].astype(int), slices.pixels[0].astype(int), atol=1)
+    np.testing.assert_allclose(affines[1], affines[0])
+    np.testing.assert_allclose(affines[0][:2, 3], np.array([9.0, -4.0]) - (43.5, 31.5), atol=1)
+
+
 def test_windows_that_show_nothing_are_reported(data):
     write_bodies(data)
     loaded = load_dataset(str(data), reading=Reading(intensity="window", window=(500, 900)))

@@ -139,7 +139,7 @@ def test_formats_stay_beside_each_other_and_other_settings_replace_all(tmp_path,
 
 
 def test_a_part_begins_with_a_shard(tmp_path, config):
-    with pytest.raises(RunError, match="--first 6 begins within a shard: with --format npz, multiples of 4 do"):
+    with pytest.raises(RunError, match="--first 6 begins within a shard: --format npz needs a multiple of 4"):
         open_folder("npz", tmp_path, range(6, 9), True, SETTINGS, config)
 
 
