@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from geometry import blur, inside_body
 from metrics import number_groups, to_grey_levels, two_fold_split
 from utils import autocast, channels_last
 
@@ -60,17 +61,6 @@ def reduce(slices: Tensor) -> Tensor:
     if size != tuple(slices.shape[2:]):
         slices = F.interpolate(slices, size=size, mode="bilinear", antialias=True, align_corners=False)
     return to_grey_levels(slices)
-
-
-def blur(pictures: Tensor, sigma: float) -> Tensor:
-    """Convolve pictures (N, C, H, W) with a Gaussian of `sigma` pixels; edge pixels are repeated."""
-    radius = max(1, round(3 * sigma))
-    offsets = torch.arange(-radius, radius + 1.0, device=pictures.device)
-    line = torch.exp(-(offsets**2) / (2 * sigma**2))
-    line = (line / line.sum()).expand(pictures.shape[1], 1, 1, -1)
-    padded = F.pad(pictures, (radius, radius, radius, radius), mode="replicate")
-    rows = F.conv2d(padded, line, groups=len(line))
-    return F.conv2d(rows, line.transpose(2, 3), groups=len(line))
 
 
 def blend(donors: Tensor, fields: Tensor, softness: float = 0.0) -> Tensor:
@@ -154,11 +144,6 @@ def shuffle_patches(slices: Tensor, side: int, random: torch.Generator) -> Tenso
     shuffled = patches.reshape(count, rows, columns, side, side).movedim(2, 3).reshape(count, rows * side, -1)
     result[:, 0, : rows * side, : columns * side] = shuffled
     return result
-
-
-def inside_body(slices: Tensor) -> Tensor:
-    """Return a mask (N, 1, H, W) bool of the body: where the neighbourhood is brighter than the background."""
-    return blur((slices > -0.8).float(), 4) > 0.6
 
 
 def randomise_phases(slices: Tensor, random: torch.Generator) -> Tensor:

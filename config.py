@@ -13,14 +13,14 @@ from dataclasses import asdict, fields
 from functools import cache
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, TypeVar, Union, cast, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
 import numpy as np
 from annotated_types import Ge, Gt, Le, MaxLen
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, create_model, model_validator
 from pydantic.fields import FieldInfo
 
-from console import nonempty, number
+from console import RunError, nonempty, number
 
 MOST_UPDATES = 10_000_000  # the losses since the last of 250 log lines are kept in memory
 MAX_SEED = 2**32 - 1
@@ -36,6 +36,8 @@ Side = Annotated[int, Ge(SMALLEST_SIDE), Le(2048)]  # the longest side that nift
 # JSON has neither tuples nor paths: these two types are made of lists and strings.
 Pair = Annotated[tuple[Side, Side], Strict(False)]
 FilePath = Annotated[Path, Strict(False)]
+Value = Annotated[float, Ge(-1e9), Le(1e9)]  # of a pixel, in the data's units
+Interval = Annotated[tuple[Value, Value], Strict(False)]
 
 
 class StrictModel(BaseModel):
@@ -141,6 +143,19 @@ class TrainConfig(StrictModel):
         "CSV file that lists the files to read, with the columns path and case, and, if wanted, week, slice and split",
         free=True,
     )
+    pixel_size: Annotated[float, Ge(0.01), Le(100)] | None = option(
+        DATA, None, "resample slices to square pixels of so many mm; without it slices stay as they are"
+    )
+    crop: Literal["centre", "body"] = option(
+        DATA, "centre", "what stays in the middle when slices are cropped or padded: their own centre, or the body's"
+    )
+    intensity: Literal["percentile", "zscore", "window"] = option(
+        DATA,
+        "percentile",
+        "values that become black and white: 0 and the 99.5th percentile of a volume, three standard deviations below "
+        "and above the mean of its body, or those of --window",
+    )
+    window: Interval | None = option(DATA, None, "values that become black and white, with --intensity window")
     batch_size: Annotated[int, Ge(1), Le(MAX_BATCH_SIZE)] = option(DATA, 32, "slices per update of the VQ-VAE")
     batch_divisor: Annotated[int, Ge(1), Le(MAX_BATCH_SIZE)] = option(
         DATA, 4, "prior and refiner take this fraction of a batch per update: more, smaller updates in the same time"
@@ -219,6 +234,13 @@ class TrainConfig(StrictModel):
         """Return whether the slices are the phantom's: beside a table, "phantom" stands for the table's folder."""
         return self.data == "phantom" and not self.table
 
+    @model_validator(mode="after")
+    def check_window(self) -> "TrainConfig":
+        low, high = self.window or (0, 1)
+        if (self.intensity == "window") != (self.window is not None) or np.float32(low) >= np.float32(high):
+            raise ValueError("--intensity window needs --window LOW HIGH, and no other --intensity has a window")
+        return self
+
 
 # What differs from the defaults.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -237,9 +259,12 @@ FREE_OPTIONS = {name for name, field in TrainConfig.model_fields.items() if grou
 
 
 def configure(given: Mapping[str, Any]) -> TrainConfig:
-    """Return the preset that is asked for with the options that are given."""
+    """Return the preset that is asked for with the options that are given. Raises RunError if they do not fit."""
     chosen = PRESETS[given.get("preset", "full")]
-    config = TrainConfig(**{**chosen, **given})
+    try:
+        config = validate(TrainConfig, {**chosen, **given})
+    except ValueError as error:  # of options that do not fit each other: each alone was checked by the parser
+        raise RunError(str(error)) from None
     if "refiner_updates" in given:
         return config
     most = config.batch_divisor * config.updates  # the refiner then sees as many slices as the VQ-VAE
@@ -296,10 +321,22 @@ def check_format(values: Any) -> Any:
 class Intensity(StrictModel):
     """How pixels become values in [-1, 1]."""
 
-    percentile: Annotated[float, Ge(0), Le(100)] = Field(description="of a volume's pixels: the value that becomes 1")
-    scale: Annotated[float, Ge(float(FLOAT32.tiny)), Le(float(FLOAT32.max))] = Field(
-        description="median of the volumes' values at that percentile; samples are written with it"
+    percentile: Annotated[float, Ge(0), Le(100)] | None = Field(
+        description="of a volume's pixels: the value that becomes 1; null with another --intensity"
     )
+    scale: Annotated[float, Ge(float(FLOAT32.min)), Le(float(FLOAT32.max))] = Field(
+        description="median of the volumes' values that become 1; samples are written with it"
+    )
+    low: Annotated[float, Ge(float(FLOAT32.min)), Le(float(FLOAT32.max))] = Field(
+        0.0, description="median of the volumes' values that become -1"
+    )
+
+    @model_validator(mode="after")
+    def check_limits(self) -> "Intensity":
+        low, high = (float(np.float32(value)) for value in (self.low, self.scale))
+        if not FLOAT32.tiny <= high - low <= FLOAT32.max:
+            raise ValueError(f"cannot have scale {self.scale} and low {self.low}")
+        return self
 
 
 class Positions(StrictModel):
@@ -366,11 +403,14 @@ def add_option(group: Any, name: str, field: FieldInfo) -> Action:
     how: dict[str, Any] = {"default": SUPPRESS, "help": meaning}
     if name == "preset":
         return group.add_argument(flag, choices=PRESETS, **how)
+    if get_origin(kind) is Literal:
+        return group.add_argument(flag, choices=get_args(kind), **how)
     if kind is bool:
         return group.add_argument(flag, action="store_true", **how)
     parse = number(kind, *limits) if kind in (int, float) else nonempty(kind)
     if len(items) == 2:
-        return group.add_argument(flag, nargs=2, metavar=("H", "W"), type=parse, action=PairAction, **how)
+        names = ("H", "W") if kind is int else ("LOW", "HIGH")
+        return group.add_argument(flag, nargs=2, metavar=names, type=parse, action=PairAction, **how)
     return group.add_argument(flag, metavar={int: "N", float: "X"}.get(kind, flag[2:].upper()), type=parse, **how)
 
 

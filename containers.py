@@ -1,4 +1,4 @@
-"""Read one image of any container: NIfTI, MetaImage, NRRD, a DICOM series, or a PNG or TIFF picture.
+"""Read one image of any container: NIfTI, MetaImage, NRRD, a DICOM series, or a PNG or TIFF picture; write a PNG.
 
 NIfTI is read by nifti.py, pictures by Pillow, all else by SimpleITK where it is installed. Whatever the container, the
 image and its affine are as nifti.py returns them, within the same limits.
@@ -7,6 +7,7 @@ image and its affine are as nifti.py returns them, within the same limits.
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import re
 import struct
@@ -36,6 +37,7 @@ UNDEFINED = 0xFFFFFFFF  # length of what ends at a delimiter
 MAX_UNEVENNESS = 0.1  # of the distances of DICOM slices, relative to their mean
 HEADER_BYTES = 1 << 16  # of .mhd and .nrrd, more than they have
 LPS_TO_RAS = np.diag([-1.0, -1, 1, 1])
+LARGEST_GREY = 65_535  # of 16 bits
 GREY_MODES = ("L", "I;16", "I;16B", "I;16L")  # Pillow's names of 8 and 16 bits
 
 
@@ -126,6 +128,14 @@ def read_picture(path: str) -> tuple[np.ndarray, np.ndarray]:
     with open_picture(path) as picture:
         _, affine = check_grid(picture.size, LPS_TO_RAS)
         return np.asarray(picture).T.astype(np.float32), affine
+
+
+def encode_picture(pixels: np.ndarray) -> bytes:
+    """Return the content of a 16-bit grey PNG of a slice (H, W) in [0, 1], as `read_picture` reads it."""
+    grey = np.rint(np.clip(pixels, 0, 1) * LARGEST_GREY).astype(np.uint16)
+    content = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(grey.T)).save(content, "PNG")
+    return content.getvalue()
 
 
 # ---------------------------------------------------------------- SimpleITK

@@ -60,13 +60,14 @@ from files import (
     sort_key,
     with_forward_slashes,
 )
+from geometry import body_masks, body_middle, crop_or_pad, resample
+from intensity import PERCENTILE, Limits, air_value, bright_values, to_grey, volume_limits
 from nifti import MAX_SIDE, DataError, RawImage, open_regular
 from splits import SPLIT_TITLES, SPLITS, find_data
 from volumes import SAME_SPACING, cut_volume
 
-CACHE_FORMAT = 5  # raise it when the same files would give other pixels or another index, notices included
-PERCENTILE = 99.5  # of a volume's pixels: the value that maps to +1; the few brighter ones are vessels
-FAR_BELOW = -0.1  # relative to that value: interpolation undershoots 0 by less, normalised slices by more
+CACHE_FORMAT = 6  # raise it when the same files would give other pixels or another index, notices included
+FAR_BELOW = -0.1  # relative to the percentile: interpolation undershoots 0 by less, normalised slices by more
 BLACK = 12  # grey levels of 255: all tissue is brighter
 MIN_BRIGHT = 0.02  # of a volume's pixels above that level: a body fills far more
 MIN_VALUES = 12  # distinct values of a slice of integers; HipMRI's label maps have 6
@@ -77,7 +78,7 @@ AS_NAMED = Reading()
 LARGE_VOLUME = 1 << 24  # pixels: larger volumes of one file are decoded one at a time, so that memory does not add up
 LARGE_VOLUME_LOCK = Lock()
 THREADS = 6  # that read files: more would wait for each other, and each holds its largest slice in memory
-INDEX_BYTES = 64  # per slice, the most that is read of a cache entry's index: an intact one has fewer
+INDEX_BYTES = 80  # per slice, the most that is read of a cache entry's index: an intact one has fewer
 
 
 # ---------------------------------------------------------------- public API
@@ -92,6 +93,7 @@ class Slices:
     cases: list[str | None]  # (N,) patients, as case_004; None where the name gives none
     positions: np.ndarray  # (N,) float32: normalised height in the volume, 0 lowest, 1 highest; NaN where unknown
     scales: np.ndarray  # (N,) float32: the value, in the data's units, that maps to +1
+    lows: np.ndarray  # (N,) float32: the value that maps to -1
 
     def __len__(self) -> int:
         return len(self.names)
@@ -114,8 +116,9 @@ class DataSplits:
     validate: Slices
     test: Slices
     slice_size: tuple[int, int]
-    affine: np.ndarray  # (4, 4): the training slices' most common voxel grid, after crop or pad
+    affine: np.ndarray  # (4, 4): the training slices' most common voxel grid, after resampling, crop or pad
     scale: float  # median of the training volumes' scales
+    low: float  # median of the training volumes' lows
     files: dict[str, str]  # of all splits: each slice's name and the checksum of its uncompressed file
     fingerprint: str  # sha256 of the slice size, the splits and `files`, wherever the folder is stored
     notices: list[str]  # lines to show the user
@@ -175,7 +178,7 @@ def load_dataset(
         except ValueError as error:
             raise DataError(f"cannot draw a phantom of {height}x{width}: {error}") from None
     try:
-        return load_folder(folder, size, multiple, seed, workers, AS_NAMED)
+        return load_folder(folder, size, multiple, seed, workers, reading._replace(axis=None, pattern=None))
     except DataError as error:
         raise DataError(f"{error} (the phantom is kept in {folder}: delete that folder to draw it again)") from error
 
@@ -187,11 +190,12 @@ def read_slices(
 
     Args:
         paths: Files and folders; folders are searched for slices at any depth.
-        slice_size: (H, W) in pixels, reached by centre crop or zero pad.
+        slice_size: (H, W) in pixels, reached by crop or pad.
         reading: How files become slices. A table is not used; a pattern only for names that it matches.
 
     Returns:
-        The slices in the order of `paths`, the affine (4, 4) of each after crop or pad, and notices for the user.
+        The slices in the order of `paths`, the affine (4, 4) of each after resampling, crop or pad, and notices for the
+        user.
 
     Raises:
         DataError: If a path or file cannot be used, or if there are no slices.
@@ -217,13 +221,14 @@ def read_slices(
     described = describe_files(
         found, lambda name: (expression and identify_by_pattern(expression, name)) or identify(name)
     )
-    files = assign_volumes(find_volumes(described, reading.axis, THREADS))
+    files = assign_volumes(find_volumes(described, reading, THREADS))
     files.sort(key=lambda file: (places[file.path], *sort_key(file)))
     pixels = np.zeros((len(files), *slice_size), np.uint8)
-    decoded = decode_files(files, slice_size, pixels.__setitem__, None)
-    scales = np.array([one.scale for one in decoded], np.float32)
-    slices = Slices(pixels, [file.name for file in files], [file.case for file in files], positions_of(files), scales)
-    notices = label_map_notices(label_maps) + pixel_notices(files, decoded, slice_size)
+    decoded = decode_files(files, slice_size, pixels.__setitem__, None, reading)
+    scales, lows = (np.array([getattr(one, name) for one in decoded], np.float32) for name in ("scale", "low"))
+    names, cases = [file.name for file in files], [file.case for file in files]
+    slices = Slices(pixels, names, cases, positions_of(files), scales, lows)
+    notices = label_map_notices(label_maps) + pixel_notices(files, decoded, slice_size, reading)
     return slices, [one.affine for one in decoded], notices
 
 
@@ -261,9 +266,12 @@ def to_float(pixels: torch.Tensor) -> torch.Tensor:
     return pixels.to(torch.float32).div_(127.5).sub_(1).unsqueeze(1)
 
 
-def denormalize(slices: np.ndarray | torch.Tensor, scale: float | np.ndarray) -> np.ndarray:
-    """Map slices in [-1, 1] back to the data's units, [0, scale] float32; `scale` broadcasts against `slices`."""
-    return (np.asarray(slices, np.float32) + 1) * np.float32(0.5) * np.asarray(scale, np.float32)
+def denormalize(
+    slices: np.ndarray | torch.Tensor, scale: float | np.ndarray, low: float | np.ndarray = 0.0
+) -> np.ndarray:
+    """Map slices in [-1, 1] back to the data's units, [low, scale] float32; both broadcast against `slices`."""
+    low = np.asarray(low, np.float32)
+    return (np.asarray(slices, np.float32) + 1) * np.float32(0.5) * (np.asarray(scale, np.float32) - low) + low
 
 
 def describe_changes(before: dict[str, str], now: dict[str, str]) -> str:
@@ -298,15 +306,16 @@ def load_folder(
     folder, files, notices = find_data(folder, seed, workers or THREADS, reading)
     # Where names alone do not say them.
     given = [(file.case, file.week, file.number) for file in files] if reading.pattern or reading.table else []
-    pixels, index = decode_or_reopen(folder, files, slice_size, multiple, workers, given)
+    pixels, index = decode_or_reopen(folder, files, slice_size, multiple, workers, given, reading)
     names, cases = [file.name for file in files], [file.case for file in files]
-    positions, scales = positions_of(files), np.array(index.scales, np.float32)
+    positions = positions_of(files)
+    scales, lows = np.array(index.scales, np.float32), np.array(index.lows, np.float32)
     checksums = dict(zip(names, index.checksums))
     content = json.dumps([index.slice_size, [file.split for file in files], checksums] + [given] * bool(given))
     counts = Counter(file.split for file in files)
     parts = [slice(*ends) for ends in pairwise(np.cumsum([0, *(counts[split] for split in SPLITS)]))]
     train, validate, test = (
-        Slices(pixels[part], names[part], cases[part], positions[part], scales[part]) for part in parts
+        Slices(pixels[part], names[part], cases[part], positions[part], scales[part], lows[part]) for part in parts
     )
     return DataSplits(
         train,
@@ -315,6 +324,7 @@ def load_folder(
         slice_size=index.slice_size,
         affine=np.array(index.affine),
         scale=index.scale,
+        low=index.low,
         files=checksums,
         fingerprint=hashlib.sha256(content.encode()).hexdigest(),
         notices=[printable(notice) for notice in notices + index.notices],
@@ -329,9 +339,11 @@ class CacheIndex(NamedTuple):
 
     slice_size: tuple[int, int]
     scales: list[float]  # of each slice
+    lows: list[float]  # of each slice
     checksums: list[str]  # of each slice
     affine: list[list[float]]
     scale: float
+    low: float
     notices: list[str]
 
 
@@ -342,6 +354,7 @@ def decode_or_reopen(
     multiple: tuple[int, int],
     workers: int | None,
     given: list[tuple[str | None, int | None, int | None]],
+    reading: Reading,
 ) -> tuple[np.ndarray, CacheIndex]:
     """Return the pixels and index of `files` from their cache entry, which is filled first where there is none.
 
@@ -351,7 +364,8 @@ def decode_or_reopen(
         (file.split, file.name, file.size, file.mtime_ns) + (() if file.axis is None else (file.axis,))
         for file in files
     ]
-    choices = (CACHE_FORMAT, PERCENTILE, os.path.realpath(folder), multiple) + ((given,) if given else ())
+    made = (reading.pixel_size, reading.crop, reading.intensity, reading.window)
+    choices = (CACHE_FORMAT, PERCENTILE, os.path.realpath(folder), multiple, given, made)
     # The given slice size may be the most common one, for which an earlier run without a size made an entry.
     keys = [ascii((*choices, size, described)).encode() for size in dict.fromkeys((None, slice_size))]
     entries = [cache_folder() / hashlib.sha256(key).hexdigest()[:32] for key in keys]
@@ -360,7 +374,7 @@ def decode_or_reopen(
         if opened and slice_size in (None, opened[1].slice_size):
             return opened
     size = slice_size or most_common_size([file for file in files if file.split == "train"], multiple)
-    return fill_cache_entry(entries[-1], files, size, workers)
+    return fill_cache_entry(entries[-1], files, size, workers, reading)
 
 
 def cache_folder() -> Path:
@@ -430,7 +444,8 @@ def open_cache_entry(entry: Path, count: int) -> tuple[np.ndarray, CacheIndex] |
         index = CacheIndex(**json.loads(body))
         height, width = index.slice_size
         index = index._replace(slice_size=(height, width))  # JSON has no tuples
-        if [np.shape(part) for part in (index.scales, index.checksums, index.affine)] != [(count,), (count,), (4, 4)]:
+        shapes = [np.shape(part) for part in (index.scales, index.lows, index.checksums, index.affine)]
+        if shapes != [(count,), (count,), (count,), (4, 4)]:
             return None
         return map_pixels(entry, (count, *index.slice_size)), index
     except (OSError, ValueError, TypeError):
@@ -451,7 +466,7 @@ def map_pixels(entry: Path, shape: tuple[int, int, int]) -> np.ndarray:
 
 
 def fill_cache_entry(
-    entry: Path, files: list[SliceFile], size: tuple[int, int], workers: int | None
+    entry: Path, files: list[SliceFile], size: tuple[int, int], workers: int | None, reading: Reading
 ) -> tuple[np.ndarray, CacheIndex]:
     """Decode `files` into a cache entry, in place of what is there."""
     with new_cache_entry(entry) as new:
@@ -464,7 +479,7 @@ def fill_cache_entry(
                     file.seek(row * pixels.size)
                     file.write(pixels.data)
 
-            index = make_index(files, decode_files(files, size, store, workers), size, workers)
+            index = make_index(files, decode_files(files, size, store, workers, reading), size, workers, reading)
             file.flush()
             os.fsync(file.fileno())  # before the rename, so that a power cut leaves no cache of empty pages
         body = json.dumps(index._asdict()).encode()
@@ -476,23 +491,26 @@ def fill_cache_entry(
 
 
 def make_index(
-    files: list[SliceFile], decoded: list[Decoded], size: tuple[int, int], workers: int | None
+    files: list[SliceFile], decoded: list[Decoded], size: tuple[int, int], workers: int | None, reading: Reading
 ) -> CacheIndex:
     """Summarise decoded slices, or raise DataError if all slices of a split are constant."""
     refuse_blank_splits(files, decoded)
     train = [one for file, one in zip(files, decoded) if file.split == "train"]
-    volume_scales = {file.volume: one.scale for file, one in zip(files, decoded) if file.split == "train"}
+    limits = {file.volume: (one.low, one.scale) for file, one in zip(files, decoded) if file.split == "train"}
+    low, scale = np.median(list(limits.values()), axis=0).tolist()
     grids = [one.affine[:3, :3].round(4).tobytes() for one in train]
     common = train[grids.index(Counter(grids).most_common(1)[0][0])]
     one_per_grid = {one.affine[:3, :3].round(4).tobytes(): one for one in decoded}.values()
-    notices = duplicate_notices(files, decoded, workers) + pixel_notices(files, decoded, size)
+    notices = duplicate_notices(files, decoded, workers) + pixel_notices(files, decoded, size, reading)
     notices += spacing_notices(decoded, common) + orientation_notices(one_per_grid, common)
     return CacheIndex(
         slice_size=size,
         scales=[one.scale for one in decoded],
+        lows=[one.low for one in decoded],
         checksums=[one.checksum for one in decoded],
         affine=common.affine.tolist(),
-        scale=float(np.median(list(volume_scales.values()))),
+        scale=scale,
+        low=low,
         notices=notices,
     )
 
@@ -544,7 +562,7 @@ def spacing_notices(decoded: list[Decoded], common: Decoded) -> list[str]:
     order = np.argsort(sizes.prod(axis=1), kind="stable")
     own = np.linalg.norm(common.affine[:3, :2], axis=0)
     smallest, largest, usual = (f"{height:.3g}x{width:.3g}" for height, width in (*sizes[order[[0, -1]]], own))
-    effect = f"slices are not resampled, and samples are written with the most common size, {usual} mm"
+    effect = f"--pixel-size resamples them; without it, samples are written with the most common size, {usual} mm"
     return [f"warning: pixel sizes differ, from {smallest} to {largest} mm: {effect}"]
 
 
@@ -558,22 +576,25 @@ def orientation_notices(slices: Iterable[Decoded], common: Decoded) -> list[str]
     return [f"warning: slices have different orientations ({listed}): {treated}"]
 
 
-def pixel_notices(files: list[SliceFile], decoded: list[Decoded], size: tuple[int, int]) -> list[str]:
+def pixel_notices(files: list[SliceFile], decoded: list[Decoded], size: tuple[int, int], reading: Reading) -> list[str]:
     """Report slices that were cropped or padded, and unusual values."""
     notices = []
     other = Counter(one.shape for one in decoded if one.shape != size)
     if other:
         sizes = abbreviate([f"{height}x{width}" for height, width in sorted(other)], 10)
         slices = counted(other.total(), "slice")
-        notices.append(f"{slices} of {sizes} centre-cropped or zero-padded to {size[0]}x{size[1]}")
+        how = "cropped or padded about the body" if reading.crop == "body" else "centre-cropped or zero-padded"
+        notices.append(f"{slices} of {sizes} {how} to {size[0]}x{size[1]}")
     if constant := sum(one.constant for one in decoded):
         notices.append(f"{counted(constant, 'constant slice')} kept")
     if negative := sum(one.negative for one in decoded):
         slices = counted(negative, "slice")
         notices.append(f"warning: {slices} with values far below 0, which become black: air should be 0")
     if dark := sum(one.dark for one in decoded):
-        slices = counted(dark, "nearly black slice")
-        notices.append(f"warning: {slices}: a few far brighter pixels set the intensity scale of the volume")
+        reason = "a few far brighter pixels set the intensity scale of the volume"
+        if reading.window:
+            reason = "few values of their volumes lie in the --window"
+        notices.append(f"warning: {counted(dark, 'nearly black slice')}: {reason}")
     if few := [file.name for file, one in zip(files, decoded) if one.few_values]:
         slices = f"{counted(len(few), 'slice')} with fewer than {MIN_VALUES} distinct values, all integers"
         notices.append(f"warning: {slices}, as in label maps ({abbreviate(few, 2)})")
@@ -596,8 +617,9 @@ def check_slice_size(size: tuple[int, int], multiple: tuple[int, int]) -> None:
 
 def most_common_size(files: list[SliceFile], multiple: tuple[int, int]) -> tuple[int, int]:
     """Return the most common size (H, W), rounded to a multiple of `multiple`."""
-    counts = Counter(file.shape for file in files if file.shape)  # decoding reports the bad files
-    common = max(counts, key=lambda shape: (counts[shape], shape), default=multiple)
+    sizes = (file.resampled or file.shape for file in files)
+    counts = Counter(size for size in sizes if size)  # decoding reports the bad files
+    common = max(counts, key=lambda size: (counts[size], size), default=multiple)
     height, width = (max((side + step // 2) // step, 1) * step for side, step in zip(common, multiple))
     return height, width
 
@@ -609,8 +631,9 @@ class Decoded(NamedTuple):
     """The properties of a decoded slice, besides its pixels."""
 
     scale: float
+    low: float
     affine: np.ndarray
-    shape: tuple[int, int]  # in the file, before crop or pad
+    shape: tuple[int, int]  # after resampling, before crop or pad
     constant: bool
     negative: bool  # further below 0 than interpolation undershoots
     few_values: bool  # all integers, as in a label map
@@ -620,15 +643,20 @@ class Decoded(NamedTuple):
 
 
 def decode_files(
-    files: list[SliceFile], size: tuple[int, int], store: Callable[[int, np.ndarray], None], workers: int | None
+    files: list[SliceFile],
+    size: tuple[int, int],
+    store: Callable[[int, np.ndarray], None],
+    workers: int | None,
+    reading: Reading,
 ) -> list[Decoded]:
     """Read, scale and store `files`, with volumes in parallel: decompression lets other threads run.
 
     Args:
         files: The slices; those of one volume are read and scaled together.
-        size: (H, W) in pixels, reached by centre crop or zero pad.
+        size: (H, W) in pixels, reached by crop or pad.
         store: Called with a slice's index in `files` and its pixels (H, W) uint8, from several threads.
         workers: Threads; None for THREADS.
+        reading: How slices are resampled, cropped and scaled.
 
     Raises:
         DataError: If any file cannot be used. The message lists the first ten with their reasons.
@@ -640,7 +668,7 @@ def decode_files(
     bad: dict[int, str] = {}
     bar = tqdm(total=len(files), desc="reading slices", unit="slice", disable=None)
     with bar, ThreadPoolExecutor(workers or THREADS) as pool:
-        jobs = [pool.submit(decode_volume, files, rows, size, store) for rows in volumes.values()]
+        jobs = [pool.submit(decode_volume, files, rows, size, store, reading) for rows in volumes.values()]
         try:
             for job in as_completed(jobs):
                 usable, unusable = job.result()
@@ -656,7 +684,11 @@ def decode_files(
 
 
 def decode_volume(
-    files: list[SliceFile], rows: list[int], size: tuple[int, int], store: Callable[[int, np.ndarray], None]
+    files: list[SliceFile],
+    rows: list[int],
+    size: tuple[int, int],
+    store: Callable[[int, np.ndarray], None],
+    reading: Reading,
 ) -> tuple[dict[int, Decoded], dict[int, str]]:
     """Read the slices of one volume, scale them together and store their pixels.
 
@@ -665,7 +697,7 @@ def decode_volume(
     """
     with LARGE_VOLUME_LOCK if is_large(files[rows[0]], len(rows)) else nullcontext():
         slices, bad = read_volume(files, rows)
-        return ({}, bad) if bad else scale_volume(slices, size, store)
+        return ({}, bad) if bad else scale_volume(slices, size, store, reading)
 
 
 def is_large(file: SliceFile, slices: int) -> bool:
@@ -701,38 +733,58 @@ def read_volume(files: list[SliceFile], rows: list[int]) -> tuple[dict[int, RawI
 
 
 def scale_volume(
-    slices: dict[int, RawImage], size: tuple[int, int], store: Callable[[int, np.ndarray], None]
+    slices: dict[int, RawImage], size: tuple[int, int], store: Callable[[int, np.ndarray], None], reading: Reading
 ) -> tuple[dict[int, Decoded], dict[int, str]]:
-    """Scale the slices of one volume together and store their pixels, as `decode_volume` does."""
-    scale = volume_scale([one.image for one in slices.values()])
-    decoded, lows, highs, bright = {}, [], [], 0
-    for row, (image, affine, checksum) in slices.items():
-        low, high = image.min(), image.max()
-        lows.append(low)
-        highs.append(high)
-        grey = to_grey(image, scale)
-        bright += int(np.count_nonzero(grey > BLACK))
-        pixels, corner = crop_or_pad(grey, size)
+    """Scale the slices of one volume together, resample and crop them and store their pixels, as `decode_volume` does.
+
+    The scale is that of the voxels as stored.
+    """
+    ranges = [(one.image.min(), one.image.max()) for one in slices.values()]
+    lowest, highest = min(low for low, _ in ranges), max(high for _, high in ranges)
+    by_percentile = reading.intensity == "percentile"
+    if by_percentile and lowest < highest <= 0:
+        return {}, dict.fromkeys(slices, "its volume has no values above 0: air should be 0, and tissue brighter")
+    limits, fill, middle = plan_volume(list(slices.values()), reading)
+    decoded, visible = {}, 0
+    for (row, given), (low, high) in zip(slices.items(), ranges):
+        image, affine, checksum = resample(given, reading.pixel_size) if reading.pixel_size else given
+        grey = to_grey(image, limits)
+        visible += int(np.count_nonzero(grey > BLACK))
+        pixels, corner = crop_or_pad(grey, size, fill, middle / np.linalg.norm(affine[:3, :2], axis=0))
         store(row, pixels)
         moved = affine.copy()
         moved[:3, 3] += affine[:3, :2] @ corner
         decoded[row] = Decoded(
-            scale=float(scale),
+            scale=float(limits.high),
+            low=float(limits.low),
             affine=moved,
             shape=image.shape,
             constant=bool(low == high),
-            negative=bool(low < FAR_BELOW * scale),
-            few_values=bool(low != high) and has_few_values(image),
+            negative=bool(by_percentile and low < FAR_BELOW * limits.high),
+            few_values=bool(low != high) and has_few_values(given.image),
             dark=False,
-            quick_digest=digest_values(image.shape, sample_pixels(image)) if low != high else "",
+            quick_digest=digest_values(given.image.shape, sample_pixels(given.image)) if low != high else "",
             checksum=checksum,
         )
-    if min(lows) < max(highs) <= 0:
-        return {}, dict.fromkeys(slices, "its volume has no values above 0: air should be 0, and tissue brighter")
-    held = sum(one.image.size for one in slices.values())
-    if min(lows) != max(highs) and bright < MIN_BRIGHT * held:
+    held = sum(math.prod(one.shape) for one in decoded.values())
+    if lowest != highest and visible < MIN_BRIGHT * held:
         decoded = {row: one._replace(dark=True) for row, one in decoded.items()}
     return decoded, {}
+
+
+def plan_volume(slices: Sequence[RawImage], reading: Reading) -> tuple[Limits, int, np.ndarray]:
+    """Return how a volume is scaled, padded and cropped.
+
+    Returns:
+        The limits of its values, the grey level of air, and the middle of the crop, (2,) mm from the slices' centre.
+    """
+    images, affines = [one.image for one in slices], [one.affine for one in slices]
+    bright, air = bright_values(images), air_value(images)
+    on_body = reading.crop == "body"
+    masks = body_masks(images, air, bright[0]) if on_body or reading.intensity == "zscore" else []
+    limits = volume_limits(images, masks, bright, reading)
+    fill = 0 if reading.intensity == "percentile" else int(to_grey(np.array([air], np.float32), limits)[0])
+    return limits, fill, body_middle(masks, affines) if on_body else np.zeros(2)
 
 
 def read_file(file: SliceFile) -> list[RawImage]:
@@ -741,41 +793,6 @@ def read_file(file: SliceFile) -> list[RawImage]:
     if (image.image.ndim == 3) != (file.axis is not None):
         raise DataError("changed while it was being read: try again once it is complete")
     return [image] if file.axis is None else cut_volume(image, file.axis)
-
-
-def volume_scale(images: list[np.ndarray]) -> np.float32:
-    """Return the value that maps to +1: the percentile, or for a nearly empty volume its maximum, or else 1."""
-    values = np.concatenate([image.ravel(order="K") for image in images])
-    rank = PERCENTILE / 100 * (values.size - 1)
-    below = int(rank)
-    values.partition(below)  # np.percentile returns the same and takes six times as long
-    low, high = float(values[below]), float(values[below + 1 :].min(initial=values.max()))
-    for scale in (low + (rank - below) * (high - low), values[below:].max()):
-        if scale >= np.finfo(np.float32).tiny:
-            return np.float32(scale)
-    return np.float32(1)
-
-
-def to_grey(image: np.ndarray, scale: np.float32) -> np.ndarray:
-    """Convert an image to 256 grey levels, as many as a display shows: uint8, 0 to `scale` becomes 0 to 255."""
-    grey = np.clip(image, 0, scale)
-    grey /= scale
-    grey *= 255
-    return np.rint(grey, out=grey).astype(np.uint8)
-
-
-def crop_or_pad(grey: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, list[int]]:
-    """Crop or zero-pad an image about its centre.
-
-    Returns:
-        The pixels of the new size, and where in the image their first one lies, below 0 where the image is padded.
-    """
-    corner = [(have - want) // 2 for have, want in zip(grey.shape, size)]
-    source = tuple(slice(max(start, 0), max(start, 0) + want) for start, want in zip(corner, size))
-    target = tuple(slice(max(-start, 0), max(-start, 0) + have) for start, have in zip(corner, grey.shape))
-    pixels = np.zeros(size, np.uint8)
-    pixels[target] = grey[source]
-    return pixels, corner
 
 
 def has_few_values(image: np.ndarray) -> bool:

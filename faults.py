@@ -18,7 +18,6 @@ from anatomy import (
     blend,
     blob_fields,
     cut_fields,
-    inside_body,
     quilt_fields,
     randomise_phases,
     repeat_side,
@@ -26,6 +25,7 @@ from anatomy import (
 )
 from augmentation import augment
 from copying import gaussian_blur
+from geometry import inside_body
 
 
 class Originals(NamedTuple):

@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from containers import DICOM, ENDINGS, KINDS, PICTURES, ending_of, parts_of, read_grid
-from nifti import DataError, describe_stats, open_regular
-from volumes import plan_stack
+from geometry import resampled_size
+from nifti import MAX_SIDE, DataError, describe_stats, open_regular
+from volumes import affine_of_slices, plan_stack
 
 # Limits on a data folder, whoever made it. They bound memory and time.
 MAX_FILES = 1_000_000  # slices per folder: HipMRI has 12,660; records of a million take a gigabyte
@@ -67,11 +68,15 @@ class Reading(NamedTuple):
     axis: int | None = None  # along which volumes are cut, as `volumes.plan_stack` takes it
     pattern: str | None = None  # regular expression with the named groups case and, if wanted, week and slice
     table: Path | None = None  # CSV file with the columns path, case and, if wanted, week, slice and split
+    pixel_size: float | None = None  # in mm: slices are resampled to such squares
+    crop: str = "centre"  # or "body": what crop and pad keep in the middle
+    intensity: str = "percentile"  # or "zscore" or "window": which values become -1 and +1
+    window: tuple[float, float] | None = None  # those values, for "window"
 
     @classmethod
     def of(cls, options: Any) -> Reading:
         """Return what options with attributes of the same names say."""
-        return cls(options.axis, options.pattern, options.table)
+        return cls(*(getattr(options, name) for name in cls._fields))
 
 
 class SliceFile(NamedTuple):
@@ -88,6 +93,7 @@ class SliceFile(NamedTuple):
     split: str | None = None
     shape: tuple[int, int] | None = None  # (H, W); None where the header cannot be used
     axis: int | None = None  # of a volume file, along which its slices are stacked
+    resampled: tuple[int, int] | None = None  # (H, W) after resampling; None where there is none
 
 
 # ---------------------------------------------------------------- finding files
@@ -206,39 +212,52 @@ def describe_files(found: list[tuple[str, str]], identify_name: Callable[[str], 
     return files
 
 
-def find_volumes(files: list[SliceFile], axis: int | None, workers: int) -> list[SliceFile]:
+def find_volumes(files: list[SliceFile], reading: Reading, workers: int) -> list[SliceFile]:
     """Read the headers of files; return a record with its shape for each slice, of which a volume has several.
 
     Args:
         files: As `describe_files` returns them. A bad header is left to the reader of the pixels, which gives reasons.
-        axis: Along which volumes are cut, as `volumes.plan_stack` takes it.
+        reading: How volumes are cut, and slices resampled.
         workers: Threads.
 
     Raises:
-        DataError: If there are too many slices, or two get the same name.
+        DataError: If there are too many slices, two get the same name, or one would be resampled to too many pixels, or
+            to none.
     """
     with ThreadPoolExecutor(workers) as pool:
         grids = list(pool.map(read_grid, [file.path for file in files]))
     found: list[SliceFile] = []
+    bad: list[tuple[str, str]] = []
     for file, grid in zip(files, grids):
         if grid is None:
             found.append(file)
         elif len(grid[0]) == 2:
-            found.append(file._replace(shape=(grid[0][0], grid[0][1])))
+            found.append(with_size(file, (grid[0][0], grid[0][1]), grid[1], reading.pixel_size))
         else:
-            found += slices_of_volume(file, *grid, axis)
+            found += slices_of_volume(file, *grid, reading)
         if len(found) > MAX_FILES:
             raise DataError(f"{file.name}: with this volume there are more than {MAX_FILES} slices")
+        size = found[-1].resampled
+        if size and not 1 <= min(size) <= max(size) <= MAX_SIDE:
+            made = f"would have {size[0]}x{size[1]} pixels of --pixel-size {reading.pixel_size:g}"
+            bad.append((file.name, f"{made}: each side must be 1 to {MAX_SIDE} pixels"))
+    refuse_files(bad, len(files))
     if len(found) > len(files):
         refuse_shared_names(found)
     return found
 
 
+def with_size(file: SliceFile, size: tuple[int, int], affine: np.ndarray, pixel_size: float | None) -> SliceFile:
+    """Add the size (H, W) of a slice as stored, and after resampling, to its record."""
+    return file._replace(shape=size, resampled=resampled_size(size, affine, pixel_size) if pixel_size else None)
+
+
 def slices_of_volume(
-    file: SliceFile, shape: tuple[int, ...], affine: np.ndarray, axis: int | None
+    file: SliceFile, shape: tuple[int, ...], affine: np.ndarray, reading: Reading
 ) -> Iterator[SliceFile]:
     """Yield a record for each slice of a volume file, named like a file of its own."""
-    stack = plan_stack(shape, affine, axis)
+    stack = plan_stack(shape, affine, reading.axis)
+    file = with_size(file, stack.size, affine_of_slices(shape, affine, stack.axis), reading.pixel_size)
     folder, slash, base = file.name.rpartition("/")
     ending = ending_of(base)
     stem = base[: -len(ending)]
@@ -246,7 +265,7 @@ def slices_of_volume(
     volume = (folder, file.case or "", "" if file.week is None else f"{file.week:03}", base)
     for index in range(stack.slices):
         name = f"{folder}{slash}{stem}_slice_{index:03}{base[-len(ending) :]}"
-        yield file._replace(name=name, case=case, number=index, volume=volume, shape=stack.size, axis=stack.axis)
+        yield file._replace(name=name, case=case, number=index, volume=volume, axis=stack.axis)
 
 
 def file_name(file: SliceFile) -> str:

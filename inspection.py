@@ -1,6 +1,6 @@
 """Inspect a data folder before a training: print what was found, and draw one slice of each case.
 
-python dataset.py DIR [--axis 0|1|2] [--pattern REGEX] [--table CSV] [--out contact_sheet.png]
+python dataset.py DIR [--out contact_sheet.png] [options of train.py that say how files become slices]
 """
 
 from __future__ import annotations
@@ -16,30 +16,27 @@ from typing import NamedTuple
 import nibabel as nib
 import numpy as np
 
-from config import TrainConfig, add_option
+from config import TrainConfig, add_option, configure
 from console import Parser, log_notices, nonempty, run_command, say
 from containers import parts_of, read_grid
-from dataset import PERCENTILE, SPLIT_TITLES, THREADS, DataSplits, load_dataset
+from dataset import SPLIT_TITLES, THREADS, DataSplits, load_dataset
 from files import Reading, SliceFile, abbreviate, counted, file_name, walk_files
+from intensity import PERCENTILE, STANDARD_DEVIATIONS
 from plots import caption, contact_sheet_figure, evenly_spaced
 from splits import find_data
 from utils import check_folder
 from volumes import affine_of_slices
 
-DATA_OPTIONS = ("axis", "pattern", "table", "seed")  # of train.py, on which the slices and their splits depend
+DATA_OPTIONS = (*Reading._fields, "slice_size", "seed")  # of train.py, on which the slices and their splits depend
 MAX_SHOWN = 120  # cases on a contact sheet
 MAX_LISTED = 6  # values of a property
 
 
 class InspectOptions(Namespace):
-    """Options of the command."""
+    """Options of the command itself."""
 
     folder: Path
     out: Path
-    axis: int | None
-    pattern: str | None
-    table: Path | None
-    seed: int
 
 
 class Geometry(NamedTuple):
@@ -50,8 +47,8 @@ class Geometry(NamedTuple):
     spacing: str  # pixel size and distance of slices, in mm
 
 
-def parse_options(arguments: Sequence[str] | None) -> InspectOptions:
-    """Parse the command line."""
+def parse_options(arguments: Sequence[str] | None) -> tuple[InspectOptions, TrainConfig]:
+    """Parse the command line; return the command's own options, and those of train.py."""
     parser = Parser(description=str(__doc__).split("\n\n")[0])
     parser.add_argument(
         "folder", type=nonempty(Path), metavar="DIR", help="the folder that --data of train.py will name"
@@ -61,8 +58,8 @@ def parse_options(arguments: Sequence[str] | None) -> InspectOptions:
     )
     for name in DATA_OPTIONS:
         add_option(parser, name, TrainConfig.model_fields[name])
-        parser.set_defaults(**{name: TrainConfig.model_fields[name].default})
-    return parser.parse_args(arguments, InspectOptions())
+    options = parser.parse_args(arguments, InspectOptions())
+    return options, configure({name: value for name, value in vars(options).items() if name in DATA_OPTIONS})
 
 
 # ---------------------------------------------------------------- what was found
@@ -99,8 +96,8 @@ def describe_range(values: Sequence[float] | np.ndarray) -> str:
     return f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}, median {middle:.4g}"
 
 
-def describe_files(files: list[SliceFile], folder: Path) -> list[str]:
-    """Return lines on cases, volumes, slices and geometry."""
+def describe_files(files: list[SliceFile], folder: Path, pixel_size: float | None) -> list[str]:
+    """Return lines on cases, volumes, slices and geometry, with the sizes after resampling to `pixel_size`, if any."""
     groups = [file.case or file.name for file in files]
     cases, volumes = Counter(groups), {file.volume for file in files}
     splits = Counter(file.split for file in files)
@@ -113,6 +110,9 @@ def describe_files(files: list[SliceFile], folder: Path) -> list[str]:
         ("pixel sizes and distances in mm", lambda file: geometries[file.path].spacing),
         ("directions of rows and columns", lambda file: geometries[file.path].orientation),
     ]
+    if pixel_size:
+        resampled = f"slice sizes with pixels of {pixel_size:g} mm"
+        of_slices.insert(2, (resampled, lambda file: "x".join(map(str, file.resampled or ()))))
     stored = [file for file in by_path.values() if file.axis is not None]
     lines = [
         f"{folder}: {counted(len(cases), 'case')}, {counted(len(volumes), 'volume')}, "
@@ -124,6 +124,27 @@ def describe_files(files: list[SliceFile], folder: Path) -> list[str]:
         order = "axes of the volumes as stored"
         lines.append(tally(order, (geometries[file.path].stored for file in stored), map(file_name, stored), "volume"))
     return lines
+
+
+def describe_networks_view(data: DataSplits, files: list[SliceFile], reading: Reading) -> list[str]:
+    """Return lines on the slices as networks see them: their size, and which values are black and white."""
+    height, width = data.slice_size
+    rows, columns, _ = nib.affines.voxel_sizes(data.affine)
+    middle = "the body" if reading.crop == "body" else "each slice"
+    parts = (data.train, data.validate, data.test)
+    one_per_volume = list({file.volume: row for row, file in enumerate(files)}.values())
+    limits = (np.concatenate([getattr(part, name) for part in parts]) for name in ("lows", "scales"))
+    black, white = (describe_range(values[one_per_volume]) for values in limits)
+    values = f"{black} is black, {white} is white"
+    if reading.intensity == "percentile":
+        values = f"0 is black; the {PERCENTILE}th percentile of a volume, {white}, is white"
+    elif reading.intensity == "zscore":
+        spread = f"{STANDARD_DEVIATIONS} standard deviations"
+        values = f"the mean of a volume's body minus {spread}, {black}, is black; plus as many, {white}, is white"
+    return [
+        f"networks see {height}x{width} pixels of {rows:.3g}x{columns:.3g} mm about the middle of {middle}",
+        f"intensities: {values}",
+    ]
 
 
 def describe_others(folder: Path, files: list[SliceFile]) -> list[str]:
@@ -159,17 +180,15 @@ def middle_slices(data: DataSplits) -> dict[str, np.ndarray]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command `python dataset.py`."""
-    options = parse_options(arguments)
+    options, training = parse_options(arguments)
     check_folder("--out", options.out.parent)
-    reading = Reading.of(options)
-    found = find_data(options.folder, options.seed, THREADS, reading)
-    side = TrainConfig().downsampling  # so that a training finds the cache filled
-    data = load_dataset(str(options.folder), None, (side, side), options.seed, reading=reading)
-    scales = np.concatenate([part.scales for part in (data.train, data.validate, data.test)])
-    per_volume = list({file.volume: scale for file, scale in zip(found.files, scales)}.values())
-    for line in describe_files(found.files, found.folder) + describe_others(options.folder, found.files):
+    reading, side = Reading.of(training), training.downsampling  # so that a training finds the cache filled
+    found = find_data(options.folder, training.seed, THREADS, reading)
+    data = load_dataset(str(options.folder), training.slice_size, (side, side), training.seed, reading=reading)
+    lines = describe_files(found.files, found.folder, reading.pixel_size)
+    lines += describe_others(options.folder, found.files) + describe_networks_view(data, found.files, reading)
+    for line in lines:
         say(line)
-    say(f"intensities: 0 is black; the {PERCENTILE}th percentile of a volume, {describe_range(per_volume)}, is white")
     log_notices(data.notices)
     middles = middle_slices(data)
     shown = [list(middles)[i] for i in evenly_spaced(len(middles), min(len(middles), MAX_SHOWN))]

@@ -127,13 +127,14 @@ def parts_of(path: str | Path) -> tuple[str, ...]:
 
 
 def encode_slice(pixels: np.ndarray, affine: np.ndarray) -> bytes:
-    """Return the content of a `.nii.gz` file of a slice as float32, the same bytes for the same pixels.
+    """Return the content of a `.nii.gz` file of a slice (H, W, 1) as float32, the same bytes for the same pixels.
 
     Args:
         pixels: (H, W).
         affine: (4, 4) from pixel indices to mm.
     """
-    image = nib.Nifti1Image(pixels.astype(np.float32), affine)
+    # A volume of one slice: readers of a 2D file, such as ITK, would drop its height and its tilt.
+    image = nib.Nifti1Image(pixels.astype(np.float32)[..., None], affine)
     image.header.set_xyzt_units("mm")
     return gzip.compress(image.to_bytes(), 1, mtime=0)  # a higher level takes longer and saves less than 1 %
 

@@ -32,7 +32,7 @@ from modules import MIN_TEMPERATURE, VQVAE, GatedPixelCNN, PriorConfig, VQVAECon
 from nifti import encode_slice
 from plots import caption, evenly_spaced, reconstructions_figure, samples_figure
 from refiner import MICRO_BATCH_PIXELS, Refiner, RefinerConfig
-from samples import SIX_DIGITS, SampleFolder, prepare_folder
+from samples import FORMATS, SHARD, SIX_DIGITS, open_folder, prepare_folder
 from utils import autocast, channels_last, check_folder, pick_device, write_file
 
 DEFAULT_NUM = 64  # samples
@@ -66,6 +66,7 @@ class PredictOptions(SamplingOptions):
 
     num: int
     first: int | None
+    format: str
     out: Path
     position: float | None
     reconstruct: list[Path] | None
@@ -87,6 +88,12 @@ def parse_options(arguments: Sequence[str] | None) -> PredictOptions:
         type=number(int, 0, MAX_NUM - 1),
         metavar="N",
         help="number of the first sample: several processes can share the work, and --out (default: 0)",
+    )
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        default=FORMATS[0],
+        help=f"of samples: NIfTI, 16-bit PNG, or files of {SHARD} samples for NumPy (default: %(default)s)",
     )
     parser.add_argument(
         "--out", type=nonempty(Path), default=Path("samples"), help="folder of slices (default: %(default)s)"
@@ -298,8 +305,9 @@ def sample(options: PredictOptions, config: RunConfig, networks: Networks, devic
     A slice that --out already holds, drawn with the same settings, is not drawn again.
     """
     numbers = range(options.first or 0, (options.first or 0) + options.num)
-    folder = SampleFolder(options.out, numbers, options.first is not None, sampling_settings(options, device), config)
-    missing = [n for n in numbers if not folder.holds(n)]
+    settings = sampling_settings(options, device)
+    folder = open_folder(options.format, options.out, numbers, options.first is not None, settings, config)
+    missing = folder.missing()
     seconds, written = np.zeros(2), list[Future[None]]()
     with (
         ThreadPoolExecutor(WRITERS) as writers,
@@ -310,15 +318,15 @@ def sample(options: PredictOptions, config: RunConfig, networks: Networks, devic
             samples = draw_samples(options, networks, ids, positions_of(ids, options, config), device)
             for future in written:  # of the batch before: no more than two are in memory
                 future.result()
-            folder.write_codes(ids, samples.codes.numpy())
-            written = [writers.submit(folder.write, n, pixels) for n, pixels in zip(ids, samples.slices[:, 0].numpy())]
+            arrays = samples.slices[:, 0].numpy(), samples.codes.numpy(), samples.positions.numpy()
+            written = [writers.submit(write) for write in folder.add(ids, *arrays)]
             seconds += samples.seconds
             bar.update(len(ids))
         for future in written:
             future.result()
     shown = numbers[:MAX_SHOWN]
     title = f"{len(shown)} samples, {describe_sampling(options)}"
-    samples_figure(options.images / "samples.png", np.stack([folder.read(n) for n in shown]), title)
+    samples_figure(options.images / "samples.png", folder.read(shown), title)
     if len(missing) < len(numbers):
         say(f"{options.out} held {len(numbers) - len(missing)} of {len(numbers)} slices, of an earlier call")
     speed = ""
@@ -400,7 +408,7 @@ def reconstruct(options: PredictOptions, config: RunConfig, vqvae: VQVAE, device
     for i, affine in enumerate(affines):
         name = f"{i:06d}_{truncate_name(Path(slices.names[i]).name.removesuffix('.gz').removesuffix('.nii'))}"
         for kind, pixels in (("original", originals[i]), ("reconstruction", reconstructions[i])):
-            content = encode_slice(denormalize(pixels, slices.scales[i]), affine)
+            content = encode_slice(denormalize(pixels, slices.scales[i], slices.lows[i]), affine)
             write_file(options.out / f"{name}_{kind}.nii.gz", partial(Path.write_bytes, data=content))
     write_file(options.out / "reconstructions.csv", lambda part: write_table(part, rows))
     shown = evenly_spaced(len(slices))
@@ -473,6 +481,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = read_config(options.run)
     vqvae = load_vqvae(options.run, config, device)
     if options.reconstruct:
+        if options.format != FORMATS[0]:
+            raise RunError(f"--format {options.format} is for samples: reconstructions are written as {FORMATS[0]}")
         reconstruct(options, config, vqvae, device)
         return
     if (options.first or 0) + options.num > MAX_NUM:

@@ -54,7 +54,7 @@ def find_data(folder: Path, seed: int, workers: int, reading: Reading) -> FoundD
         files = read_table(reading.table, folder)
     else:
         folder, files, notices = search_folder(folder, reading.pattern)
-    files = assign_volumes(find_volumes(files, reading.axis, workers))
+    files = assign_volumes(find_volumes(files, reading, workers))
     files, more = assign_splits(sorted(files, key=sort_key), folder, seed)
     return FoundData(folder, files, more + notices + name_notices(files))
 

@@ -20,8 +20,9 @@ from torch import Tensor
 from checkpoints import Checkpoint, Run, describe_code, load_weights, read_data_files
 from config import FORMAT, SMALLEST_SIDE, RunConfig, TrainConfig, add_options, configure, network_config, validate
 from console import Parser, RunError, log_notices, logger, run_command, say
-from dataset import PERCENTILE, DataError, DataSplits, Slices, batch_indices, describe_changes, load_dataset
+from dataset import DataError, DataSplits, Slices, batch_indices, describe_changes, load_dataset
 from files import Reading
+from intensity import PERCENTILE
 from metrics import code_counts, codebook_use, reconstruction_metrics
 from modules import VQVAE, GatedPixelCNN, PriorConfig, VQVAEConfig
 from nifti import left_right_axis
@@ -348,7 +349,11 @@ def describe_run(options: TrainConfig, data: DataSplits) -> RunConfig:
     fields = {
         "options": options.model_dump(mode="json"),
         "slice_size": data.slice_size,
-        "intensity": {"percentile": PERCENTILE, "scale": data.scale},
+        "intensity": {
+            "percentile": PERCENTILE if options.intensity == "percentile" else None,
+            "scale": data.scale,
+            "low": data.low,
+        },
         "affine": data.affine.tolist(),
         "positions": describe_positions(data.train.positions),
         "fingerprint": data.fingerprint,

@@ -14,7 +14,7 @@ from common import report
 from torch import Tensor
 
 import phantom
-from dataset import PERCENTILE
+from intensity import PERCENTILE
 from metrics import reconstruction_metrics
 
 

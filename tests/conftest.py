@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from trainings import arguments
 
 import checkpoints
 import config
@@ -83,6 +84,19 @@ def trained(tmp_path_factory, slices_folder, tiny_preset):
     options = {"data": made.data, "run": made.run, "images": made.images, "preset": tiny_preset}
     options |= {"batch-size": 5, "device": "cpu"}
     train.main([text for name, value in options.items() for text in (f"--{name}", str(value))])
+    return made
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory, slices_folder, tiny_preset):
+    """One complete training on slices that are resampled, cropped about the body and scaled by z-score."""
+    root = tmp_path_factory.mktemp("prepared")
+    made = Trained(root / "run", root / "images", slices_folder)
+    options = {"data": made.data, "run": made.run, "images": made.images, "preset": tiny_preset, "device": "cpu"}
+    options |= {"batch_size": 5, "pixel_size": 8, "crop": "body", "intensity": "zscore", "slice_size": [48, 24]}
+    with pytest.MonkeyPatch.context() as patch:
+        make_quick(patch)
+        train.main(arguments(**options))
     return made
 
 

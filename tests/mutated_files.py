@@ -10,7 +10,8 @@ import numpy as np
 from numpy.random import Generator
 from tampering import extend, flip_bits, move, pick, set_pixels, truncate
 
-from dataset import DataError, load_dataset, read_slices
+from dataset import AS_NAMED, DataError, load_dataset, read_slices
+from files import Reading
 
 SIZE = (32, 16)  # pixels of a slice, before it is mutated
 HEADERS = {348: nibabel.nifti1.header_dtype, 540: nibabel.nifti2.header_dtype}
@@ -161,7 +162,7 @@ def make_case(seed: int, folder: Path) -> Path:
     return folder
 
 
-def load_case(path: Path) -> bool:
+def load_case(path: Path, reading: Reading = AS_NAMED) -> bool:
     """Load a file or folder as users do; return False if DataError refuses it.
 
     Raises:
@@ -169,21 +170,21 @@ def load_case(path: Path) -> bool:
     """
     try:
         if path.is_dir():
-            data = load_dataset(str(path), multiple=(4, 4), workers=2)
-            again = load_dataset(str(path), multiple=(4, 4), workers=2)
+            data = load_dataset(str(path), multiple=(4, 4), workers=2, reading=reading)
+            again = load_dataset(str(path), multiple=(4, 4), workers=2, reading=reading)
             assert (again.files, again.fingerprint, again.notices) == (data.files, data.fingerprint, data.notices)
             slices, affines, size = data.train, [data.affine], data.slice_size
             assert all(notice.isprintable() for notice in data.notices)
             assert len(slices) >= 2 and set(slices.names) < set(data.files)
-            assert np.isfinite(data.scale) and data.scale > 0
+            assert np.isfinite([data.low, data.scale]).all() and data.scale > data.low
         else:
-            slices, affines, _ = read_slices([path], SIZE)
+            slices, affines, _ = read_slices([path], SIZE, reading)
             size = SIZE
     except DataError as refusal:
         assert str(refusal).isprintable() and len(str(refusal)) < 1000, "the message is not one line"
         return False
     assert slices.pixels.dtype == np.uint8 and slices.pixels.shape == (len(slices), *size)
-    assert np.isfinite(slices.scales).all() and (slices.scales > 0).all()
+    assert np.isfinite([slices.lows, slices.scales]).all() and (slices.scales > slices.lows).all()
     for affine in affines:
         assert np.isfinite(affine).all()
         nibabel.Nifti1Image(slices.pixels[0], affine)

@@ -6,7 +6,7 @@ import torch
 
 import anatomy
 import faults
-from anatomy import Collages, Matcher, Reference, blend, blur, cut_blocks, gather_pool, tail_test
+from anatomy import Collages, Matcher, Reference, blend, cut_blocks, gather_pool, tail_test
 
 SIZE = (32, 16)
 PATIENTS, HEIGHTS = 40, 6
@@ -58,16 +58,6 @@ def test_feathered_seams_change_nothing_far_away():
     assert joined[:8].tolist() == [-1] * 8 and joined[-8:].tolist() == [1] * 8
     assert -1 < joined[15] < 0 < joined[16] < 1
     assert (joined.diff() >= -1e-6).all()
-
-
-def test_blur_is_gaussian():
-    picture = torch.zeros(1, 1, 41, 41)
-    picture[0, 0, 20, 20] = 1
-    blurred = blur(picture, 2.0)[0, 0]
-    offsets = torch.arange(-20, 21.0)
-    assert blurred.sum() == pytest.approx(1)
-    assert (blurred.sum(0) * offsets**2).sum() == pytest.approx(4, rel=0.05)
-    torch.testing.assert_close(blurred, blurred.T)
 
 
 def test_shuffled_patches_are_the_same_pixels(training):

@@ -183,7 +183,7 @@ def test_a_damaged_config_is_a_run_error(tmp_path, content, begin):
         (("slice_size",), [10**6, 10**6], "slice_size.0 cannot be 1000000"),
         (("slice_size",), [64], "slice_size.1 is missing"),
         (("slice_size",), None, "slice_size cannot be None"),
-        (("intensity", "scale"), 0, "intensity.scale cannot be 0"),
+        (("intensity", "scale"), 0, "intensity cannot have scale 0.0 and low 0.0"),
         (("intensity", "scale"), float("nan"), "intensity.scale cannot be nan"),
         (("intensity",), 7, "intensity cannot be 7"),
         (("affine",), np.eye(4).tolist()[:3], "affine.3 is missing"),

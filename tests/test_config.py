@@ -21,6 +21,13 @@ DEFAULTS = TrainConfig().model_dump(mode="json")
 
 
 TEXTS = ("init", "pattern")
+OTHER_VALUES = {
+    "axis": (["1"], 1),
+    "pixel_size": (["0.8"], 0.8),
+    "crop": (["body"], "body"),
+    "intensity": (["zscore"], "zscore"),
+    "window": (["-160", "240.5", "--intensity", "window"], [-160, 240.5]),
+}
 
 
 def flag(name):
@@ -34,8 +41,8 @@ def another_value(name):
         return ["other"], "other"
     if name == "slice_size" or isinstance(default, list):
         return ["48", "24"], [48, 24]
-    if name == "axis":
-        return ["1"], 1
+    if name in OTHER_VALUES:
+        return OTHER_VALUES[name]
     value = default + 1 if isinstance(default, int) else round(default * 0.5 + 0.001, 6)
     return [str(value)], value
 
@@ -51,7 +58,9 @@ def test_each_hyper_parameter_is_recorded_and_must_not_change_on_resuming(name):
     options = train.parse_options([flag(name), *text])
     recorded = options.model_dump(mode="json")
     assert recorded[name] == value
-    assert {key for key in recorded if recorded[key] != DEFAULTS[key]} == {name}
+    assert {key for key in recorded if recorded[key] != DEFAULTS[key]} == {name} | {"intensity"} & {
+        part[2:] for part in text
+    }
     assert parse_json(TrainConfig, json.dumps(recorded)) == options
     with pytest.raises(RunError, match=rf"{flag(name)} was .*, is "):
         checkpoints.check_same_options(Path("run"), TrainConfig(), options)
@@ -88,8 +97,26 @@ def test_options_override_the_preset_and_the_preset_the_defaults():
 def test_train_config_is_immutable_and_refuses_unknown_options():
     with pytest.raises(ValidationError):
         TrainConfig().updates = 7
-    with pytest.raises(ValidationError):
+    with pytest.raises(RunError, match="colour is unknown"):
         configure({"colour": "blue"})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"intensity": "window"},
+        {"window": (0, 1)},
+        {"intensity": "zscore", "window": (0, 1)},
+        {"intensity": "window", "window": (5, 5)},
+        {"intensity": "window", "window": (1e9 - 1, 1e9)},  # equal in float32
+    ],
+)
+def test_a_window_needs_its_intensity_and_two_limits_in_order(options, error_line):
+    message = "--intensity window needs --window LOW HIGH, and no other --intensity has a window"
+    with pytest.raises(RunError, match=message):
+        configure(options)
+    given = [text for name, value in options.items() for text in (flag(name), *str(value).strip("()").split(", "))]
+    assert message in error_line("train.py", given)
 
 
 @pytest.mark.parametrize(

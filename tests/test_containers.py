@@ -11,13 +11,15 @@ from slice_files import message, picture, write, write_cases, write_volume
 
 import containers
 import nifti
-from dataset import load_dataset, read_slices
+from dataset import denormalize, load_dataset, read_slices
+from files import Reading
 
 pytestmark = pytest.mark.usefixtures("cache")
 OBLIQUE = nib.affines.from_matvec(
     np.array([[0.940, -0.342, 0], [0.337, 0.925, -0.174], [0.059, 0.163, 0.985]]) @ np.diag([-0.8, 0.9, 3]),
     [11, -20, 30],
 )
+LPS = np.diag([-1, -1, 1, 1])
 FORMATS = ("mha", "mhd", "nrrd", "dcm")
 
 
@@ -56,6 +58,13 @@ def write_itk(sitk, path, volume):
     return os.path.join(folder, "")
 
 
+def orthonormal(affine):
+    """The affine with its axes at right angles to the last digit, as ITK requires."""
+    spacing = nib.affines.voxel_sizes(affine)
+    left, _, right = np.linalg.svd(affine[:3, :3] / spacing)
+    return nib.affines.from_matvec(left @ right * spacing, affine[:3, 3])
+
+
 def stamp(path):
     return nifti.describe_stats([os.stat(part) for part in containers.parts_of(path)])
 
@@ -81,6 +90,36 @@ def test_values_and_affine_are_those_of_the_volume(tmp_path, sitk, ending):
     shape, grid = containers.read_grid(path)
     assert shape == (8, 6, 5)
     np.testing.assert_allclose(grid, affine)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("pixel_size", [None, 0.6, 1.3])
+@pytest.mark.parametrize("codes", ["RAS", "PIR", "LSA"])
+def test_simpleitk_reads_what_is_written_at_the_same_place(tmp_path, sitk, axis, pixel_size, codes):
+    """A slice of a volume, resampled or not, has at each physical point the value of the volume there."""
+    shape, volume = (24, 20, 16), orthonormal(OBLIQUE)
+    smooth = np.sin(np.indices(shape) / np.reshape([4, 5, 6], (3, 1, 1, 1))).sum(0) * 100 + 300
+    turn = nib.orientations.ornt_transform(nib.io_orientation(volume), nib.orientations.axcodes2ornt(codes))
+    nib.save(nib.Nifti1Image(smooth.astype(np.float32), volume).as_reoriented(turn), tmp_path / "case_1.nii")
+    source = sitk.ReadImage(str(tmp_path / "case_1.nii"), sitk.sitkFloat64)
+    slices, affines, _ = read_slices([tmp_path / "case_1.nii"], (32, 32), Reading(axis=axis, pixel_size=pixel_size))
+    grey = denormalize(slices.batch([7])[0, 0], slices.scales[7])
+    (tmp_path / "slice.nii.gz").write_bytes(nifti.encode_slice(grey, affines[7]))
+    written = sitk.ReadImage(str(tmp_path / "slice.nii.gz"))
+    assert written.GetDimension() == 3 and written.GetSize() == (32, 32, 1)
+    if pixel_size:
+        np.testing.assert_allclose(written.GetSpacing()[:2], pixel_size, rtol=1e-5)
+    compared = 0
+    for row, column in np.ndindex(32, 32):
+        point = written.TransformIndexToPhysicalPoint((row, column, 0))
+        ours = LPS @ affines[7] @ (row, column, 0, 1)
+        np.testing.assert_allclose(point, ours[:3], atol=1e-3)
+        inside = source.TransformPhysicalPointToContinuousIndex(point)
+        if all(1 <= place <= side - 2 for place, side in zip(inside, source.GetSize())):
+            expected = source.EvaluateAtPhysicalPoint(point, sitk.sitkLinear)
+            assert written.GetPixel(row, column, 0) == pytest.approx(min(expected, slices.scales[7]), abs=12)
+            compared += 1
+    assert compared > 100
 
 
 @pytest.mark.parametrize("ending", FORMATS)

@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from mutated_files import largest, load_case, make_case
+from nibabel.affines import apply_affine
 from slice_files import (
     AFFINE,
     big_endian,
@@ -36,7 +37,9 @@ from slice_files import (
 import dataset
 from dataset import DataError, batch_indices, denormalize, describe_changes, load_dataset, read_slices
 from files import Reading
-from nifti import encode_slice
+from intensity import Limits, to_grey
+from nifti import encode_slice, read_image
+from volumes import cut_volume
 
 pytestmark = pytest.mark.usefixtures("cache")
 ROOT = Path(__file__).parents[1]
@@ -96,6 +99,12 @@ def test_mutated_files_load_or_are_refused(tmp_path):
     """A short form of `python tests/campaign.py files`."""
     loaded = sum(load_case(make_case(seed, tmp_path / str(seed))) for seed in range(200))
     assert 20 <= loaded <= 180
+
+
+def test_mutated_files_are_resampled_cropped_and_standardised_or_refused(tmp_path):
+    reading = Reading(pixel_size=1.3, crop="body", intensity="zscore")
+    loaded = sum(load_case(make_case(seed, tmp_path / str(seed)), reading) for seed in range(200, 300))
+    assert 10 <= loaded <= 90
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real slices are not here")
@@ -159,13 +168,14 @@ def test_added_removed_and_altered_files_are_listed():
 @given(
     arrays(np.float32, (3, 4), elements=st.floats(0, 2000, width=32)),
     st.floats(1, 1000, width=32),
+    st.floats(-1000, 0.5, width=32),
 )
-def test_denormalize_inverts_intensity_scaling(values, scale):
-    stored = np.rint(np.clip(values, 0, scale) / scale * 255).astype(np.uint8)
-    slices = dataset.Slices(stored[None], ["a"], [None], np.zeros(1), np.array([scale]))
-    back = denormalize(slices.batch([0]), scale)
+def test_denormalize_inverts_intensity_scaling(values, scale, low):
+    stored = to_grey(values, Limits(np.float32(low), np.float32(scale)))
+    slices = dataset.Slices(stored[None], ["a"], [None], np.zeros(1), np.array([scale]), np.array([low]))
+    back = denormalize(slices.batch([0]), scale, low)
     assert back.dtype == np.float32
-    np.testing.assert_allclose(back[0, 0], np.clip(values, 0, scale), atol=scale / 255)
+    np.testing.assert_allclose(back[0, 0], np.clip(values, low, scale), atol=(scale - low) / 255)
     assert denormalize(np.array([-1.0, 1.0]), scale).tolist() == [0, np.float32(scale)]
 
 
@@ -664,7 +674,7 @@ def test_different_pixel_sizes_are_reported(data):
     for case, affine in enumerate((scaled(0.8, 0.8), scaled(0.8, 0.8), scaled(1.5, 1.5), scaled(0.81, 0.8))):
         write_cases(data / "train", (case,), affine=affine)
     write_cases(data / "val", (8,), affine=scaled(0.4, 0.4), slices=20)
-    kept = "slices are not resampled, and samples are written with the most common size, 0.8x0.8 mm"
+    kept = "--pixel-size resamples them; without it, samples are written with the most common size, 0.8x0.8 mm"
     expected = f"warning: pixel sizes differ, from 0.4x0.4 to 1.5x1.5 mm: {kept}"
     assert load_dataset(str(data)).notices == [expected]
     assert load_dataset(str(data)).notices == [expected]  # from the cache
@@ -1050,7 +1060,7 @@ def test_samples_lie_where_the_slices_of_volumes_lie(data, axis):
             voxel = np.rint(nib.affines.apply_affine(np.linalg.inv(volume.affine), point)).astype(int)
             np.testing.assert_allclose(nib.affines.apply_affine(volume.affine, voxel), point, atol=1e-4)
             expected = min(voxels[tuple(voxel)], scale)
-            assert sample.get_fdata()[row, column] == pytest.approx(expected, abs=float(scale) / 400)
+            assert sample.get_fdata()[row, column, 0] == pytest.approx(expected, abs=float(scale) / 400)
             seen += 1
     assert seen > 200
 
@@ -1122,3 +1132,185 @@ def test_large_volumes_are_decoded_one_at_a_time(data, monkeypatch):
     monkeypatch.setattr(dataset, "LARGE_VOLUME", 100)
     load_dataset(str(data), workers=4)
     assert most == [1] * 5
+
+
+# ---------------------------------------------------------------- pixel size, crop and intensity
+
+
+def phantom_body(shape, affine, shift=(0.0, 0.0), brightness=100.0):
+    """An ellipse with semi-axes of 30 and 20 mm about the physical point (shift, 0), and air around it."""
+    places = apply_affine(affine, np.stack([*np.indices(shape), np.zeros(shape)], -1))[..., :2] - shift
+    inside = ((places / (30, 20)) ** 2).sum(-1) < 1
+    return np.where(inside, brightness * (1 + 0.2 * np.sin(places[..., 0] / 8)), 0).astype(np.float32)
+
+
+def read_nifti(path):
+    return read_image(path, path.stat().st_size, path.stat().st_mtime_ns)
+
+
+def centred(rows, columns, shape):
+    """The affine of slices with pixels of rows x columns mm, whose middle is the physical origin."""
+    steps = np.diag([rows, columns, 3, 1.0])
+    steps[:2, 3] = -(np.array(shape) - 1) / 2 * (rows, columns)
+    return steps
+
+
+def write_bodies(data, grids=((0.8, 0.8, (100, 80)), (1.6, 1.2, (50, 60)), (0.5, 1.0, (160, 70))), **options):
+    """Write the same body, in a volume of three slices a case, with other pixels for each case."""
+    for case, (rows, columns, shape) in enumerate(grids, 1):
+        affine = centred(rows, columns, shape)
+        volume = np.stack([phantom_body(shape, affine, **options)] * 3, -1)
+        for split, number in (("train", case), ("val", case + 10)):
+            (data / split).mkdir(parents=True, exist_ok=True)
+            nib.save(nib.Nifti1Image(volume * np.float32([1, 0.9, 0.8]), affine), data / split / f"case_{number}.nii")
+
+
+def test_pixel_size_makes_patients_comparable(data):
+    write_bodies(data)
+    apart = load_dataset(str(data))
+    assert has_notice(apart, "pixel sizes differ, from 0.5x1 to 1.6x1.2 mm", "--pixel-size")
+    together = load_dataset(str(data), reading=Reading(pixel_size=1.0))
+    assert together.slice_size == (80, 72)
+    assert not has_notice(together, "pixel sizes")
+    np.testing.assert_allclose(np.abs(together.affine[:3, :3]), np.diag([1, 1, 3]), atol=1e-6)
+    first, *others = (together.train.batch([row])[0, 0].numpy() for row in (0, 3, 6))
+    for other in others:
+        assert np.abs(other - first).mean() < 0.03
+    first, *others = (apart.train.batch([row])[0, 0].numpy() for row in (0, 3, 6))
+    assert min(np.abs(other - first).mean() for other in others) > 0.15
+
+
+def test_without_a_slice_size_it_is_that_after_resampling(data):
+    write_bodies(data, grids=[(0.8, 0.8, (100, 80))] * 3)
+    loaded = load_dataset(str(data), reading=Reading(pixel_size=2.0), multiple=(4, 4))
+    assert loaded.slice_size == (40, 32)
+    assert load_dataset(str(data), (32, 32), (4, 4), reading=Reading(pixel_size=2.0)).slice_size == (32, 32)
+
+
+def test_resampled_and_cropped_slices_lie_where_their_features_lie(data):
+    """The brightness has its centre at the same physical point in the file and, by the affines, in what is read."""
+    affine = centred(0.5, 1.0, (160, 70))
+    pixels = phantom_body((160, 70), affine, shift=(9.0, -6.0))
+    path = write(data / "case_001_slice_1.nii", pixels, affine)
+    for reading in (Reading(pixel_size=1.3), Reading(pixel_size=0.7, crop="body"), Reading(crop="body")):
+        slices, (own,), _ = read_slices([path], (144, 80), reading)
+        grey = slices.pixels[0] / 255 * float(slices.scales[0])
+        points = apply_affine(own, np.stack([*np.indices(grey.shape), np.zeros(grey.shape)], -1))
+        centre = (points * grey[..., None]).sum((0, 1)) / grey.sum()
+        expected = apply_affine(affine, np.stack([*np.indices(pixels.shape), np.zeros(pixels.shape)], -1))
+        clipped = np.minimum(pixels, slices.scales[0])
+        np.testing.assert_allclose(centre, (expected * clipped[..., None]).sum((0, 1)) / clipped.sum(), atol=0.1)
+
+
+def test_crop_body_centres_the_whole_volume_on_the_body(data):
+    affine = centred(1.0, 1.0, (120, 90))
+    for case, shift in enumerate([(20.0, 10.0), (-15.0, 0.0), (0.0, -12.0)], 1):
+        volume = np.stack([phantom_body((120, 90), affine, shift)] * 2, -1)
+        volume[..., 1] = np.where(np.indices((120, 90))[0] < 60 + shift[0], volume[..., 1], 0)  # half a body
+        for split, number in (("train", case), ("val", case + 10)):
+            (data / split).mkdir(parents=True, exist_ok=True)
+            nib.save(nib.Nifti1Image(volume, affine), data / split / f"case_{number}.nii")
+    body, centre = (load_dataset(str(data), (80, 64), reading=Reading(crop=crop)) for crop in ("body", "centre"))
+    assert has_notice(body, "of 120x90 cropped or padded about the body to 80x64")
+    for row in (0, 2, 4):
+        whole, half = (body.train.pixels[row + i] > 30 for i in (0, 1))
+        np.testing.assert_allclose(np.argwhere(whole).mean(0), (39.5, 31.5), atol=1)
+        assert (half <= whole).all() and half.any()  # moved alike
+    assert not (centre.train.pixels[0] == body.train.pixels[0]).all()
+
+
+def test_padding_has_the_grey_of_air(data):
+    image = np.pad(picture(1, (60, 40)), ((0, 0), (10, 0)))
+    path = write(data / "case_001_slice_1.nii", image)
+    slices, *_ = read_slices([path], (80, 50), Reading(intensity="zscore"))
+    (grey,) = np.unique(slices.pixels[0, :10])
+    assert 0 < grey < 128 and (slices.pixels[0, 10:70, :10] == grey).all()
+    ct = write(data / "case_002_slice_1.nii", phantom_body((60, 50), np.eye(4)) - 1000, np.eye(4))
+    slices, *_ = read_slices([ct], (80, 50), Reading(intensity="window", window=(-990, -900)))
+    assert not slices.pixels[0, :8].any()
+
+
+@pytest.mark.parametrize(
+    "reading", [Reading(intensity="zscore"), Reading(intensity="window", window=(-50, 90))], ids=["zscore", "window"]
+)
+def test_other_intensities_are_undone_to_the_values_of_the_files(data, reading):
+    write_bodies(data, grids=[(1.0, 1.0, (80, 60))] * 3)
+    loaded = load_dataset(str(data), reading=reading)
+    assert loaded.low == np.median(loaded.train.lows) and loaded.scale == np.median(loaded.train.scales)
+    assert loaded.low < loaded.scale and loaded.low != 0
+    values = denormalize(loaded.train.batch([0])[0, 0], loaded.train.scales[0], loaded.train.lows[0])
+    stored = cut_volume(read_nifti(data / "train" / "case_1.nii"), 2)[0].image
+    low, high = loaded.train.lows[0], loaded.train.scales[0]
+    np.testing.assert_allclose(values, np.clip(stored, low, high), atol=(high - low) / 255 / 2 * 1.01)
+
+
+@pytest.mark.parametrize(("slope", "offset"), [(3.5, 0), (1, 400), (2, -1024), (0.01, 7)])
+def test_a_scanners_slope_and_offset_change_no_z_score(data, slope, offset):
+    """Nor where the body is found, or the grey level around the slices."""
+    affine = centred(1.0, 1.0, (80, 60))
+    noise = np.random.default_rng(0).normal(5, 2, (80, 60))
+    values = phantom_body((80, 60), affine, shift=(9.0, -4.0)) + noise
+    values[3, 3] = -300  # an artefact
+    one, other = (
+        write(data / f"case_00{i}_slice_1.nii", (values * a + b).astype(np.float32), affine)
+        for i, (a, b) in enumerate([(1, 0), (slope, offset)])
+    )
+    slices, affines, _ = read_slices([one, other], (88, 64), Reading(crop="body", intensity="zscore"))
+    np.testing.assert_allclose(slices.pixels[1].astype(int), slices.pixels[0].astype(int), atol=1)
+    np.testing.assert_allclose(affines[1], affines[0])
+    np.testing.assert_allclose(affines[0][:2, 3], np.array([9.0, -4.0]) - (43.5, 31.5), atol=1)
+
+
+def test_windows_that_show_nothing_are_reported(data):
+    write_bodies(data)
+    loaded = load_dataset(str(data), reading=Reading(intensity="window", window=(500, 900)))
+    assert has_notice(loaded, "warning: 18 nearly black slices: few values of their volumes lie in the --window")
+
+
+def test_volumes_below_0_can_be_windowed_or_standardised(data):
+    for case in (1, 2, 3):
+        write_cases(data, (case,), slices=1, image=picture(case, (40, 30)) - 1000)
+    assert "no values above 0" in message(load_dataset, str(data))
+    for reading in (Reading(intensity="window", window=(-1000, -900)), Reading(intensity="zscore")):
+        loaded = load_dataset(str(data), reading=reading)
+        assert np.ptp(loaded.train.pixels) > 140 and not has_notice(loaded, "warning")
+
+
+def test_each_reading_has_its_own_cache_entry(data, monkeypatch):
+    write_bodies(data, shift=(8.0, 3.0))
+    readings = [
+        Reading(),
+        Reading(pixel_size=1.0),
+        Reading(pixel_size=1.1),
+        Reading(crop="body"),
+        Reading(intensity="zscore"),
+        Reading(intensity="window", window=(0, 90)),
+        Reading(intensity="window", window=(0, 110)),
+    ]
+    loaded = [load_dataset(str(data), (64, 64), reading=reading) for reading in readings]
+    assert len({one.train.pixels.tobytes() for one in loaded}) == len(readings)
+    monkeypatch.setattr(dataset, "read_file", None)
+    for reading, first in zip(readings, loaded):
+        again = load_dataset(str(data), (64, 64), reading=reading)
+        np.testing.assert_array_equal(again.train.pixels, first.train.pixels)
+        np.testing.assert_array_equal(again.train.lows, first.train.lows)
+        assert (again.low, again.scale, again.notices) == (first.low, first.scale, first.notices)
+
+
+def test_pixels_so_small_that_slices_grow_too_large_are_refused(data):
+    write_cases(data, (1, 2), affine=np.diag([1e6, 1e6, 1, 1]))
+    refused = message(load_dataset, str(data), reading=Reading(pixel_size=0.01))
+    assert "would have 800000000x600000000 pixels of --pixel-size 0.01: each side must be 1 to 2048" in refused
+
+
+def test_slices_smaller_than_half_a_pixel_are_refused(data):
+    write_cases(data, (1, 2), affine=np.diag([1e-5, 1, 1, 1]))
+    assert "would have 0x60 pixels of --pixel-size 0.1" in message(
+        load_dataset, str(data), reading=Reading(pixel_size=0.1)
+    )
+
+
+def test_the_phantom_is_resampled_and_scaled_like_other_data(cache):
+    loaded = load_dataset("phantom", (32, 16), reading=Reading(pixel_size=10.0, intensity="zscore"))
+    np.testing.assert_allclose(nib.affines.voxel_sizes(loaded.affine)[:2], 10)
+    assert loaded.low < 0 < loaded.scale

@@ -8,6 +8,7 @@ import math
 import re
 import shutil
 import tempfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -459,10 +460,18 @@ def test_a_split_with_too_few_slices_is_refused(evaluated, trained, tmp_path, mo
         evaluated(num=6)
 
 
+def test_the_data_are_read_as_in_training(prepared):
+    given = SimpleNamespace(run=prepared.run, data=None, split="test", self_test=False)
+    config = read_config(prepared.run)
+    data = evaluate.training_data(given, config)
+    assert data.slice_size == (48, 24) and (data.low, data.scale) == (config.intensity.low, config.intensity.scale)
+    np.testing.assert_allclose(data.affine, config.affine)
+
+
 def test_selected_slices_keep_their_patients():
     pixels = np.arange(3, dtype=np.uint8)[:, None, None] * np.ones((4, 4), np.uint8)
     cases = ["case_004", None, "sub_001"]
-    slices = Slices(pixels, ["a", "b", "c"], cases, np.zeros(3, np.float32), np.ones(3, np.float32))
+    slices = Slices(pixels, ["a", "b", "c"], cases, *np.float32([[0] * 3, [1] * 3, [0] * 3]))
     selected = evaluate.select(slices, np.array([2, 1]), torch.device("cpu"))
     assert selected.cases == ["sub_001", None]
     assert torch.equal(selected.slices, slices.batch([2, 1]))

@@ -11,6 +11,7 @@ from slice_files import AFFINE, picture, write, write_cases, write_volume
 
 import dataset
 import inspection
+from files import Reading
 
 pytestmark = pytest.mark.usefixtures("cache")
 ROOT = Path(__file__).parents[1]
@@ -55,6 +56,7 @@ def test_what_was_found_is_printed(data, inspect, caplog):
         "directions of rows and columns: RA (11 slices), LP (10, as case_007)",
         "axes of the volumes as stored: PIR (1 volume), RAS (1, as test/case_8.nii.gz)",
         "other files, not read: 2 (.txt: 1, .tar.gz: 1)",
+        "networks see 8x8 pixels of 0.8x0.9 mm about the middle of each slice",
     ]
     assert lines[-2].startswith("intensities: 0 is black; the 99.5th percentile of a volume, ")
     assert any("pixel sizes differ" in line for line in caplog.messages)
@@ -110,6 +112,24 @@ def test_an_axis_is_taken_as_in_training(data, inspect):
     assert "pixel sizes and distances in mm: 0.9x3x0.8 (16 slices), 0.8x0.9x3 (9, as case_001), 0.5x0.9x3" in lines[3]
 
 
+def test_pixel_size_crop_intensity_and_slice_size_are_those_of_training(data, inspect, caplog):
+    write_mixture(data)
+    lines, sheet, _ = inspect(data, "--pixel-size", "0.4", "--crop", "body", "--intensity", "zscore")
+    assert "slice sizes with pixels of 0.4 mm: 16x13 (19 slices), 12x13 (2, as case_004)" in lines
+    assert "networks see 16x12 pixels of 0.4x0.4 mm about the middle of the body" in lines
+    assert lines[-2].startswith("intensities: the mean of a volume's body minus 3 standard deviations, -")
+    assert not any("pixel sizes differ" in line for line in caplog.messages)
+    reading = Reading(pixel_size=0.4, crop="body", intensity="zscore")
+    loaded = dataset.load_dataset(str(data), multiple=(4, 4), reading=reading)
+    np.testing.assert_array_equal(sheet["case_008, test"], loaded.test.batch([2])[0, 0])
+    lines, sheet, _ = inspect(data, "--intensity", "window", "--window", "-5", "50", "--slice-size", "8", "12")
+    assert lines[-3:-1] == [
+        "networks see 8x12 pixels of 0.8x0.9 mm about the middle of each slice",
+        "intensities: -5 is black, 50 is white",
+    ]
+    assert sheet["case_008, test"].shape == (8, 12)
+
+
 def test_the_command_writes_a_sheet_and_fills_the_cache_of_a_training(data, tmp_path, monkeypatch):
     write_mixture(data)
     sheet = tmp_path / "sheet.png"
@@ -130,5 +150,6 @@ def test_mistakes_are_one_line(data, tmp_path, error_line):
     write_mixture(data)
     assert "cannot be written" in error_line("dataset.py", [str(data), "--out", "/proc/none/sheet.png"])
     assert "3 is not at least 0 and at most 2" in error_line("dataset.py", [str(data), "--axis", "3"])
+    assert "--intensity window needs --window LOW HIGH" in error_line("dataset.py", [str(data), "--window", "1", "2"])
     write(data / "train" / "case_9.nii", picture(1, (8, 6, 5, 2)), AFFINE)
     assert "1 of 14 files cannot be used: train/case_9.nii: has shape" in error_line("dataset.py", [str(data)])

@@ -121,7 +121,7 @@ def test_an_encoded_slice_reads_back(tmp_path):
     np.testing.assert_array_equal(image, picture(1))
     np.testing.assert_allclose(affine, OBLIQUE, rtol=1e-6)
     written = nib.load(path)
-    assert written.shape == (8, 6) and written.get_data_dtype() == np.float32
+    assert written.shape == (8, 6, 1) and written.get_data_dtype() == np.float32
     assert written.header.get_xyzt_units()[0] == "mm"
 
 

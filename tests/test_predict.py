@@ -10,6 +10,7 @@ import weakref
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,14 +19,17 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread
+from PIL import Image
 from tampering import judge_run, tamper
 from trainings import WEIGHTS, arguments
 
 import predict
+import samples
 from checkpoints import Run, lock_run, read_config, save_tensors, save_weights
 from config import Positions
 from console import RunError, printable
-from dataset import DataError
+from dataset import DataError, denormalize, load_dataset
+from files import Reading
 from metrics import reconstruction_metrics
 from modules import VQVAE, GatedPixelCNN, PriorConfig, VQVAEConfig
 from refiner import Refiner, RefinerConfig
@@ -47,8 +51,13 @@ def call(tmp_path, trained):
     return call
 
 
+def values_of(image):
+    """The values (H, W) of an image of one slice."""
+    return np.squeeze(image.get_fdata(), 2) if image.ndim == 3 else image.get_fdata()
+
+
 def pixels_of(folder, pattern="sample_*.nii.gz"):
-    return np.stack([nib.load(path).get_fdata() for path in sorted(folder.glob(pattern))])
+    return np.stack([values_of(nib.load(path)) for path in sorted(folder.glob(pattern))])
 
 
 def codes_of(folder):
@@ -71,12 +80,12 @@ def test_samples_have_the_affine_and_spacing_of_the_training_slices(call, traine
     original = nib.load(next((trained.data / "keras_slices_train").glob("*_slice_0.nii.gz")))
     for path in call(num=2).glob("*.nii.gz"):
         image = nib.load(path)
-        assert image.shape == (64, 32)
+        assert image.shape == (64, 32, 1)
         assert image.get_data_dtype() == np.float32
         np.testing.assert_allclose(image.affine, original.affine, atol=1e-4)
         np.testing.assert_allclose(image.affine, read_config(trained.run).affine, atol=1e-4)
-        assert image.header.get_zooms() == pytest.approx(original.header.get_zooms())
-        assert image.header.get_zooms() == pytest.approx((410 / 64, 205 / 32))
+        assert image.header.get_zooms()[:2] == pytest.approx(original.header.get_zooms())
+        assert image.header.get_zooms() == pytest.approx((410 / 64, 205 / 32, 3))
         assert nib.aff2axcodes(image.affine) == nib.aff2axcodes(original.affine)
         assert image.header.get_xyzt_units()[0] == "mm"
 
@@ -292,6 +301,29 @@ def test_parts_give_the_files_of_the_whole(call):
     assert parts == whole
 
 
+@pytest.mark.parametrize("ending", ["png", "npz"])
+def test_parts_in_other_formats_give_the_files_of_the_whole(call, monkeypatch, ending):
+    monkeypatch.setattr(samples, "SHARD", 3)
+    whole = content(call("whole", num=7, batch_size=2, format=ending))
+    for first, num in ((3, 4), (0, 3)):
+        folder = call("parts", first=first, num=num, batch_size=2, format=ending)
+    parts = content(folder)
+    named = f"sample*.{ending}"
+    assert {name for name in parts if fnmatch(name, named)} == {name for name in whole if fnmatch(name, named)}
+    assert all(parts[name] == whole[name] for name in whole if name != "codes.npy")
+
+
+def test_every_format_holds_the_same_samples(call, trained, monkeypatch, tmp_path):
+    intensity = read_config(trained.run).intensity
+    expected = pixels_of(call("nifti", num=3))
+    with np.load(call("npz", num=3, format="npz") / "samples_000000.npz") as arrays:
+        np.testing.assert_array_equal(arrays["slices"], expected.astype(np.float32))
+        np.testing.assert_array_equal(arrays["codes"], codes_of(tmp_path / "nifti"))
+    for path, pixels in zip(sorted(call("png", num=3, format="png").glob("*.png")), expected):
+        with Image.open(path) as picture:
+            np.testing.assert_allclose(np.asarray(picture).T / 65535 * intensity.scale, pixels, atol=0.02)
+
+
 def test_a_part_is_not_added_to_samples_of_other_settings(call):
     before = content(call("out", num=2))
     with pytest.raises(RunError, match="samples of other settings: choose another folder"):
@@ -349,9 +381,9 @@ def test_reconstruction_of_a_folder_keeps_scale_and_geometry(call, trained, tmp_
     for path, image in zip(sources, images):
         original, reconstruction = written(folder, path.name.split(".")[0])
         expected = clip_to_scale(image.get_fdata(), scale)
-        assert np.abs(original.get_fdata() - expected).max() <= scale / 255 / 2 * 1.001
+        assert np.abs(values_of(original) - expected).max() <= scale / 255 / 2 * 1.001
         for made in (original, reconstruction):
-            assert made.shape == (64, 32)
+            assert made.shape == (64, 32, 1)
             assert made.get_data_dtype() == np.float32
             np.testing.assert_allclose(made.affine, image.affine, atol=1e-4)
             assert 0 <= made.get_fdata().min() <= made.get_fdata().max() <= scale * 1.00001
@@ -371,7 +403,7 @@ def test_reported_ssim_and_psnr_agree_with_the_written_slices(call, trained, cap
     assert table[0].keys() == {"slice", "ssim", "psnr"}
     overall = reconstruction_metrics()
     for row in table:
-        pair = [torch.tensor(image.get_fdata()) for image in written(folder, Path(row["slice"]).name.split(".")[0])]
+        pair = [torch.tensor(values_of(image)) for image in written(folder, Path(row["slice"]).name.split(".")[0])]
         slices, reconstructions = (((x / scale) * 2 - 1)[None, None].float() for x in pair)
         values = reconstruction_metrics()(reconstructions, slices)
         assert float(row["ssim"]) == pytest.approx(values["ssim"].item(), abs=1e-4)
@@ -390,7 +422,7 @@ def test_reconstruction_of_single_files_keeps_their_order(call, trained):
     scale = np.percentile(nib.load(first).get_fdata(), 99.5)  # of the one file: no other of its volume is there
     original, _ = written(folder, first.name.split(".")[0])
     expected = clip_to_scale(nib.load(first).get_fdata(), scale)
-    assert np.abs(original.get_fdata() - expected).max() <= scale / 255 / 2 * 1.001
+    assert np.abs(values_of(original) - expected).max() <= scale / 255 / 2 * 1.001
     folder = call("two", reconstruct=[second, first])
     assert [Path(row["slice"]).name for row in table_of(folder)] == [second.name, first.name]
     assert len(list(folder.glob("*.nii.gz"))) == 4
@@ -404,7 +436,7 @@ def test_slices_of_another_size_are_centre_cropped(call, tmp_path):
     original, reconstruction = written(call("out", reconstruct=[tmp_path / "wide.nii.gz"]), "wide")
     scale = np.percentile(pixels, 99.5)
     expected = clip_to_scale(pixels[3:67, 4:36], scale)
-    assert np.abs(original.get_fdata() - expected).max() <= scale / 255 / 2 * 1.001
+    assert np.abs(values_of(original) - expected).max() <= scale / 255 / 2 * 1.001
     for image in (original, reconstruction):
         np.testing.assert_allclose(image.affine[:3, 3], affine[:3] @ (3, 4, 0, 1), atol=1e-4)
 
@@ -450,6 +482,42 @@ def test_input_slices_in_the_output_folder_are_never_removed(call, trained, tmp_
     except RunError as error:
         assert "--out" in str(error)
     assert source.read_bytes() == before
+
+
+# ---------------------------------------------------------------- resampled, cropped and scaled slices
+
+
+def test_samples_have_the_pixel_size_and_the_intensity_of_training(call, prepared):
+    config = read_config(prepared.run)
+    assert config.intensity.percentile is None and config.intensity.low < 0 < config.intensity.scale
+    folder = call(num=4, run=prepared.run)
+    for path in folder.glob("*.nii.gz"):
+        assert nib.load(path).header.get_zooms()[:2] == pytest.approx((8, 8))
+        np.testing.assert_allclose(nib.load(path).affine, config.affine, atol=1e-4)
+    pixels = pixels_of(folder)
+    tolerance = 1e-5 * config.intensity.scale
+    assert config.intensity.low - tolerance <= pixels.min() < 0
+    assert 0.2 * config.intensity.scale < pixels.max() <= config.intensity.scale + tolerance
+
+
+def test_reconstruction_reads_slices_as_training_did(call, prepared):
+    """The written originals are, in value and place, the training's own view of the slices."""
+    config = read_config(prepared.run)
+    folder = call("out", run=prepared.run, reconstruct=[prepared.data / "keras_slices_test"])
+    loaded = load_dataset(str(prepared.data), (48, 24), reading=Reading.of(config.options)).test
+    for row, name in enumerate(loaded.names):
+        original, _ = written(folder, Path(name).name.split(".")[0])
+        low, scale = loaded.lows[row], loaded.scales[row]
+        expected = denormalize(loaded.batch([row])[0, 0], scale, low)
+        np.testing.assert_allclose(values_of(original), expected, atol=1e-4 * scale)
+        source = nib.load(next(prepared.data.rglob(Path(name).name)))
+        brightness = []
+        for image in (source, original):
+            values = np.clip(values_of(image), 0, scale)
+            places = np.stack([*np.indices(values.shape), np.zeros(values.shape)], -1)
+            points = nib.affines.apply_affine(image.affine, places)
+            brightness.append((points * values[..., None]).sum((0, 1)) / values.sum())
+        np.testing.assert_allclose(*brightness, atol=1.5)  # mm, of pixels of 6.4 and 8
 
 
 # ---------------------------------------------------------------- unusual files

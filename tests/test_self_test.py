@@ -76,7 +76,7 @@ def test_self_test_draws_nothing_and_needs_no_weights(tested, tmp_path):
 def test_self_test_needs_no_particular_split(trained, monkeypatch):
     """Data without test slices, with the default --split."""
     data, config = load_dataset(str(trained.data), None, (4, 4), 0), read_config(trained.run)
-    nothing = Slices(data.test.pixels[:0], [], [], data.test.positions[:0], data.test.scales[:0])
+    nothing = Slices(data.test.pixels[:0], [], [], *3 * [data.test.positions[:0]])
     monkeypatch.setattr(evaluate, "load_dataset", lambda *_, **__: dataclasses.replace(data, test=nothing))
     given = SimpleNamespace(run=trained.run, data=None, split="test", self_test=True)
     assert len(evaluate.training_data(given, config).validate) == 4
@@ -88,7 +88,7 @@ def test_self_test_needs_no_particular_split(trained, monkeypatch):
 def some_slices(count, cases, seed=0):
     pixels = np.random.default_rng(seed).integers(0, 256, (count, 16, 16)).astype(np.uint8)
     names = [str(i) for i in range(count)]
-    return Slices(pixels, names, cases, np.linspace(0, 1, count, dtype=np.float32), np.ones(count, np.float32))
+    return Slices(pixels, names, cases, *np.linspace((0, 1, 0), (1, 1, 0), count, dtype=np.float32).T)
 
 
 def test_held_out_slices_of_both_splits_are_gathered_and_unknown_patients_kept_apart():
