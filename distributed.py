@@ -12,6 +12,7 @@ Where there is one process, as without torchrun, every function here does nothin
 import io
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -67,6 +68,7 @@ def processes() -> Iterator[None]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if with_gpus else "gloo", timeout=TIMEOUT)
     if not is_first():
         sys.stdout, logger.disabled = io.StringIO(), True
+        warnings.simplefilter("ignore")
     try:
         yield
     except UserError:
@@ -106,6 +108,8 @@ def connected() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if size() == 1 or isinstance(error, torch.OutOfMemoryError):
+            raise
         reason = summarise(error)
         raise RunError(f"another process has ended ({reason:.80}): the same command resumes") from error
 

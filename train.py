@@ -352,6 +352,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with distributed.processes():
         options = parse_options(arguments)
         device = distributed.together(lambda: pick_device(distributed.device_name(options.device)))
+        distributed.check_same("the kinds of devices, cpu or cuda,", device.type)
         distributed.from_first(partial(check_folder, "--run", options.run))
         distributed.from_first(partial(check_folder, "--images", options.images))
         side = options.downsampling

@@ -32,6 +32,8 @@ def evaluate_vqvae(model: VQVAE, batches: Iterable[Tensor]) -> tuple[dict[str, f
         counts += code_counts(codes, model.config.codebook_size)
         metrics.update(reconstructions, batch)
     distributed.add_up(counts)
+    with distributed.connected():  # torchmetrics adds up by itself
+        measured = {name: value.item() for name, value in metrics.compute().items()}
     *losses, total = distributed.add_up_numbers(*sums, count)
     reconstruction_loss, embedding_loss = (loss / total for loss in losses)
     used, perplexity = codebook_use(counts)
@@ -39,7 +41,7 @@ def evaluate_vqvae(model: VQVAE, batches: Iterable[Tensor]) -> tuple[dict[str, f
         "reconstruction_loss": reconstruction_loss,
         "embedding_loss": embedding_loss,
         "total_loss": reconstruction_loss + embedding_loss,
-        **{name: value.item() for name, value in metrics.compute().items()},
+        **measured,
         "codes_used": used,
         "perplexity": perplexity,
     }, counts
