@@ -1,23 +1,29 @@
-# ProstateVQ in a container, for a CPU or, with NVIDIA's container toolkit, a GPU:
+# ProstateVQ in a container, for the CPU or, with NVIDIA's container toolkit, for GPUs (driver 580 or later):
 #
-#     docker build -t prostatevq .                                       # CPU
-#     docker build -t prostatevq:cuda --build-arg TORCH=cu130 .          # GPU: driver 580 or later
-#     docker run --rm -v "$PWD/runs:/app/runs" -v "$PWD/images:/app/images" prostatevq train.py --preset demo
-#     docker run --rm --gpus all --shm-size 1g -v "$PWD/runs:/app/runs" -v /path/to/slices:/data:ro \
-#         prostatevq:cuda train.py --data /data --run runs/hipmri
+#     docker build -t prostatevq .
+#     docker build -t prostatevq:cuda --build-arg DEVICE=cuda .
+#
+#     mkdir -p runs images
+#     docker run --rm --user "$(id -u):$(id -g)" -v "$PWD/runs:/app/runs" -v "$PWD/images:/app/images" \
+#         prostatevq train.py --preset demo --run runs/demo
+#
+# On GPUs: `--gpus all --shm-size 1g`. Mount slices with `-v /path/to/slices:/data:ro` and add `--data /data`. Several
+# GPUs: `-m torch.distributed.run --nproc-per-node 4 -- train.py ...` in place of `train.py ...`.
 FROM python:3.12-slim
 
-# Which build of PyTorch: a folder of https://download.pytorch.org/whl.
-ARG TORCH=cpu
+ARG DEVICE=cpu
 
 WORKDIR /app
 COPY requirements.txt .
-RUN pip install --no-cache-dir --index-url "https://download.pytorch.org/whl/$TORCH" "$(grep '^torch==' requirements.txt)" \
-    && pip install --no-cache-dir -r requirements.txt
+# PyPI has the CUDA build of PyTorch, pytorch.org the CPU build, which is a tenth as large.
+RUN if [ "$DEVICE" = cpu ]; then \
+        pip install --no-cache-dir --index-url https://download.pytorch.org/whl/cpu "$(grep '^torch==' requirements.txt)"; \
+    fi && pip install --no-cache-dir -r requirements.txt
 COPY . .
 
-# Decoded slices; mount a folder here to keep them.
-ENV PROSTATEVQ_CACHE=/cache
+# Decoded slices are kept here: mount a folder to keep them longer than the container.
+RUN mkdir -m 1777 /cache
+ENV PROSTATEVQ_CACHE=/cache MPLCONFIGDIR=/tmp
 
 ENTRYPOINT ["python"]
 CMD ["train.py", "--help"]

@@ -116,7 +116,7 @@ class StopSignals:
     def check_together(self) -> None:
         """Raise SystemExit if a signal has come.
 
-        Of several processes, all raise it at the same call: the next but one after the signal came to one of them.
+        Of several processes, all raise it at the same call: the second one after a signal came to any of them.
         """
         if distributed.size() == 1:
             self.check()
@@ -131,6 +131,7 @@ class StopSignals:
             yield
         finally:
             self.is_deferred = False
+        self.requested = max(distributed.gather(self.requested))
         self.check()
 
 
