@@ -218,10 +218,10 @@ def in_turn(function: Callable[[], T]) -> T:
     return results[0]
 
 
-def check_same(what: str, value: object) -> None:
+def check_same(what: str, value: object, advice: str) -> None:
     """Raise RunError if a value differs between processes."""
     if len(set(gather(value))) > 1:
-        raise RunError(f"{what} differ between processes")
+        raise RunError(f"{what} differ between the processes: {advice}")
 
 
 class Poll:

@@ -524,8 +524,11 @@ class GatedPixelCNN(nn.Module):
         grid, device = (count, self.rows, self.columns), self.row_embedding.device
         replaced = torch.rand(count, 1, 1, device=device) * self.config.code_noise > torch.rand(grid, device=device)
         wrong_codes = torch.randint(self.config.codebook_size, grid, device=device)
-        kept, channels = 1 - self.config.dropout, (count, self.config.channels)
-        dropout = [torch.empty(channels, device=device).bernoulli_(kept) for _ in self.layers]
+        kept = 1 - self.config.dropout
+        dropout = [torch.ones(count, self.config.channels, device=device) for _ in self.layers]
+        if self.config.dropout:
+            for mask in dropout:
+                mask.bernoulli_(kept)
         return PriorNoise(replaced, wrong_codes, torch.stack(dropout, 1) / kept)
 
     @torch.inference_mode()

@@ -352,7 +352,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with distributed.processes():
         options = parse_options(arguments)
         device = distributed.together(lambda: pick_device(distributed.device_name(options.device)))
-        distributed.check_same("the kinds of devices, cpu or cuda,", device.type)
+        distributed.check_same("the devices", device.type, "give --device cuda, or cpu")
         distributed.from_first(partial(check_folder, "--run", options.run))
         distributed.from_first(partial(check_folder, "--images", options.images))
         side = options.downsampling
@@ -360,7 +360,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         load = partial(load_dataset, options.data, size, (side, side), options.seed, reading=Reading.of(options))
         with StopSignals() as stop:
             data = distributed.in_turn(load)
-            distributed.check_same(f"the files of --data {options.data}", data.fingerprint)
+            distributed.check_same("the slices", data.fingerprint, "give --data a folder that all machines share")
             log_notices(data.notices)
             if min(data.slice_size) < SMALLEST_SIDE:
                 size_found = f"slices of {data.slice_size} pixels are too small"

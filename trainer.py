@@ -297,7 +297,7 @@ class Trainer(Generic[Network]):
     def run_validation(self) -> None:
         """Validate, log, keep the best weights, and from time to time draw the figures."""
         checksum = distributed.checksum(self.learned_tensors().values())
-        distributed.check_same("the weights, which processors of one kind would compute alike,", checksum)
+        distributed.check_same("the weights", checksum, "let processors of one kind compute them")
         self.validation_pending = True
         values = self.validate()
         self.log("validate", values)

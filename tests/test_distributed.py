@@ -192,6 +192,13 @@ def test_parts_are_even_and_leave_nothing_out(monkeypatch, count, size):
     assert min(map(len, parts)) >= 1
 
 
+def test_processes_that_differ_are_refused(monkeypatch):
+    monkeypatch.setattr(distributed, "gather", lambda value: [value, 8])
+    distributed.check_same("the weights", 8, "advice")
+    with pytest.raises(distributed.RunError, match="the weights differ between the processes: advice"):
+        distributed.check_same("the weights", 7, "advice")
+
+
 def test_each_process_takes_the_gpu_of_its_number(monkeypatch):
     monkeypatch.setattr(distributed, "size", lambda: 3)
     monkeypatch.setattr(distributed, "local_rank", lambda: 1)

@@ -362,6 +362,7 @@ def test_dropout_scales_whole_channels():
     assert masks.shape == (300, len(prior.layers), prior.config.channels)
     assert set(masks.unique().tolist()) == {0, torch.tensor(1 / 0.75).item()}
     assert abs((masks == 0).float().mean() - 0.25) < 5 * (0.25 * 0.75 / masks.numel()) ** 0.5
+    assert (small_prior((6, 4), dropout=0.0).draw_noise(2).dropout == 1).all()
 
 
 def test_code_noise_changes_training_alone():
