@@ -1,4 +1,4 @@
-"""Random changes of training slices: left-right flips, and the augmentation that the prior is conditioned on."""
+"""Changes of training slices: left-right flips, and the augmentation that the prior is conditioned on."""
 
 import torch
 import torch.nn.functional as F
@@ -9,12 +9,9 @@ from torch import Tensor
 ROTATION, LOG_SCALE, SHIFT, LOG_GAMMA = 0.06, 0.05, 0.03, 0.15
 
 
-def random_flip(slices: Tensor, axis: int | None) -> Tensor:
-    """Flip slices (N, 1, H, W) along an axis with probability 1/2 each, as a pelvis is symmetric; None flips none."""
-    if axis is None:
-        return slices
-    flipped = torch.rand(len(slices), 1, 1, 1, device=slices.device) < 0.5
-    return torch.where(flipped, slices.flip(axis), slices)
+def flip(slices: Tensor, axis: int, chosen: Tensor) -> Tensor:
+    """Flip the `chosen` (N,) bool of slices (N, 1, H, W) along an axis: a pelvis is symmetric."""
+    return torch.where(chosen[:, None, None, None], slices.flip(axis), slices)
 
 
 def augment(slices: Tensor, parameters: Tensor) -> Tensor:

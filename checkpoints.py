@@ -384,6 +384,22 @@ class Run:
         return read_curves(self.path, stage)
 
 
+class NoRun(Run):
+    """In place of the run directory in all but the first of several processes: nothing is read or written."""
+
+    def __init__(self, path: Path):
+        self.path, self.checkpoint_path = path, path / "checkpoint.safetensors"
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        pass
+
+    def save_checkpoint(self, tensors: dict[str, Tensor], **header: Any) -> None:
+        pass
+
+    def log(self, stage: str, split: str, update: int, values: dict[str, float]) -> None:
+        pass
+
+
 def read_log(run: Path) -> list[LogLine]:
     """Return the lines of a run's metrics.jsonl. Raises RunError if one cannot be used."""
     path = run / "metrics.jsonl"

@@ -160,6 +160,13 @@ class TrainConfig(StrictModel):
     batch_divisor: Annotated[int, Ge(1), Le(MAX_BATCH_SIZE)] = option(
         DATA, 4, "prior and refiner take this fraction of a batch per update: more, smaller updates in the same time"
     )
+    accumulate: Annotated[int, Ge(1), Le(MAX_BATCH_SIZE)] = option(
+        DATA,
+        1,
+        "parts in which the slices of an update are computed, where a GPU's memory is too small for all at once; the "
+        "update stays the same",
+        free=True,
+    )
     augmentation: Annotated[float, Ge(0), Le(4)] = option(
         DATA, 1.0, "strength of the prior's augmentation: rotation, scaling, shift, gamma. 0 is none"
     )
@@ -228,6 +235,11 @@ class TrainConfig(StrictModel):
     patience: Annotated[int, Ge(0), Le(MOST_UPDATES)] = option(
         OPTIMISER, 0, "validations, 20 per stage, without a lower loss after which the stage ends; 0 ends none"
     )
+
+    @property
+    def small_batch_size(self) -> int:
+        """Return the slices per update of the prior and the refiner."""
+        return -(-self.batch_size // self.batch_divisor)
 
     @property
     def on_phantom(self) -> bool:

@@ -16,7 +16,7 @@ Lipman et al. 2023, Flow Matching for Generative Modeling, arXiv:2210.02747 (ref
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -123,13 +123,21 @@ def rows_per_chunk(rows: Tensor, size: int) -> int:
     return max(1, (GPU_CHUNK_LOGITS if rows.is_cuda else CHUNK_LOGITS) // size)
 
 
+class Share(NamedTuple):
+    """The share of a batch's latents that this process has; other processes have the others."""
+
+    start: int  # number of the first in the batch
+    batch: int  # number of latents of the whole batch
+    add_up: Callable[[Tensor], object]  # replaces a tensor by its sum over all processes
+
+
 class Codebook(nn.Module):
     """Vector quantiser: K embeddings of D numbers, each latent replaced by the nearest (arXiv:1711.00937, eq. 1 and 2).
 
-    The quantised axis is the last: latents (..., D) = (65536, 64) and K = 512 give codes (65536,). In training mode the
-    embeddings are an EMA of the latents assigned to them (there, appendix A.1). Cluster sizes start at one, together
-    with the sums, so an unused embedding keeps its place instead of being divided by zero. Dead codes, used less than
-    `dead_threshold` times the mean, are replaced by latents of the batch: without this the codebook collapses.
+    The quantised axis is the last: latents (..., D) = (65536, 64) and K = 512 give codes (65536,). The embeddings are
+    an EMA of the latents assigned to them (there, appendix A.1). Cluster sizes start at one, together with the sums, so
+    an unused embedding keeps its place instead of being divided by zero. Dead codes, used less than `dead_threshold`
+    times the mean, are replaced by latents of the batch: without this the codebook collapses.
     """
 
     embeddings: Tensor  # (K, D)
@@ -150,25 +158,34 @@ class Codebook(nn.Module):
         scores = (torch.addmm(half_norms, chunk, self.embeddings.T) for chunk in chunks)
         return torch.cat([chunk.argmax(1) for chunk in scores])
 
-    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the embeddings (M, D) that replace latents (M, D), and their codes (M,)."""
-        codes = self.nearest(latents)
-        embeddings = F.embedding(codes, self.embeddings)
-        if self.training:
-            self.ema_update(latents, codes)
-        return embeddings, codes
+    @torch.no_grad()
+    def ema_update(self, latents: Tensor, codes: Tensor, share: Share | None = None) -> None:
+        """Take one step of the EMA, then replace dead codes.
 
-    def ema_update(self, latents: Tensor, codes: Tensor) -> None:
-        """Take one step of the EMA, then replace dead codes."""
+        Args:
+            latents: (M, D), of a whole batch.
+            codes: Theirs (M,).
+            share: Given if latents and codes are a share of the batch: the step is then that of the whole batch.
+        """
         ones = torch.ones(len(codes), device=codes.device)
         sizes = torch.zeros_like(self.cluster_sizes).index_add_(0, codes, ones)  # bincount would synchronise a GPU
         sums = torch.zeros_like(self.sums).index_add_(0, codes, latents)
+        # The latents that take the place of dead codes; drawn for all codes, as counting would synchronise too.
+        chosen = torch.randint(share.batch if share else len(latents), self.cluster_sizes.shape, device=latents.device)
+        if share:
+            chosen = chosen - share.start
+            here = (chosen >= 0) & (chosen < len(latents))
+            drawn = torch.where(here[:, None], latents[chosen.where(here, 0)], 0)
+            statistics = torch.cat([sizes[:, None], sums, drawn], 1)
+            share.add_up(statistics)
+            sizes, sums, drawn = statistics[:, 0], *statistics[:, 1:].chunk(2, 1)
+        else:
+            drawn = latents[chosen]
         self.cluster_sizes.lerp_(sizes, 1 - self.decay)
         self.sums.lerp_(sums, 1 - self.decay)
         mean = self.cluster_sizes.mean()
         dead = self.cluster_sizes < self.dead_threshold * mean
         # A replaced code starts at the mean size: it has over 100 updates to find its use.
-        drawn = latents[torch.randint(len(latents), self.cluster_sizes.shape, device=latents.device)]
         self.cluster_sizes.copy_(torch.where(dead, mean, self.cluster_sizes))
         self.sums.copy_(torch.where(dead[:, None], mean * drawn, self.sums))
         self.embeddings.copy_(self.sums / self.cluster_sizes[:, None])
@@ -213,29 +230,30 @@ class VQVAE(nn.Module):
         )
         self.decoder = decoder(config)
 
-    def forward(self, slices: Tensor, quantise: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, slices: Tensor, quantise: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Encode, quantise and decode.
 
         The embedding loss is the commitment term of eq. 3, commitment_cost * |z - sg[e]|^2, a mean over latents and
-        dimensions. The codebook term |sg[z] - e|^2 is minimised by the EMA instead.
+        dimensions. The codebook term |sg[z] - e|^2 is minimised by `Codebook.ema_update` instead, which is left to the
+        caller.
 
         Args:
             slices: (N, 1, H, W) in [-1, 1].
             quantise: False passes the latents on as they are, to warm up the encoder; the embedding loss is then 0.
 
         Returns:
-            Reconstructions (N, 1, H, W), embedding loss () and codes (N, h, w).
+            Reconstructions (N, 1, H, W), embedding loss (), codes (N, h, w) and latents (N, h, w, D).
         """
-        z = self.latents(slices)  # (N, h, w, D)
+        z = self.latents(slices)
         if not quantise:
             codes = torch.zeros(z.shape[:3], dtype=torch.int64, device=z.device)
-            return self.decoder(z.permute(0, 3, 1, 2)).float(), z.new_zeros(()), codes
+            return self.decoder(z.permute(0, 3, 1, 2)).float(), z.new_zeros(()), codes, z.detach()
         with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
-            embeddings, codes = self.codebook(z.detach().flatten(0, 2))
-        e = embeddings.view_as(z)
+            codes = self.codebook.nearest(z.flatten(0, 2)).view(z.shape[:3])
+            e = F.embedding(codes, self.codebook.embeddings)
         embedding_loss = self.config.commitment_cost * F.mse_loss(z, e)
         straight_through = z + (e - z).detach()  # straight-through estimator: value of e, gradient of z
-        return self.decoder(straight_through.permute(0, 3, 1, 2)).float(), embedding_loss, codes.view(z.shape[:3])
+        return self.decoder(straight_through.permute(0, 3, 1, 2)).float(), embedding_loss, codes, z.detach()
 
     def latents(self, slices: Tensor) -> Tensor:
         """Return the encoder's output (N, h, w, D), float32, for slices (N, 1, H, W)."""
@@ -294,20 +312,20 @@ class GatedLayer(nn.Module):
     tanh(a) * sigmoid(b): cheaper, and the gradient does not vanish where a is large.
     """
 
-    def __init__(self, channels: int, rows: int, columns: int, left: int, dropout: float):
+    def __init__(self, channels: int, rows: int, columns: int, left: int):
         super().__init__()
         self.rows, self.columns, self.left = rows, columns, left
         self.vertical = nn.Conv2d(channels, 2 * channels, (2, 3), dilation=(rows, columns))
         self.link = nn.Conv2d(channels, 2 * channels, 1)
         self.horizontal = nn.Conv2d(channels, 2 * channels, (1, 2), dilation=(1, left), bias=False)
         self.output = nn.Conv2d(channels, channels, 1, bias=False)
-        self.dropout = nn.Dropout2d(dropout)  # whole channels: a mask per channel costs next to nothing
 
-    def forward(self, v: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Map both stacks (N, C, h, w) to both stacks."""
+    def forward(self, v: Tensor, h: Tensor, dropout: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Map both stacks (N, C, h, w) to both stacks; `dropout` (N, C) scales whole channels."""
         v = v + gated_linear_unit(self.vertical(F.pad(v, (self.columns, self.columns, self.rows, 0))))
         gates = self.horizontal(F.pad(h, (self.left, 0, 0, 0))) + self.link(v)  # (N, 2C, h, w)
-        return v, h + self.output(self.dropout(gated_linear_unit(gates)))
+        x = gated_linear_unit(gates)
+        return v, h + self.output(x if dropout is None else x * dropout[:, :, None, None])
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -344,6 +362,14 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: BackwardCFunction, scale: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, weight and bias."""
         return *(gradient * scale for gradient in ctx.saved_tensors), None, None
+
+
+class PriorNoise(NamedTuple):
+    """What is random in a training pass of the prior over N slices."""
+
+    replaced: Tensor  # (N, rows, columns) bool: which previous codes are wrong
+    wrong_codes: Tensor  # (N, rows, columns) int64, in their place
+    dropout: Tensor  # (N, layers, C): 0 for a channel that is dropped, 1 / (1 - dropout) for the others
 
 
 class GatedPixelCNN(nn.Module):
@@ -385,7 +411,7 @@ class GatedPixelCNN(nn.Module):
         depth = max(len(up), len(left), len(sideways), 1)
         up, left, sideways = (steps + [1] * (depth - len(steps)) for steps in (up, left, sideways))
         self.layers = nn.ModuleList(
-            GatedLayer(c, *steps, config.dropout) for steps in list(zip(up, sideways, left)) * config.dilation_cycles
+            GatedLayer(c, *steps) for steps in list(zip(up, sideways, left)) * config.dilation_cycles
         )
         self.head = nn.Sequential(
             nn.ReLU(),
@@ -433,10 +459,19 @@ class GatedPixelCNN(nn.Module):
         """
         return self.in_place(self.head[-1](self.features(self.in_order(codes), position, augmentation)))
 
-    def nll(self, codes: Tensor, position: Tensor, augmentation: Tensor | None = None) -> Tensor:
-        """Return the mean negative log-likelihood () in nats per code, the training loss; arguments as in `forward`."""
+    def nll(
+        self, codes: Tensor, position: Tensor, augmentation: Tensor | None = None, noise: PriorNoise | None = None
+    ) -> Tensor:
+        """Return the mean negative log-likelihood () in nats per code, the training loss.
+
+        Args:
+            codes: As in `forward`, like the next two.
+            position: (N,).
+            augmentation: (N, AUGMENTATIONS) or None.
+            noise: As in `features`.
+        """
         codes = self.in_order(codes)
-        rows = self.features(codes, position, augmentation).permute(0, 2, 3, 1).flatten(0, 2)
+        rows = self.features(codes, position, augmentation, noise).permute(0, 2, 3, 1).flatten(0, 2)
         output = cast(nn.Conv2d, self.head[-1])
         given = rows, output.weight[:, :, 0, 0], output.bias, codes.flatten(), torch.is_grad_enabled()
         return LinearCrossEntropy.apply(*given) / codes.numel()
@@ -454,10 +489,21 @@ class GatedPixelCNN(nn.Module):
         ]
         return self.in_place(torch.cat(nll).view(codes.shape))
 
-    def features(self, codes: Tensor, position: Tensor, augmentation: Tensor | None) -> Tensor:
-        """Return the features before the output layer (N, head_channels, rows, columns), of codes `in_order`."""
-        if self.training:
-            codes = self.replace_at_random(codes)
+    def features(
+        self, codes: Tensor, position: Tensor, augmentation: Tensor | None, noise: PriorNoise | None = None
+    ) -> Tensor:
+        """Return the features before the output layer (N, head_channels, rows, columns).
+
+        Args:
+            codes: (N, rows, columns), `in_order`.
+            position: (N,), as in `forward`.
+            augmentation: (N, AUGMENTATIONS) or None, as in `forward`.
+            noise: Of training; None draws it in training mode, and is without noise otherwise.
+        """
+        if self.training and noise is None:
+            noise = self.draw_noise(len(codes))
+        if noise:
+            codes = torch.where(noise.replaced, noise.wrong_codes, codes)
         x = self.embedding(codes).permute(0, 3, 1, 2)  # (N, C, rows, columns)
         conditioning = self.position_features(position)  # (N, C)
         if augmentation is not None:
@@ -468,15 +514,22 @@ class GatedPixelCNN(nn.Module):
             x, place_embedding = x.to(dtype), place_embedding.to(dtype)
         v = F.pad(x, (0, 0, 1, 0))[:, :, :-1] + place_embedding  # row r holds row r-1
         h = F.pad(x, (1, 0, 0, 0))[..., :-1] + place_embedding  # column c holds column c-1
-        for layer in self.layers:
-            v, h = layer(v, h)
+        masks = noise.dropout.to(h.dtype).unbind(1) if noise else [None] * len(self.layers)
+        for layer, mask in zip(self.layers, masks):
+            v, h = layer(v, h, mask)
         return self.head[:-1](h)
 
-    def replace_at_random(self, codes: Tensor) -> Tensor:
-        """Return codes (N, rows, columns) of which up to `code_noise` are replaced by any others."""
-        shares = self.config.code_noise * torch.rand(len(codes), 1, 1, device=codes.device)
-        replaced = torch.rand(codes.shape, device=codes.device) < shares
-        return torch.where(replaced, torch.randint_like(codes, self.config.codebook_size), codes)
+    def draw_noise(self, count: int) -> PriorNoise:
+        """Return noise for N = `count` slices: up to `code_noise` of the codes replaced, `dropout` of the channels."""
+        grid, device = (count, self.rows, self.columns), self.row_embedding.device
+        replaced = torch.rand(count, 1, 1, device=device) * self.config.code_noise > torch.rand(grid, device=device)
+        wrong_codes = torch.randint(self.config.codebook_size, grid, device=device)
+        kept = 1 - self.config.dropout
+        dropout = [torch.ones(count, self.config.channels, device=device) for _ in self.layers]
+        if self.config.dropout:
+            for mask in dropout:
+                mask.bernoulli_(kept)
+        return PriorNoise(replaced, wrong_codes, torch.stack(dropout, 1) / kept)
 
     @torch.inference_mode()
     def sample(

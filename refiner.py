@@ -55,6 +55,13 @@ def gaussian_rate(time: Tensor) -> Tensor:
     return (2 * time - 1) / spread(time) ** 2
 
 
+class RefinerNoise(NamedTuple):
+    """What is random in a training pass of the refiner over N slices."""
+
+    start: Tensor  # (N, 1, H, W): the noise that is transported
+    time: Tensor  # (N,) in [0, 1], at which the velocity is learned
+
+
 class Conditioning(NamedTuple):
     """What the refiner is given beside x and the time."""
 
@@ -169,7 +176,19 @@ class Refiner(nn.Module):
         phases = time[:, None] * torch.arange(1, self.config.time_frequencies + 1, device=time.device) * torch.pi
         return self.modulation(torch.cat([time[:, None], phases.sin(), phases.cos(), augmentation], 1))[..., None, None]
 
-    def loss(self, slices: Tensor, codes: Tensor, vqvae: VQVAE, augmentation: Tensor | None = None) -> Tensor:
+    def draw_noise(self, size: Sequence[int]) -> RefinerNoise:
+        """Return the noise of a training pass over slices of `size` (N, 1, H, W)."""
+        device = self.residual_std.device
+        return RefinerNoise(torch.randn(*size, device=device), torch.randn(size[0], device=device).sigmoid())
+
+    def loss(
+        self,
+        slices: Tensor,
+        codes: Tensor,
+        vqvae: VQVAE,
+        augmentation: Tensor | None = None,
+        noise: RefinerNoise | None = None,
+    ) -> Tensor:
         """Return the flow-matching loss (): 1.74 for Gaussian residuals of the right standard deviation.
 
         Times are logit-normal, because the middle of the trajectory is the hardest (Esser et al. 2024,
@@ -180,14 +199,14 @@ class Refiner(nn.Module):
             codes: Their codes (N, h, w).
             vqvae: The frozen VQ-VAE.
             augmentation: How they were augmented, as in `condition`.
+            noise: Drawn if it is None.
         """
         decoded = vqvae.decode(codes)
         residual = (slices - decoded) / self.pixel_std(codes)
-        noise = torch.randn_like(residual)
-        time = torch.randn(len(slices), device=slices.device).sigmoid()
-        x = torch.lerp(noise, residual, time[:, None, None, None])
+        start, time = noise or self.draw_noise(slices.shape)
+        x = torch.lerp(start, residual, time[:, None, None, None])
         given = self.condition(codes, decoded, augmentation)
-        return F.mse_loss(self(x, time, given), residual - noise)
+        return F.mse_loss(self(x, time, given), residual - start)
 
     @torch.no_grad()
     def sample(

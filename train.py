@@ -8,7 +8,8 @@ command again to resume a stopped run.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 
@@ -17,14 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from checkpoints import Checkpoint, Run, describe_code, load_weights, read_data_files
+import distributed
+from checkpoints import Checkpoint, NoRun, Run, describe_code, load_weights, read_data_files
 from config import FORMAT, SMALLEST_SIDE, RunConfig, TrainConfig, add_options, configure, network_config, validate
 from console import Parser, RunError, log_notices, logger, run_command, say
 from dataset import DataError, DataSplits, Slices, batch_indices, describe_changes, load_dataset
 from files import Reading
 from intensity import PERCENTILE
 from metrics import code_counts, codebook_use, reconstruction_metrics
-from modules import VQVAE, GatedPixelCNN, PriorConfig, VQVAEConfig
+from modules import MICRO_BATCH_CODES, VQVAE, GatedPixelCNN, PriorConfig, PriorNoise, VQVAEConfig
 from nifti import left_right_axis
 from plots import (
     caption,
@@ -36,9 +38,10 @@ from plots import (
     refiner_loss_figure,
     vqvae_loss_figure,
 )
-from refiner import MICRO_BATCH_PIXELS, Refiner, RefinerConfig
-from trainer import BatchLoader, StopSignals, Trainer, device_batches, micro_batches
+from refiner import MICRO_BATCH_PIXELS, Refiner, RefinerConfig, RefinerNoise
+from trainer import BatchLoader, StopSignals, Trainer, codebook_share, device_batches, micro_batches
 from utils import autocast, channels_last, check_folder, make_folder, pick_device, seed_update
+from validation import evaluate_prior, evaluate_refiner, evaluate_vqvae, extract_codes
 
 COLLAPSE_SHARE, COLLAPSE_UPDATES = 0.1, 500  # codebook collapse: a smaller share of codes used for so many updates
 AUGMENTED_SHARE = 0.5  # of the refiner's slices: it learns detail from the others, as interpolation blurs
@@ -69,19 +72,26 @@ class VQVAETrainer(Trainer[VQVAE]):
     def compute_losses(self) -> Iterator[dict[str, Tensor]]:
         if self.update == self.encoder_warmup + 1 and not self.options.init:
             self.model.codebook.kmeans_init(encode_latents(self.model, self.data.train, self.options, self.device))
+            distributed.take_from_first(list(self.model.codebook.buffers()))
         slices, _, _ = self.loader(self.update)  # not augmented: interpolation blurs, which lowered SSIM
-        with autocast(self.device):
-            reconstructions, embedding_loss, _ = self.model(slices, quantise=self.update > self.encoder_warmup)
-        reconstruction_loss = F.mse_loss(reconstructions, slices)
-        yield {
-            "reconstruction_loss": reconstruction_loss,
-            "embedding_loss": embedding_loss,
-            "total_loss": reconstruction_loss + embedding_loss,
-        }
+        quantise, found = self.update > self.encoder_warmup, []
+        for micro_batch in slices.split(-(-len(slices) // self.options.accumulate)):
+            with autocast(self.device):
+                reconstructions, embedding_loss, codes, latents = self.model(micro_batch, quantise)
+            reconstruction_loss, weight = F.mse_loss(reconstructions, micro_batch), len(micro_batch) / len(slices)
+            found.append((latents, codes))
+            yield {
+                "reconstruction_loss": weight * reconstruction_loss,
+                "embedding_loss": weight * embedding_loss,
+                "total_loss": weight * (reconstruction_loss + embedding_loss),
+            }
+        if quantise:
+            latents, codes = map(torch.cat, zip(*found))
+            share = codebook_share(self.batch_size, codes[0].numel())
+            self.model.codebook.ema_update(latents.flatten(0, 2), codes.flatten(), share)
 
     def validate(self) -> dict[str, float]:
-        batches = self.until_stopped(self.data.validate.batches(self.options.batch_size))
-        values, self.counts = evaluate_vqvae(self.model, device_batches(batches, self.device))
+        values, self.counts = evaluate_vqvae(self.model, self.validation_batches(self.data.validate))
         return values
 
     def warn(self, values: dict[str, float]) -> None:
@@ -119,33 +129,6 @@ def encode_latents(model: VQVAE, train: Slices, options: TrainConfig, device: to
         latents.append(z.flatten(0, 2))
     pooled = torch.cat(latents)
     return pooled[torch.randperm(len(pooled), device=device)[:65536]]
-
-
-@torch.no_grad()
-def evaluate_vqvae(model: VQVAE, batches: Iterable[Tensor]) -> tuple[dict[str, float], Tensor]:
-    """Return losses, SSIM, PSNR and codebook use over batches of slices, and how often each code was used (K,)."""
-    model.eval()
-    device = model.codebook.embeddings.device
-    metrics = reconstruction_metrics().to(device)
-    counts = torch.zeros(model.config.codebook_size, dtype=torch.int64, device=device)
-    sums, count = np.zeros(2), 0
-    for batch in batches:
-        with autocast(device):
-            reconstructions, embedding_loss, codes = model(batch)
-        sums += len(batch) * np.array([F.mse_loss(reconstructions, batch).item(), embedding_loss.item()])
-        count += len(batch)
-        counts += code_counts(codes, model.config.codebook_size)
-        metrics.update(reconstructions, batch)
-    reconstruction_loss, embedding_loss = (sums / count).tolist()
-    used, perplexity = codebook_use(counts)
-    return {
-        "reconstruction_loss": reconstruction_loss,
-        "embedding_loss": embedding_loss,
-        "total_loss": reconstruction_loss + embedding_loss,
-        **{name: value.item() for name, value in metrics.compute().items()},
-        "codes_used": used,
-        "perplexity": perplexity,
-    }, counts
 
 
 @torch.no_grad()
@@ -190,8 +173,13 @@ class PriorTrainer(Trainer[GatedPixelCNN]):
         slices, positions, augmented = self.loader(self.update, options.batch_divisor, options.augmentation)
         with autocast(self.device):
             codes = self.vqvae.encode(slices)  # anew for each update: a flipped slice has other codes
-        for nats in micro_batches(self.model.nll, codes, positions, augmented):
+        noise = self.own_noise(self.model.draw_noise, codes, MICRO_BATCH_CODES)
+        for nats in micro_batches(self.nll, codes, positions, augmented, *noise, accumulate=options.accumulate):
             yield {"nats_per_code": nats, "bits_per_code": nats / math.log(2)}
+
+    def nll(self, codes: Tensor, positions: Tensor, augmented: Tensor, *noise: Tensor) -> Tensor:
+        """Return the prior's loss () of a micro-batch."""
+        return self.model.nll(codes, positions, augmented, PriorNoise(*noise))
 
     def validate(self) -> dict[str, float]:
         size = self.options.batch_size
@@ -214,27 +202,6 @@ class PriorTrainer(Trainer[GatedPixelCNN]):
     def draw_figures(self) -> None:
         curves = self.run.curves(self.stage)
         prior_loss_figure(self.options.images / "prior_loss.png", curves, self.model.config.codebook_size)
-
-
-@torch.no_grad()
-def extract_codes(model: VQVAE, slices: Slices, batch_size: int, device: torch.device) -> Tensor:
-    """Return the codes (N, h, w) of a split, on the device."""
-    codes = []
-    for batch in device_batches(slices.batches(batch_size), device):
-        with autocast(device):
-            codes.append(model.encode(batch))
-    return torch.cat(codes)
-
-
-@torch.no_grad()
-def evaluate_prior(model: GatedPixelCNN, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """Return the mean negative log-likelihood of codes (N, h, w) at positions (N,), in nats per code."""
-    model.eval()
-    total, count = 0.0, 0
-    for codes, positions in batches:
-        total += sum(loss.item() for loss in micro_batches(model.nll, codes, positions)) * codes.numel()
-        count += codes.numel()
-    return total / count
 
 
 def warn_if_unigram(nats: float, codes: Tensor, codebook_size: int) -> None:
@@ -271,17 +238,25 @@ class RefinerTrainer(Trainer[Refiner]):
         slices, _, augmented = self.loader(self.update, options.batch_divisor, options.augmentation, AUGMENTED_SHARE)
         with autocast(self.device):
             codes = self.vqvae.encode(slices)
-        for loss in micro_batches(self.flow_loss, slices, codes, augmented, elements=MICRO_BATCH_PIXELS):
+        noise = self.own_noise(self.draw_noise, slices, MICRO_BATCH_PIXELS)
+        sizes = {"elements": MICRO_BATCH_PIXELS, "accumulate": options.accumulate}
+        for loss in micro_batches(self.flow_loss, slices, codes, augmented, *noise, **sizes):
             yield {"flow_loss": loss}
 
-    def flow_loss(self, slices: Tensor, codes: Tensor, augmented: Tensor) -> Tensor:
+    def flow_loss(self, slices: Tensor, codes: Tensor, augmented: Tensor, *noise: Tensor) -> Tensor:
         """Return the refiner's loss () of a micro-batch."""
-        return self.model.loss(slices, codes, self.vqvae, augmented)
+        return self.model.loss(slices, codes, self.vqvae, augmented, RefinerNoise(*noise))
 
     def validate(self) -> dict[str, float]:
-        batches = self.until_stopped(self.data.validate.batches(self.options.batch_size))
-        batches = device_batches(batches, self.device)
+        batches = self.validation_batches(self.data.validate)
         return {"flow_loss": evaluate_refiner(self.saved_model, self.vqvae, batches, self.options.seed)}
+
+    def draw_noise(self, count: int) -> RefinerNoise:
+        """Return the random numbers of `count` slices."""
+        return self.model.draw_noise((count, 1, *self.data.slice_size))
+
+    def pass_over(self, batch: range) -> None:
+        self.draw_noise(len(batch))
 
     def draw_figures(self) -> None:
         refiner_loss_figure(self.options.images / "refiner_loss.png", self.run.curves(self.stage))
@@ -302,18 +277,6 @@ def reconstruct_subset(
         slices.append(batch)
         grids.append(codes)
     return torch.cat(slices), torch.cat(reconstructions), torch.cat(grids)
-
-
-@torch.no_grad()
-def evaluate_refiner(model: Refiner, vqvae: VQVAE, batches: Iterable[Tensor], seed: int) -> float:
-    """Return the mean loss over batches of slices, for the same noise and times at each call."""
-    seed_update(seed, "refiner validation", 0)
-    total, count = 0.0, 0
-    for batch in batches:
-        with autocast(batch.device):
-            total += len(batch) * model.loss(batch, vqvae.encode(batch), vqvae).item()
-        count += len(batch)
-    return total / count
 
 
 def draw_refinement(path: Path, model: Refiner, vqvae: VQVAE, slices: Slices, device: torch.device) -> None:
@@ -368,6 +331,13 @@ def describe_flip(left_right: int | None) -> str:
     return f"half of the training slices are flipped along their {('first', 'second')[left_right - 2]} axis, left-right"
 
 
+def open_run(options: TrainConfig, data: DataSplits) -> Run:
+    """Open the run directory in the first process, which owns it."""
+    if not distributed.is_first():
+        return NoRun(options.run)
+    return Run(options.run, describe_run(options, data), data.files)
+
+
 def check_same_data(run: Run, data: DataSplits, allow_changes: bool) -> None:
     """Raise RunError saying how the data differ from the run's; if that is allowed, record them as the run's own."""
     if run.config.fingerprint == data.fingerprint:
@@ -384,24 +354,29 @@ def check_same_data(run: Run, data: DataSplits, allow_changes: bool) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command `python train.py`."""
-    options = parse_options(arguments)
-    device = pick_device(options.device)
-    check_folder("--run", options.run)
-    check_folder("--images", options.images)
-    side = options.downsampling
-    size = options.slice_size or (options.phantom_size if options.on_phantom else None)
-    with StopSignals() as stop:
-        data = load_dataset(options.data, size, (side, side), options.seed, reading=Reading.of(options))
-        log_notices(data.notices)
-        if min(data.slice_size) < SMALLEST_SIDE:
-            raise DataError(f"slices of {data.slice_size} pixels are too small: a side needs at least {SMALLEST_SIDE}")
-        options = options.model_copy(update={"slice_size": tuple(data.slice_size)})
-        with Run(options.run, describe_run(options, data), data.files) as run:
-            check_same_data(run, data, options.allow_changed_data)
-            checkpoint = run.load_checkpoint()
-            sizes = f"{len(data.train)} training, {len(data.validate)} validation and {len(data.test)} test slices"
-            say(f"{sizes} of {data.slice_size[0]}x{data.slice_size[1]} on {device}; run directory {options.run}")
-            train_stages(run, stop, checkpoint, data, options, device)
+    with distributed.processes():
+        options = parse_options(arguments)
+        device = distributed.together(lambda: pick_device(distributed.device_name(options.device)))
+        distributed.check_same("the devices", device.type, "give --device cuda, or cpu")
+        distributed.from_first(partial(check_folder, "--run", options.run))
+        distributed.from_first(partial(check_folder, "--images", options.images))
+        side = options.downsampling
+        size = options.slice_size or (options.phantom_size if options.on_phantom else None)
+        load = partial(load_dataset, options.data, size, (side, side), options.seed, reading=Reading.of(options))
+        with StopSignals() as stop:
+            data = distributed.in_turn(load)
+            distributed.check_same("the slices", data.fingerprint, "give --data a folder that all machines share")
+            log_notices(data.notices)
+            if min(data.slice_size) < SMALLEST_SIDE:
+                size_found = f"slices of {data.slice_size} pixels are too small"
+                raise DataError(f"{size_found}: a side needs at least {SMALLEST_SIDE}")
+            options = options.model_copy(update={"slice_size": tuple(data.slice_size)})
+            with distributed.together(lambda: open_run(options, data)) as run:
+                distributed.from_first(partial(check_same_data, run, data, options.allow_changed_data))
+                checkpoint = distributed.from_first(run.load_checkpoint)
+                sizes = f"{len(data.train)} training, {len(data.validate)} validation and {len(data.test)} test slices"
+                say(f"{sizes} of {data.slice_size[0]}x{data.slice_size[1]} on {device}; run directory {options.run}")
+                train_stages(run, stop, checkpoint, data, options, device)
 
 
 def train_stages(
@@ -417,15 +392,16 @@ def train_stages(
     if stage == "done":
         say(f"{options.run} is complete: nothing to do")
         return
-    make_folder(options.images)
+    distributed.from_first(partial(make_folder, options.images))
     left_right = left_right_axis(data.affine)
     say(describe_flip(left_right))
     loader = BatchLoader(data.train, left_right, options, device)
     if stage == "vqvae":
         VQVAETrainer(run, stop, options, loader, data).fit(checkpoint)
-    vqvae = load_weights(run.path / "vqvae.safetensors", VQVAE, VQVAEConfig)
+    path = options.run / "vqvae.safetensors"
+    vqvae = distributed.from_first(lambda: load_weights(path, VQVAE, VQVAEConfig))
     if vqvae.config != network_config(VQVAEConfig, options):
-        raise RunError(f"{run.path / 'vqvae.safetensors'} is not of this run: choose another --run")
+        raise RunError(f"{path} is not of this run: choose another --run")
     vqvae = channels_last(vqvae, device)
     if stage != "refiner":
         prior = PriorTrainer(run, stop, options, loader, data, vqvae)

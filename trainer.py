@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from augmentation import augment, random_flip
+import distributed
+from augmentation import augment, flip
 from checkpoints import Checkpoint, Run, check_tensors, load_weights, save_weights
 from config import TrainConfig
 from console import RunError, say
 from dataset import SPLIT_TITLES, Slices, batch_indices, to_float
-from modules import AUGMENTATIONS, MICRO_BATCH_CODES
+from modules import AUGMENTATIONS, MICRO_BATCH_CODES, Share
 from utils import autocast, seed_update, writing
 
 if TYPE_CHECKING:
@@ -90,6 +91,7 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         self.requested, self.is_deferred = 0, False
+        self.poll = distributed.Poll()
         handled = [number for number in self.NUMBERS if signal.getsignal(number) != signal.SIG_IGN]
         self.previous = {number: signal.signal(number, self.handle) for number in handled}
         return self
@@ -111,6 +113,16 @@ class StopSignals:
         if self.requested:
             raise SystemExit(128 + self.requested)
 
+    def check_together(self) -> None:
+        """Raise SystemExit if a signal has come.
+
+        Of several processes, all raise it at the same call: the second one after a signal came to any of them.
+        """
+        if distributed.size() == 1:
+            self.check()
+        elif requested := self.poll.largest(self.requested):
+            raise SystemExit(128 + requested)
+
     @contextmanager
     def deferred(self) -> Iterator[None]:
         """Let signals wait for the next `check`, at the latest for the end of the block."""
@@ -119,6 +131,7 @@ class StopSignals:
             yield
         finally:
             self.is_deferred = False
+        self.requested = max(distributed.gather(self.requested))
         self.check()
 
 
@@ -144,6 +157,9 @@ class Trainer(Generic[Network]):
 
     A stop signal takes effect after the current update or batch of validation, once a checkpoint is written. A resumed
     training continues bit for bit, since all randomness of an update follows from its number.
+
+    Several processes hold the same weights and the same state: each computes its part of a batch, and gradients, losses
+    and validations are those of all parts. Files are those of the first.
 
     Args:
         run: The run directory.
@@ -184,6 +200,7 @@ class Trainer(Generic[Network]):
             }
         self.ema = EMA(model, options.ema_decay) if with_ema else None
         self.saved_model = self.ema.network if self.ema else model
+        self.batch_size = options.batch_size if self.stage == "vqvae" else options.small_batch_size
         self.update, self.best, self.validation_pending = 0, math.inf, False
         self.validations_since_best = 0
         self.losses: dict[str, list[Tensor]] = {}  # since the last log line
@@ -193,12 +210,18 @@ class Trainer(Generic[Network]):
     # What a recipe defines.
 
     def compute_losses(self) -> Iterator[dict[str, Tensor]]:
-        """Yield the losses of this update's micro-batches, weighted so that their sum is the loss of the batch."""
+        """Yield the losses of this update's micro-batches, weighted so that their sum is the loss of the batch.
+
+        Of several processes, each yields those of its part.
+        """
         raise NotImplementedError
 
     def validate(self) -> dict[str, float]:
-        """Return losses and metrics of the validation slices, whose batches are wrapped in `until_stopped`."""
+        """Return losses and metrics of the validation slices, whose batches `until_stopped` shares out."""
         raise NotImplementedError
+
+    def pass_over(self, batch: Any) -> None:
+        """Do what keeps random numbers the same in all processes, for a batch of validation that another one takes."""
 
     def draw_figures(self) -> None:
         """Write the figures of this stage."""
@@ -220,6 +243,7 @@ class Trainer(Generic[Network]):
             self.restore(checkpoint)
         elif self.options.init:
             self.start_from(self.options.init)
+        distributed.take_from_first(list(self.learned_tensors().values()))
         with self.progress() as bar, self.stop.deferred():
             try:
                 if self.validation_pending:  # it was stopped within a validation
@@ -234,9 +258,10 @@ class Trainer(Generic[Network]):
                         self.run_validation()
                     if self.is_checkpoint_due():
                         self.save_checkpoint()
-                    self.stop.check()
+                    self.stop.check_together()
             except SystemExit:
                 self.save_checkpoint()
+                distributed.wait_for_all()  # torchrun soon kills all when one has ended
                 raise
             self.save_checkpoint()
         if self.update < self.total:
@@ -254,6 +279,8 @@ class Trainer(Generic[Network]):
             losses[self.objective].backward()
             for name, loss in losses.items():
                 sums[name] = sums.get(name, 0.0) + loss.detach()
+        if distributed.size() > 1:
+            self.average_over_processes(sums)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.options.gradient_clip)
         self.optimiser.step()
         if self.ema:
@@ -261,16 +288,27 @@ class Trainer(Generic[Network]):
         for name, value in (sums | {"gradient_norm": norm}).items():
             self.losses.setdefault(name, []).append(value)  # tensors, so that the host does not wait for the GPU
 
+    def average_over_processes(self, losses: dict[str, Tensor]) -> None:
+        """Turn gradients and losses of this process's part into those of the whole batch."""
+        gradients = [weight.grad for weight in self.model.parameters() if weight.grad is not None]
+        own = distributed.part(self.batch_size)
+        distributed.average([*gradients, *losses.values()], (own.stop - own.start) / self.batch_size)
+
     def run_validation(self) -> None:
         """Validate, log, keep the best weights, and from time to time draw the figures."""
+        checksum = distributed.checksum(self.learned_tensors().values())
+        distributed.check_same("the weights", checksum, "let processors of one kind compute them")
         self.validation_pending = True
         values = self.validate()
         self.log("validate", values)
         self.validations_since_best += 1
         if values[self.criterion] < self.best:
             self.best, self.validations_since_best = values[self.criterion], 0
-            save_weights(self.run.path / f"{self.stage}.safetensors", self.saved_model)
+            if distributed.is_first():
+                save_weights(self.run.path / f"{self.stage}.safetensors", self.saved_model)
         self.validation_pending = False
+        if not distributed.is_first():
+            return
         self.warn(values)
         if self.figure_interval.is_due() or self.update == self.total or self.is_out_of_patience():
             self.draw_figures()
@@ -280,10 +318,34 @@ class Trainer(Generic[Network]):
         return 0 < self.options.patience <= self.validations_since_best
 
     def until_stopped(self, batches: Iterable[T]) -> Iterator[T]:
-        """Yield batches of validation until a stop signal comes, then raise SystemExit."""
-        for batch in batches:
-            self.stop.check()
-            yield batch
+        """Yield this process's batches of validation until a stop signal comes, then raise SystemExit."""
+        for number, batch in enumerate(batches):
+            taker = number % distributed.size()
+            if taker == 0:
+                self.stop.check_together()
+            if taker == distributed.rank():
+                yield batch
+            else:
+                self.pass_over(batch)
+
+    def validation_batches(self, slices: Slices) -> Iterator[Tensor]:
+        """Yield the slices of a validation (n, 1, H, W) on the device, in batches that are `until_stopped`."""
+        rows = self.until_stopped(batch_rows(len(slices), self.options.batch_size))
+        return device_batches(map(slices.batch, rows), self.device)
+
+    def own_noise(self, draw: Callable[[int], Iterable[Tensor]], first: Tensor, elements: int) -> list[Tensor]:
+        """Return this process's part of the random numbers of a batch.
+
+        They are drawn in the micro-batches of one process alone, whatever `--accumulate` says.
+
+        Args:
+            draw: Returns the random numbers (n, ...) of n slices.
+            first: As `micro_batches` takes it.
+            elements: As `micro_batches` takes it.
+        """
+        size = micro_batch_size(self.batch_size, first, elements)
+        drawn = [draw(min(size, self.batch_size - start)) for start in range(0, self.batch_size, size)]
+        return [torch.cat(parts)[distributed.part(self.batch_size)] for parts in zip(*drawn)]
 
     def current_rate(self) -> float:
         """Return the learning rate of this update."""
@@ -303,9 +365,11 @@ class Trainer(Generic[Network]):
     @contextmanager
     def progress(self) -> Iterator[tqdm]:
         """Show a progress bar, and write to TensorBoard where that is installed."""
-        self.writer = open_tensorboard(self.run.path / "tensorboard" / self.stage, self.update)
+        if distributed.is_first():
+            self.writer = open_tensorboard(self.run.path / "tensorboard" / self.stage, self.update)
         self.started, self.first = time.monotonic(), self.update
-        with tqdm(total=self.total, initial=self.update, desc=self.stage, unit="update", disable=None) as bar:
+        hidden = None if distributed.is_first() else True  # None: shown on a terminal
+        with tqdm(total=self.total, initial=self.update, desc=self.stage, unit="update", disable=hidden) as bar:
             try:
                 yield bar
             finally:
@@ -397,7 +461,8 @@ class Trainer(Generic[Network]):
         """Take the weights of another run. Raises RunError if they do not fit."""
         path, own = run / f"{self.stage}.safetensors", self.model.state_dict()
         prefix = "" if self.stage == "vqvae" else f"{self.stage}_"  # of its options
-        given = load_weights(path, type(self.model), type(cast(Any, self.model).config), prefix).state_dict()
+        config = type(cast(Any, self.model).config)
+        given = distributed.from_first(lambda: load_weights(path, type(self.model), config, prefix)).state_dict()
         try:
             check_tensors(own, given)
         except ValueError as error:
@@ -451,6 +516,8 @@ def open_tensorboard(path: Path, update: int) -> "SummaryWriter | None":
 class BatchLoader:
     """The training slices of each update, flipped and augmented at random, and their positions.
 
+    Of several processes, each gets its part. Random numbers are drawn for the whole batch.
+
     On a GPU, pixels that fill less than half of its free memory are kept there, and a batch is one gather; otherwise
     the host gathers it. The host never waits for the GPU. Whether they fit is decided once for all stages.
     """
@@ -458,6 +525,11 @@ class BatchLoader:
     def __init__(self, train: Slices, left_right: int | None, options: TrainConfig, device: torch.device):
         self.train, self.left_right, self.device = train, left_right, device
         self.batch_size, self.seed = options.batch_size, options.seed
+        if options.small_batch_size < distributed.size():
+            raise RunError(
+                f"updates of {options.small_batch_size} slices are too small for {distributed.size()} processes: start "
+                "fewer, or choose a larger --batch-size or a smaller --batch-divisor"
+            )
         self.positions = torch.from_numpy(train.positions).to(device)
         resident = device.type == "cuda" and train.pixels.nbytes < free_memory(device) / 2
         self.pixels = to_device(train.pixels, device) if resident else None
@@ -477,13 +549,17 @@ class BatchLoader:
             Slices (N, 1, H, W) in [-1, 1], positions (N,) and augmentation parameters (N, AUGMENTATIONS), 0 where a
             slice is not augmented.
         """
-        chosen = batch_indices(len(self.train), -(-self.batch_size // divisor), self.seed, update - 1)
+        whole = batch_indices(len(self.train), -(-self.batch_size // divisor), self.seed, update - 1)
+        own = distributed.part(len(whole))
+        chosen = whole[own]
         indices = self.send(torch.from_numpy(chosen))
         pixels = self.send(torch.from_numpy(self.train.pixels[chosen])) if self.pixels is None else self.pixels[indices]
-        parameters = augmentation * torch.randn(len(chosen), AUGMENTATIONS, device=self.device)
-        slices = random_flip(to_float(pixels), self.left_right)
+        slices = to_float(pixels)
+        parameters = augmentation * torch.randn(len(whole), AUGMENTATIONS, device=self.device)[own]
+        if self.left_right is not None:
+            slices = flip(slices, self.left_right, (torch.rand(len(whole), device=self.device) < 0.5)[own])
         if augmentation:
-            augmented = torch.rand(len(chosen), 1, device=self.device) < share
+            augmented = (torch.rand(len(whole), 1, device=self.device) < share)[own]
             parameters = parameters * augmented
             slices = torch.where(augmented[..., None, None], augment(slices, parameters), slices)
         return slices.contiguous(memory_format=torch.channels_last), self.positions[indices], parameters
@@ -508,14 +584,37 @@ def to_device(pixels: np.ndarray, device: torch.device) -> Tensor:
     return copied
 
 
+def batch_rows(count: int, size: int) -> Iterator[range]:
+    """Yield the numbers of slices 0 to `count` in order, at most `size` at a time."""
+    for start in range(0, count, size):
+        yield range(start, min(start + size, count))
+
+
 def device_batches(batches: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
     """Yield batches of slices (N, 1, H, W) on a device, in the memory format of the networks."""
     for batch in batches:
         yield batch.to(device, memory_format=torch.channels_last)
 
 
+def codebook_share(batch_size: int, codes: int) -> Share | None:
+    """Return which latents of a batch this process has, at so many `codes` per slice; None if it has all."""
+    if distributed.size() == 1:
+        return None
+    return Share(distributed.part(batch_size).start * codes, batch_size * codes, distributed.add_up)
+
+
+def micro_batch_size(count: int, first: Tensor, elements: int, accumulate: int = 1) -> int:
+    """Return the slices of each micro-batch of `count`; the other arguments are those of `micro_batches`."""
+    most = -(-count // accumulate)
+    return most if first.is_cuda else min(most, max(1, elements // first[0].numel()))
+
+
 def micro_batches(
-    loss_of: Callable[..., Tensor], first: Tensor, *others: Tensor, elements: int = MICRO_BATCH_CODES
+    loss_of: Callable[..., Tensor],
+    first: Tensor,
+    *others: Tensor,
+    elements: int = MICRO_BATCH_CODES,
+    accumulate: int = 1,
 ) -> Iterator[Tensor]:
     """Yield the losses of micro-batches, weighted so that their sum is the loss of the batch.
 
@@ -526,8 +625,9 @@ def micro_batches(
         first: Codes (N, h, w) or slices (N, 1, H, W).
         others: Tensors (N, ...), which are split likewise.
         elements: Codes or pixels of a micro-batch on a CPU.
+        accumulate: A micro-batch has this fraction of the slices, rounded up, or fewer.
     """
-    size = len(first) if first.is_cuda else max(1, elements // first[0].numel())
+    size = micro_batch_size(len(first), first, elements, accumulate)
     for micro_batch in zip(*(of.split(size) for of in (first, *others))):
         with autocast(first.device):
             loss = loss_of(*micro_batch) * (len(micro_batch[0]) / len(first))

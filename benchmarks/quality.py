@@ -60,7 +60,9 @@ def train_ours(model: VQVAE, slices: Tensor, options: argparse.Namespace) -> Non
                 start = slices[torch.from_numpy(batch_indices(len(slices), 128, options.seed, 0))]
                 model.codebook.kmeans_init(model.latents(start).flatten(0, 2))
         with autocast(slices.device):
-            reconstructions, embedding_loss, _ = model(batch, quantise=update >= warm_up)
+            reconstructions, embedding_loss, codes, latents = model(batch, quantise=update >= warm_up)
+        if update >= warm_up:
+            model.codebook.ema_update(latents.flatten(0, 2), codes.flatten())
         return F.mse_loss(reconstructions, batch) + embedding_loss
 
     train(model, loss_of, slices, options.updates, TrainConfig().learning_rate, options.seed)

@@ -29,17 +29,18 @@ from utils import autocast, channels_last, pick_device
 BATCH, SIZE, DOWNSAMPLING, GRID = 32, (256, 128), 4, (64, 32)  # the published sizes
 
 
-def our_vqvae_update(slices: torch.Tensor, codes: int) -> Callable[[], None]:
+def our_vqvae_update(slices: torch.Tensor, size: int) -> Callable[[], None]:
     """Return an update of our VQ-VAE as in train.py, with quantisation."""
     device = slices.device
-    model = channels_last(VQVAE(VQVAEConfig(DOWNSAMPLING, codebook_size=codes)), device)
+    model = channels_last(VQVAE(VQVAEConfig(DOWNSAMPLING, codebook_size=size)), device)
     optimiser = trainer.make_optimiser(model, TrainConfig())
     slices = slices.contiguous(memory_format=torch.channels_last)
 
     def update() -> None:
         with autocast(device):
-            reconstructions, embedding_loss, _ = model(slices)
+            reconstructions, embedding_loss, codes, latents = model(slices)
         optimiser_step(optimiser, [F.mse_loss(reconstructions, slices) + embedding_loss], TrainConfig().gradient_clip)
+        model.codebook.ema_update(latents.flatten(0, 2), codes.flatten())
 
     return update
 

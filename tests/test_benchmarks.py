@@ -16,6 +16,7 @@ import network_c2st
 import noise_floor
 import peers
 import sampling
+import scaling
 import training
 from reference import PaperPixelCNN, TextbookVQVAE, nats_per_code, sample_by_full_forwards
 
@@ -231,3 +232,25 @@ def test_a_command_that_fails_ends_the_benchmark(tmp_path):
         commands.run_command("predict.py", "--run", tmp_path / "none")
     assert raised.value.returncode == 2
     assert "error:" in raised.value.stderr
+
+
+def test_processes_report_the_seconds_of_updates(slices_folder, monkeypatch, capsys):
+    monkeypatch.setattr(scaling, "SIZE", (64, 32))
+    scaling.measure(str(slices_folder), "cpu", 1)
+    found = json.loads(capsys.readouterr().out)
+    for stage in ("vqvae", "prior", "refiner"):
+        assert found[f"{stage}_update"] > 0
+        assert found[f"{stage}_exchange"] == 0  # one process has nobody to exchange with
+    assert "CPU cores" in found["machine"]
+
+
+def test_scaling_reports_medians_for_each_number_of_processes(monkeypatch, capsys):
+    """Three rounds in which one process needs 3, 1 and 2 seconds, and two processes half of that."""
+    monkeypatch.setattr(sys, "argv", ["scaling", "--processes", "1", "2"])
+    monkeypatch.setattr(scaling.phantom, "write_phantom", lambda *_, **__: None)
+    seconds = iter([3, 1.5, 1, 0.5, 2, 1])
+    monkeypatch.setattr(scaling, "run", lambda *_: {"machine": "a machine", "prior_update": next(seconds)})
+    scaling.main()
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    expected = [("prior_update_seconds", 1, 2), ("prior_update_seconds", 2, 1)]
+    assert [(line["name"], line["processes"], line["value"]) for line in printed] == expected

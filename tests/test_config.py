@@ -48,7 +48,7 @@ def another_value(name):
 
 
 def test_only_options_that_change_no_result_may_differ_on_resuming():
-    expected = {"run", "images", "device", "data", "table", "checkpoint_every", "allow_changed_data"}
+    expected = {"run", "images", "device", "data", "table", "checkpoint_every", "allow_changed_data", "accumulate"}
     assert expected == FREE_OPTIONS
 
 

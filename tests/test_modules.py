@@ -1,6 +1,7 @@
 """modules.py: networks against brute force, causality by gradients, samplers against known distributions."""
 
 import math
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +16,7 @@ from modules import (
     GatedPixelCNN,
     PriorConfig,
     RowSampler,
+    Share,
     VQVAEConfig,
     argmax_in_nucleus,
     dilations,
@@ -63,12 +65,16 @@ def test_nearest_embedding_does_not_depend_on_the_chunk_size(monkeypatch):
     assert torch.equal(codebook.nearest(latents), whole)
 
 
+def take_step(codebook, latents, share=None):
+    codebook.ema_update(latents, codebook.nearest(latents), share)
+
+
 def test_embeddings_are_the_ema_of_their_latents():
     """Against NumPy: counts and sums of the batch, averaged with decay 0.9. Every code has latents, so none is dead."""
     codebook = Codebook(6, 3, decay=0.9, dead_threshold=0.3)
     latents = codebook.embeddings.repeat(20, 1) + 0.01 * torch.randn(120, 3)
     before = codebook.embeddings.numpy().copy()
-    codebook.train()(latents)
+    take_step(codebook, latents)
     codes = numpy_nearest(latents.numpy(), before)
     for k in range(6):
         mine = latents.numpy()[codes == k]
@@ -83,7 +89,7 @@ def test_a_dead_code_is_replaced_by_a_latent_of_the_batch():
     codebook.sums.copy_(codebook.embeddings)
     latents = torch.randn(64, 4)
     for _ in range(6):
-        codebook.train()(latents)
+        take_step(codebook, latents)
     assert (codebook.embeddings[3] - latents).abs().sum(1).min() < 1
     assert 3 in codebook.nearest(latents)
 
@@ -93,20 +99,38 @@ def test_an_unused_embedding_stays_where_it_is_without_dead_code_replacement():
     codebook.embeddings[1] = 1000.0
     codebook.sums.copy_(codebook.embeddings)
     for _ in range(50):
-        codebook.train()(torch.randn(64, 4))
+        take_step(codebook, torch.randn(64, 4))
     torch.testing.assert_close(codebook.embeddings[1], torch.full((4,), 1000.0))
 
 
-def test_evaluation_leaves_the_codebook_unchanged():
-    vqvae = VQVAE(SMALL).eval()
+@pytest.mark.parametrize("borders", [[0, 30, 64], [0, 1, 40, 64]])
+def test_a_step_of_the_codebook_adds_up_the_shares_of_processes(borders):
+    """Half of the codes are dead and take latents of any process."""
+    codebook, latents, statistics = Codebook(8, 4, decay=0.5, dead_threshold=0.3), torch.randn(64, 4), []
+    codebook.embeddings[::2] = 1000.0
+    codebook.cluster_sizes[::2] = 1e-3
+
+    def step(share, start, stop):
+        copied = deepcopy(codebook)
+        torch.manual_seed(0)
+        take_step(copied, latents[start:stop], share)
+        return copied.state_dict()
+
+    for start, stop in zip(borders, borders[1:]):
+        step(Share(start, 64, statistics.append), start, stop)
+    shared = step(Share(0, 64, lambda own: own.copy_(sum(statistics))), 0, borders[1])
+    whole = step(None, 0, 64)
+    assert (whole["embeddings"] < 10).all()
+    for name, tensor in whole.items():
+        torch.testing.assert_close(shared[name], tensor)
+
+
+def test_a_forward_pass_leaves_the_codebook_unchanged():
+    vqvae = VQVAE(SMALL).train()
     before = {name: tensor.clone() for name, tensor in vqvae.codebook.state_dict().items()}
-    slices = torch.rand(4, 1, 16, 8) * 2 - 1
-    vqvae(slices)
-    vqvae.train().encode(slices)  # encoding does not update the codebook, even in training mode
+    vqvae(torch.rand(4, 1, 16, 8) * 2 - 1)
     for name, tensor in vqvae.codebook.state_dict().items():
         assert torch.equal(tensor, before[name])
-    vqvae(slices)
-    assert not torch.equal(vqvae.codebook.cluster_sizes, before["cluster_sizes"])
 
 
 def test_kmeans_init_finds_separate_clusters():
@@ -125,10 +149,10 @@ def test_kmeans_init_finds_separate_clusters():
 def test_vqvae_shapes_and_ranges(size):
     vqvae = VQVAE(SMALL).eval()
     slices = torch.rand(3, 1, *size) * 2 - 1
-    reconstructions, embedding_loss, codes = vqvae(slices)
+    reconstructions, embedding_loss, codes, latents = vqvae(slices)
     assert reconstructions.shape == slices.shape
     assert embedding_loss.shape == ()
-    assert codes.shape == (3, size[0] // 4, size[1] // 4)
+    assert codes.shape == latents.shape[:3] == (3, size[0] // 4, size[1] // 4)
     assert torch.equal(vqvae.encode(slices), codes)
     decoded = vqvae.decode(codes)
     torch.testing.assert_close(decoded, reconstructions.clamp(-1, 1))
@@ -155,7 +179,7 @@ def test_embedding_loss_is_the_commitment_term():
     slices = torch.rand(2, 1, 16, 8) * 2 - 1
     z = vqvae.encoder(slices).detach().permute(0, 2, 3, 1).reshape(-1, 6).numpy()
     e = vqvae.codebook.embeddings.numpy()[numpy_nearest(z, vqvae.codebook.embeddings.numpy())]
-    _, embedding_loss, _ = vqvae(slices)
+    _, embedding_loss, *_ = vqvae(slices)
     np.testing.assert_allclose(embedding_loss.item(), 0.25 * ((z - e) ** 2).mean(), rtol=1e-5)
 
 
@@ -166,7 +190,7 @@ def test_straight_through_gradient():
     z = vqvae.encoder(slices).detach()
     vqvae.encoder = torch.nn.Identity()
     z.requires_grad_()
-    reconstructions, embedding_loss, codes = vqvae(z)
+    reconstructions, embedding_loss, codes, _ = vqvae(z)
     (gradient,) = torch.autograd.grad(F.mse_loss(reconstructions, slices) + embedding_loss, z)
     e = F.embedding(codes, vqvae.codebook.embeddings).permute(0, 3, 1, 2).requires_grad_()
     (at_e,) = torch.autograd.grad(F.mse_loss(vqvae.decoder(e), slices), e)
@@ -175,12 +199,10 @@ def test_straight_through_gradient():
 
 def test_without_quantisation_latents_reach_the_decoder():
     vqvae = VQVAE(SMALL).train()
-    before = vqvae.codebook.cluster_sizes.clone()
     slices = torch.rand(2, 1, 16, 8) * 2 - 1
-    reconstructions, embedding_loss, _ = vqvae(slices, quantise=False)
+    reconstructions, embedding_loss, *_ = vqvae(slices, quantise=False)
     torch.testing.assert_close(reconstructions, vqvae.decoder(vqvae.encoder(slices)))
     assert embedding_loss == 0
-    assert torch.equal(vqvae.codebook.cluster_sizes, before)
 
 
 def test_residual_blocks_share_no_weights():
@@ -322,7 +344,8 @@ def test_sampler_reset_clears_all_caches():
 def test_previous_codes_are_replaced_at_random_in_training():
     """A share uniform up to 0.6; a seventh of the new codes are the old one. 5 standard deviations of 4000 slices."""
     prior, codes = GatedPixelCNN(PriorConfig(grid=(5, 5), codebook_size=7, code_noise=0.6)), torch.full((4000, 5, 5), 3)
-    replaced = prior.replace_at_random(codes)
+    noise = prior.draw_noise(4000)
+    replaced = torch.where(noise.replaced, noise.wrong_codes, codes)
     counts = replaced.flatten().bincount(minlength=7)
     others = counts[torch.arange(7) != 3]
     assert abs((replaced != 3).float().mean() - 0.3 * 6 / 7) < 5 * 0.6 / 12**0.5 / 4000**0.5
@@ -330,6 +353,16 @@ def test_previous_codes_are_replaced_at_random_in_training():
     shares = (replaced != 3).float().mean((1, 2))
     assert shares.std() > 0.12  # of the same share everywhere: 0.09
     assert (codes == 3).all()
+
+
+def test_dropout_scales_whole_channels():
+    """5 standard deviations of 300 x 12 x 8 channels, of which a quarter are dropped."""
+    prior = small_prior((6, 4), dropout=0.25)
+    masks = prior.draw_noise(300).dropout
+    assert masks.shape == (300, len(prior.layers), prior.config.channels)
+    assert set(masks.unique().tolist()) == {0, torch.tensor(1 / 0.75).item()}
+    assert abs((masks == 0).float().mean() - 0.25) < 5 * (0.25 * 0.75 / masks.numel()) ** 0.5
+    assert (small_prior((6, 4), dropout=0.0).draw_noise(2).dropout == 1).all()
 
 
 def test_code_noise_changes_training_alone():

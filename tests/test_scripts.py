@@ -15,14 +15,18 @@ pytestmark = pytest.mark.skipif(BASH is None, reason="needs bash")
 
 @pytest.fixture
 def submit(tmp_path):
-    """Run a batch file as Slurm would; return its exit status and the commands that it called."""
+    """Run a batch file as Slurm would; return its exit status and the commands that it called.
 
-    def submit(script, *arguments, status=0, **variables):
+    `during` is what srun does before it ends with `status`.
+    """
+
+    def submit(script, *arguments, status=0, during="", **variables):
         calls = tmp_path / "calls"
         calls.write_text("")
-        for name, ending in (("srun", status), ("scontrol", 0)):
+        endings = {"srun": f"{during}\nexit {status}", "scontrol": '[ "$1" != show ] || echo node7'}
+        for name, ending in endings.items():
             stand_in = tmp_path / name
-            stand_in.write_text(f'#!/bin/bash\necho {name} "$@" >> "{calls}"\nexit {ending}\n')
+            stand_in.write_text(f'#!/bin/bash\necho {name} "$@" >> "{calls}"\n{ending}\n')
             stand_in.chmod(0o755)
         environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(tmp_path)}
         environment |= {"SLURM_JOB_ID": "12"} | variables
@@ -52,7 +56,28 @@ def test_each_sampling_job_draws_its_own_numbers(submit):
     assert calls == [f"srun .venv/bin/python predict.py --run runs/a {numbers}"]
 
 
-@pytest.mark.parametrize("script", ["train.sbatch", "sample.sbatch"])
+NODES = {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "4"}
+
+
+def test_torchrun_starts_a_process_for_each_gpu(submit):
+    status, calls = submit("torchrun.sbatch", "--data", "my slices", "--run", "runs/a", **NODES)
+    assert status == 0
+    show, step = calls
+    assert show == "scontrol show hostnames node[7-8]"
+    assert step.startswith("srun --kill-on-bad-exit=1 .venv/bin/torchrun --nnodes 2 --nproc-per-node 4 ")
+    assert step.endswith("--rdzv-endpoint node7:29500 --rdzv-id 12 -- train.py --data my slices --run runs/a")
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+def test_a_training_that_torchrun_stopped_is_queued_again(submit, stopped):
+    """The shell gets the SIGTERM and passes it on; torchrun's status is 1 in either case."""
+    wait = "trap 'exit 1' TERM\nsleep 0.2\nkill -TERM $PPID\nfor i in {1..100}; do sleep 0.1; done"
+    status, calls = submit("torchrun.sbatch", status=1, during=wait if stopped else "", **NODES)
+    assert status != 0
+    assert ("scontrol requeue 12" in calls) == stopped
+
+
+@pytest.mark.parametrize("script", ["train.sbatch", "sample.sbatch", "torchrun.sbatch"])
 def test_outside_of_slurm_nothing_runs(script):
     environment = {"PATH": os.environ["PATH"]}
     done = subprocess.run([BASH, SCRIPTS / script], env=environment, capture_output=True, text=True, check=False)

@@ -176,7 +176,7 @@ def test_saved_weights_reproduce_the_best_validation_line(trained):
     data, lines, cpu = load_dataset(str(trained.data), None, (4, 4), 0), lines_of(trained.run), torch.device("cpu")
     slices = data.validate.batch(range(len(data.validate)))
     with torch.no_grad():
-        reconstructions, embedding_loss, codes = vqvae(slices)
+        reconstructions, embedding_loss, codes, _ = vqvae(slices)
     line = best_line(lines, "vqvae", "reconstruction_loss")
     assert line["reconstruction_loss"] == pytest.approx(F.mse_loss(reconstructions, slices).item(), rel=0.05)
     assert line["embedding_loss"] == pytest.approx(embedding_loss.item(), rel=0.05)
@@ -395,9 +395,9 @@ def test_all_slices_of_the_prior_and_half_of_the_refiners_are_augmented(options,
 def test_the_refiner_is_told_how_its_slices_were_augmented(options, monkeypatch):
     told, real = [], Refiner.loss
 
-    def loss(refiner, slices, codes, vqvae, augmentation):
+    def loss(refiner, slices, codes, vqvae, augmentation, noise):
         told.append(augmentation)
-        return real(refiner, slices, codes, vqvae, augmentation)
+        return real(refiner, slices, codes, vqvae, augmentation, noise)
 
     made, call = [], trainer.BatchLoader.__call__
     monkeypatch.setattr(trainer.BatchLoader, "__call__", lambda *given: (made.append(call(*given)), made[-1])[1])

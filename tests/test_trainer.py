@@ -357,6 +357,28 @@ def test_micro_batches_add_up_to_the_loss_and_gradient_of_the_batch(monkeypatch)
             assert gradient is None or torch.allclose(weight.grad, gradient, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("count", "on_gpu", "accumulate", "size"),
+    [(8, False, 1, 4), (8, False, 3, 3), (2, False, 1, 2), (8, True, 1, 8), (7, True, 2, 4), (3, True, 5, 1)],
+)
+def test_a_gpu_takes_a_batch_at_once_unless_told_otherwise(count, on_gpu, accumulate, size):
+    """On a CPU, micro-batches of 100 elements are four slices of 25."""
+    first = SimpleNamespace(is_cuda=True) if on_gpu else torch.zeros(count, 5, 5)
+    assert trainer.micro_batch_size(count, first, 100, accumulate) == size
+
+
+def test_accumulation_changes_rounding_alone(options, monkeypatch):
+    """Whole batches of five, two and two slices, and one slice at a time, in float32."""
+    for place in (train, trainer):
+        monkeypatch.setattr(place, "autocast", lambda device: torch.autocast(device.type, enabled=False))
+    whole = options | {"run": options["run"].with_name("whole")}
+    train.main(arguments(**whole))
+    train.main(arguments(**options, accumulate=5))
+    for line, expected in zip(lines_of(options["run"]), lines_of(whole["run"]), strict=True):
+        for name, value in expected.items():
+            assert line[name] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-4)), expected
+
+
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_a_share_of_the_slices_is_augmented(options, slices_folder, share):
     """The others are as they are, and their parameters are 0. 5 standard deviations of 12 slices in 40 batches."""
