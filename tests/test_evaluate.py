@@ -216,7 +216,7 @@ def test_a_report_of_patients_has_samples_only(evaluation):
 def test_slices_that_a_table_lists_are_of_patients(run_config, data, table, given, phantom):
     """Without --data, a table's folder is read, and not the phantom."""
     options = evaluate.parse_options(["--data", given] if given else [])
-    assert evaluate.shows_phantom(options, run_config(data=data, table=table)) == phantom
+    assert evaluate.data_options(options, run_config(data=data, table=table)).on_phantom == phantom
 
 
 def test_a_report_has_real_slices_if_asked(trained, tmp_path, quick):
