@@ -271,6 +271,7 @@ def evaluate(options: EvaluateOptions, config: RunConfig, networks: Networks, de
     print_table(results)
     write_file(options.run / "evaluation.json", lambda part: part.write_text(strict_json(results)))
     write_model_card(options.run / "MODEL_CARD.md", config, results)
+    run_name = options.run.resolve().name  # in titles: a path may name people
     by_position = np.argsort(held_out.positions)[evenly_spaced(len(held_out))]
     rows = {
         held_out_name: real.slices[by_position],
@@ -286,14 +287,14 @@ def evaluate(options: EvaluateOptions, config: RunConfig, networks: Networks, de
         results,
         {label: as_array(slices) for label, slices in rows.items()},
         distances,
-        f"{options.run}: {count} samples ({describe_sampling(options)}) and {len(held_out)} {held_out_name}",
+        f"{run_name}: {count} samples ({describe_sampling(options)}) and {len(held_out)} {held_out_name}",
     )
     rates = {attack: roc_curve(*own) for attack, own in scores.items()}
     membership_figure(
         options.images / "membership.png",
         rates,
         {attack: values["auc"] for attack, values in results["membership"]["attacks"].items()},
-        f"{options.run}: {results['membership']['slices']} training and as many {held_out_name}",
+        f"{run_name}: {results['membership']['slices']} training and as many {held_out_name}",
     )
     both = ("samples", held_out_name)
     write_copying_figure(
@@ -314,7 +315,7 @@ def evaluate(options: EvaluateOptions, config: RunConfig, networks: Networks, de
         distances,
         rates,
     )
-    write_report(options.run / "report.html", options.run.resolve().name, config, results, evidence)
+    write_report(options.run / "report.html", run_name, config, results, evidence)
     written = f"{options.run / 'evaluation.json'}, MODEL_CARD.md and report.html, figures in {options.images}"
     say(f"{time.perf_counter() - started:.0f} s: {written}")
 
