@@ -6,17 +6,17 @@ INSTALLED_FOR_TESTS = $(VENV)/.installed-for-tests
 
 .PHONY: sample demo test campaign bench bench-quality gpu
 
-# Ten seconds, with weights that are part of the repository. One thread: more gain little here, and wait for each other
-# on a busy machine.
-sample: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(VENV)/bin/python predict.py --run weights/phantom --num 16 --batch-size 16 --out samples/phantom
-	@echo "Open images/samples.png: 16 new slices of the phantom. As NIfTI they are in samples/phantom."
-
 demo: $(INSTALLED)
 	$(VENV)/bin/python train.py --preset demo --run runs/demo
 	$(VENV)/bin/python predict.py --run runs/demo --out samples/demo --refiner-noise 0.6
 	@echo "Look at images/samples.png (new slices), images/reconstructions.png, images/refinement.png, images/vqvae_loss.png,"
 	@echo "images/codebook_usage.png and images/prior_loss.png; the new slices themselves are in samples/demo."
+
+# Ten seconds, with weights that are part of the repository. One thread: more gain little here, and wait for each other
+# on a busy machine.
+sample: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python predict.py --run weights/phantom --num 16 --batch-size 16 --out samples/phantom
+	@echo "Open images/samples.png: 16 new slices of the phantom. As NIfTI they are in samples/phantom."
 
 test: $(INSTALLED_FOR_TESTS)
 	$(VENV)/bin/ruff check .

@@ -479,6 +479,8 @@ def report_samples(
 
 def logged_curves(run: Path) -> dict[str, Curves]:
     """Return what was logged, by stage; warn if the log cannot be read, which must not cost an evaluation."""
+    if not (run / "metrics.jsonl").exists():  # an export has none
+        return {}
     try:
         return {stage: read_curves(run, stage) for stage in ("vqvae", "prior", "refiner")}
     except RunError as error:

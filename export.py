@@ -116,7 +116,7 @@ def read_evaluation(run: Path) -> Any:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
-        raise RunError(f"{path} cannot be used: {summarise(error)}; run evaluate.py again") from None
+        raise RunError(f"{path} cannot be used: {summarise(error)}: run evaluate.py again") from None
 
 
 def write_card(path: Path, run: Path, config: RunConfig, networks: Networks, half: bool) -> None:
@@ -128,10 +128,8 @@ def write_card(path: Path, run: Path, config: RunConfig, networks: Networks, hal
     results, own = read_evaluation(run), run / "MODEL_CARD.md"
     try:
         card = fill_card(read_card(own), config, results)
-    except (OSError, ValueError) as error:
-        raise RunError(f"{own} cannot be used: {summarise(error)}") from None
-    except (LookupError, TypeError) as error:  # what was measured is of another version
-        raise RunError(f"{run / 'evaluation.json'} cannot be used ({error!r}): run evaluate.py again") from None
+    except (OSError, ValueError, LookupError, TypeError) as error:  # evaluation.json may be of another version
+        raise RunError(f"{own} cannot be filled in from evaluation.json ({summarise(error)}): mend it") from None
     rows = [f"| `{name}.safetensors` | weights: {describe(network)} |" for name, network in networks._asdict().items()]
     precision = "Matrices and kernels are stored in float16 and computed with in float32." if half else "In float32."
     licence = "license: mit\n" if config.options.on_phantom else ""

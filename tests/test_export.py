@@ -237,13 +237,27 @@ def test_the_card_keeps_what_people_wrote_and_the_measurements(copied, tmp_path)
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("evaluation.json", text) for text in ("{", "[" * 9999, "{}", '"text"', '{"settings": {}}')]
-    + [("MODEL_CARD.md", "# mine"), ("config.json", "{}"), ("prior.safetensors", "")],
+    [("evaluation.json", "{"), ("evaluation.json", "[" * 9999), ("config.json", "{}"), ("prior.safetensors", "")],
 )
 def test_files_that_cannot_be_used_are_named(copied, tmp_path, error_line, name, content):
     (copied / name).write_text(content)
     error = error_line("checkpoints.py", ["export", str(copied), str(tmp_path / "out")])
     assert f"{copied / name} cannot be used" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("evaluation.json", text)
+        for text in ("{}", "[]", '"text"', '{"settings": {}}', json.dumps(RESULTS | {"prior": 3}))
+    ]
+    + [("MODEL_CARD.md", "# mine"), ("MODEL_CARD.md", "\0" * (1 << 21))],
+)
+def test_a_card_that_cannot_be_filled_in_is_named(copied, tmp_path, error_line, name, content):
+    (copied / name).write_text(content)
+    error = error_line("checkpoints.py", ["export", str(copied), str(tmp_path / "out")])
+    assert f"{copied / 'MODEL_CARD.md'} cannot be filled in from evaluation.json" in error
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
