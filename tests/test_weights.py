@@ -24,7 +24,7 @@ from refiner import RefinerConfig
 RUN = ROOT / "weights" / "phantom"
 REFERENCE = RUN / "reference"
 MOST_BYTES = 8e6
-TOLERANCE = 0.02  # root mean square difference of slices in [-1, 1]: some processors refine in bfloat16
+TOLERANCE = 0.005  # root mean square difference of slices in [-1, 1]: refining in bfloat16 takes 0.001
 
 pytestmark = pytest.mark.skipif(not (RUN / "config.json").exists(), reason="there are no weights in weights/phantom")
 
