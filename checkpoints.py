@@ -44,7 +44,7 @@ from config import (
     parse_json,
     validate,
 )
-from console import RunError, logger, say, summarise
+from console import RunError, logger, run_command, say, summarise
 from utils import flush, make_folder, write_file, writing
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -152,21 +152,28 @@ def checksum(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     return f"{crc:08x}"
 
 
-def check_tensors(expected: dict[str, Tensor], given: dict[str, Tensor]) -> None:
-    """Raise ValueError naming the first tensor that is missing, unknown, of another shape or type, or not finite."""
+def check_tensors(expected: dict[str, Tensor], given: dict[str, Tensor], half: bool = False) -> None:
+    """Raise ValueError naming the first tensor that is missing, unknown, of another shape or type, or not finite.
+
+    With `half`, float16 may stand for float32.
+    """
     for name in sorted(expected.keys() | given.keys()):
         if name not in given:
             raise ValueError(f"its {name} is missing")
         if name not in expected:
             raise ValueError(f"its {name:.60} is unknown to this network")
         shape, dtype = tuple(given[name].shape), given[name].dtype
-        if (shape, dtype) != (tuple(expected[name].shape), expected[name].dtype):
+        read = torch.float32 if half and dtype == torch.float16 else dtype
+        if (shape, read) != (tuple(expected[name].shape), expected[name].dtype):
             raise ValueError(f"its {name} has shape {shape} and type {dtype}, which does not fit this network")
         if not given[name].isfinite().all():
             raise ValueError(f"its {name} is not finite")
 
 
 # ---------------------------------------------------------------- weights
+
+# The first is the product of the others: an export leaves it out.
+SUMS, SIZES, EMBEDDINGS = "codebook.sums", "codebook.cluster_sizes", "codebook.embeddings"
 
 
 def save_weights(path: Path, network: nn.Module) -> None:
@@ -175,8 +182,30 @@ def save_weights(path: Path, network: nn.Module) -> None:
     save_tensors(path, asdict(config), network.state_dict())
 
 
+def export_weights(path: Path, network: nn.Module, half: bool) -> None:
+    """Write the least that `load_weights` needs.
+
+    Args:
+        path: Of the file.
+        network: Its weights and config are written.
+        half: Whether matrices and kernels are rounded to float16, to 11 significant bits. Vectors, such as biases and
+            the sizes of clusters, take little room and stay as they are.
+
+    Raises:
+        RunError: The file cannot be written, or a weight is too large for float16.
+    """
+    config: Any = network.config
+    tensors = {name: tensor for name, tensor in network.state_dict().items() if name != SUMS}
+    if half:
+        tensors = {name: tensor.half() if tensor.ndim > 1 else tensor for name, tensor in tensors.items()}
+        for name, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise RunError(f"{name} of {path.name} does not fit into float16: leave out --half")
+    save_tensors(path, asdict(config), tensors)
+
+
 def load_weights(path: Path, network: Callable[[Any], Network], config: type, prefix: str = "") -> Network:
-    """Return the network that `save_weights` wrote, in evaluation mode.
+    """Return the network that `save_weights` or `export_weights` wrote, in evaluation mode and float32.
 
     Args:
         path: The weights.
@@ -192,7 +221,10 @@ def load_weights(path: Path, network: Callable[[Any], Network], config: type, pr
         chosen = config(**fields.model_dump())
         with torch.device("meta"):  # shapes without memory
             expected = network(chosen).state_dict()
-        check_tensors(expected, tensors)
+        stored = {name: of for name, of in expected.items() if name != SUMS or SUMS in tensors}
+        check_tensors(stored, tensors, half=True)
+        if stored.keys() != expected.keys():
+            tensors[SUMS] = tensors[SIZES][:, None] * tensors[EMBEDDINGS]
         made = network(chosen)
         made.load_state_dict(tensors)
         return made.eval()
@@ -232,6 +264,12 @@ def read_config(path: Path) -> RunConfig:
         raise RunError(f"{path} is not a run directory (no config.json): train first, or name one with --run") from None
     except (OSError, ValueError) as error:
         raise RunError(f"{path / 'config.json'} cannot be used: {summarise(error)}") from None
+
+
+def write_config(path: Path, config: RunConfig) -> None:
+    """Write config.json into a run directory or an export. Raises RunError."""
+    content = json.dumps(config.model_dump(mode="json"), indent=1, allow_nan=False)
+    write_file(path / "config.json", lambda part: part.write_text(content))
 
 
 def read_data_files(run: Path) -> dict[str, str]:
@@ -336,8 +374,7 @@ class Run:
         manifest = json.dumps(files, indent=0)
         if len(manifest) <= MAX_DATA:
             write_file(self.path / "data.json", lambda part: part.write_text(manifest))
-        content = json.dumps(config.model_dump(mode="json"), indent=1, allow_nan=False)
-        write_file(self.path / "config.json", lambda part: part.write_text(content))
+        write_config(self.path, config)
 
     def save_checkpoint(self, tensors: dict[str, Tensor], **header: Any) -> None:
         """Write checkpoint.safetensors, with the fields of a `CheckpointHeader`, and keep the previous one."""
@@ -478,3 +515,9 @@ def lock_run(path: Path) -> FileIO:
         file.write(f"process {os.getpid()} on {platform.node()}".encode())
         failed.pop_all()
         return file
+
+
+if __name__ == "__main__":
+    from export import main  # here, because it needs the networks, which nothing above knows
+
+    run_command(main)

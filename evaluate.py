@@ -21,7 +21,7 @@ from torch import Tensor
 from anatomy import MIN_TRAINING, Coherence
 from augmentation import augment
 from c2st import c2st
-from checkpoints import read_bytes, read_config, read_curves, read_data_files, strict_json
+from checkpoints import read_config, read_curves, read_data_files, strict_json
 from comparison import (
     SliceSet,
     compare,
@@ -31,7 +31,7 @@ from comparison import (
     judge_anatomy,
     slice_metrics,
 )
-from config import RunConfig
+from config import RunConfig, TrainConfig
 from console import Parser, RunError, log_notices, logger, nonempty, number, run_command, say
 from copying import Copies, align, nearest_distances
 from dataset import SPLIT_TITLES, DataSplits, Slices, describe_changes, load_dataset
@@ -48,7 +48,7 @@ from metrics import (
     round_to_grey_levels,
     two_fold_split,
 )
-from model_card import TEMPLATE, fill_card
+from model_card import fill_card, read_card
 from nifti import left_right_axis
 from plots import (
     Curves,
@@ -81,7 +81,6 @@ from utils import autocast, check_folder, make_folder, write_file
 
 MIN_SLICES = 4  # slices or samples that can be evaluated
 OUTLIERS = 8  # slices of a set in outliers.png
-MAX_CARD = 1 << 20  # bytes of a model card that is read
 
 
 # ---------------------------------------------------------------- options and data
@@ -93,6 +92,8 @@ class EvaluateOptions(SamplingOptions):
     num: int | None
     split: str
     data: str | None
+    pattern: str | None
+    table: Path | None
     self_test: bool
     report_real_slices: bool
 
@@ -113,6 +114,8 @@ def parse_options(arguments: Sequence[str] | None) -> EvaluateOptions:
     parser.add_argument(
         "--data", type=nonempty(str), metavar="DIR", help="folder of the training data, if it has moved"
     )
+    parser.add_argument("--pattern", type=nonempty(str), help="that of the training, which an export does not hold")
+    parser.add_argument("--table", type=nonempty(Path), help="that of the training, if it has moved, or for an export")
     parser.add_argument(
         "--self-test",
         action="store_true",
@@ -132,14 +135,10 @@ def select(slices: Slices, indices: np.ndarray, device: torch.device) -> SliceSe
     return SliceSet(slices.batch(indices).to(device), [slices.cases[i] for i in indices])
 
 
-def data_folder(options: EvaluateOptions, config: RunConfig) -> str:
-    """Return the folder of the training data, or "phantom"."""
-    return options.data or config.options.data
-
-
-def shows_phantom(options: EvaluateOptions, config: RunConfig) -> bool:
-    """Return whether the evaluated slices are the phantom's."""
-    return config.options.model_copy(update={"data": data_folder(options, config)}).on_phantom
+def data_options(options: EvaluateOptions, config: RunConfig) -> TrainConfig:
+    """Return the options of the training, with the place of its data where another one is given."""
+    given = {name: getattr(options, name) for name in ("data", "pattern", "table")}
+    return config.options.model_copy(update={name: value for name, value in given.items() if value})
 
 
 def training_data(options: EvaluateOptions, config: RunConfig) -> DataSplits:
@@ -148,12 +147,12 @@ def training_data(options: EvaluateOptions, config: RunConfig) -> DataSplits:
     Raises:
         RunError: The data are missing, differ from those of the training, or cannot be evaluated.
     """
-    folder = data_folder(options, config)
+    chosen = data_options(options, config)
+    folder = chosen.data
     if folder != "phantom" and not Path(folder).exists():
         raise RunError(f"the data of {options.run} are not in {folder}: name their folder with --data")
-    side = config.options.downsampling
-    reading = Reading.of(config.options)
-    data = load_dataset(folder, config.slice_size, (side, side), config.options.seed, reading=reading)
+    side = chosen.downsampling
+    data = load_dataset(folder, config.slice_size, (side, side), chosen.seed, reading=Reading.of(chosen))
     log_notices(data.notices)
     if data.fingerprint != config.fingerprint:
         changes = describe_changes(read_data_files(options.run), data.files)
@@ -272,6 +271,7 @@ def evaluate(options: EvaluateOptions, config: RunConfig, networks: Networks, de
     print_table(results)
     write_file(options.run / "evaluation.json", lambda part: part.write_text(strict_json(results)))
     write_model_card(options.run / "MODEL_CARD.md", config, results)
+    run_name = options.run.resolve().name  # in titles: a path may name people
     by_position = np.argsort(held_out.positions)[evenly_spaced(len(held_out))]
     rows = {
         held_out_name: real.slices[by_position],
@@ -287,14 +287,14 @@ def evaluate(options: EvaluateOptions, config: RunConfig, networks: Networks, de
         results,
         {label: as_array(slices) for label, slices in rows.items()},
         distances,
-        f"{options.run}: {count} samples ({describe_sampling(options)}) and {len(held_out)} {held_out_name}",
+        f"{run_name}: {count} samples ({describe_sampling(options)}) and {len(held_out)} {held_out_name}",
     )
     rates = {attack: roc_curve(*own) for attack, own in scores.items()}
     membership_figure(
         options.images / "membership.png",
         rates,
         {attack: values["auc"] for attack, values in results["membership"]["attacks"].items()},
-        f"{options.run}: {results['membership']['slices']} training and as many {held_out_name}",
+        f"{run_name}: {results['membership']['slices']} training and as many {held_out_name}",
     )
     both = ("samples", held_out_name)
     write_copying_figure(
@@ -303,7 +303,7 @@ def evaluate(options: EvaluateOptions, config: RunConfig, networks: Networks, de
     outliers_figure(
         options.images / "outliers.png", {name: lowest(sets[name].slices, anatomy.scores[name]) for name in both}
     )
-    phantom = shows_phantom(options, config)
+    phantom = data_options(options, config).on_phantom
     real_shown = phantom or options.report_real_slices
     evidence = Evidence(
         logged_curves(options.run),
@@ -315,7 +315,7 @@ def evaluate(options: EvaluateOptions, config: RunConfig, networks: Networks, de
         distances,
         rates,
     )
-    write_report(options.run / "report.html", options.run.resolve().name, config, results, evidence)
+    write_report(options.run / "report.html", run_name, config, results, evidence)
     written = f"{options.run / 'evaluation.json'}, MODEL_CARD.md and report.html, figures in {options.images}"
     say(f"{time.perf_counter() - started:.0f} s: {written}")
 
@@ -404,8 +404,7 @@ def infer_membership(
 def write_model_card(path: Path, config: RunConfig, results: Mapping[str, Any]) -> None:
     """Write a run's model card, or replace the measured part of the one that is there."""
     try:
-        card = read_bytes(path if path.exists() else TEMPLATE, MAX_CARD).decode()
-        card = fill_card(card, config, results)
+        card = fill_card(read_card(path), config, results)
     except (OSError, ValueError) as error:
         logger.warning(f"{path} is left as it is: {error}")
         return
@@ -480,6 +479,8 @@ def report_samples(
 
 def logged_curves(run: Path) -> dict[str, Curves]:
     """Return what was logged, by stage; warn if the log cannot be read, which must not cost an evaluation."""
+    if not (run / "metrics.jsonl").exists():  # an export has none
+        return {}
     try:
         return {stage: read_curves(run, stage) for stage in ("vqvae", "prior", "refiner")}
     except RunError as error:

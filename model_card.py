@@ -1,20 +1,23 @@
 """The model card of a run: what was measured, what may be concluded from it, and the questions that only people answer.
 
 `evaluate.py` writes RUN/MODEL_CARD.md from docs/MODEL_CARD_TEMPLATE.md. Later evaluations replace the measured part,
-between two markers, and leave what people wrote.
+between two markers, and leave what people wrote. The measured part holds no path and no name of a data file.
 """
 
 import math
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from config import FREE_OPTIONS, RunConfig, TrainConfig, configure
+from checkpoints import read_bytes
+from config import FREE_OPTIONS, RunConfig, TrainConfig, configure, item_types
 from console import printable
 from dataset import SPLIT_TITLES
 
 TEMPLATE = Path(__file__).resolve().parent / "docs" / "MODEL_CARD_TEMPLATE.md"
 BEGIN, END = "<!-- measured by evaluate.py: begin -->", "<!-- measured by evaluate.py: end -->"
+MAX_CARD = 1 << 20  # bytes of a model card that is read
 FEW_PATIENTS = 10  # held out; with fewer, metrics of samples vary too much to judge by
 MAX_C2ST = 0.75  # accuracy above which samples are easily told from real slices
 MAX_MEMORISED = 0.05  # share of samples closer to a training slice than any reconstruction of a held-out slice
@@ -22,14 +25,42 @@ MAX_P_VALUE = 0.01  # of the share of samples with incoherent anatomy
 OVERFITTED = 0.1  # share of bits per code that held-out slices need more than training slices
 SAMPLES_ATTACK = "samples"  # of evaluation.json; the others need the weights
 
+# What stands for texts of the user's choosing, such as paths, where they are left out: they may name patients.
+PLACEHOLDERS: dict[str, Any] = {
+    name: kind(name.upper())
+    for name, field in TrainConfig.model_fields.items()
+    if (kind := item_types(field)[0][0]) in (str, Path) and name not in ("preset", "device")
+}
+PLACEHOLDERS["pattern"] = "(?P<case>PATTERN)"  # valid, and matches no file
 
-def fill_card(card: str, config: RunConfig, results: Mapping[str, Any]) -> str:
+
+def redact(config: RunConfig) -> RunConfig:
+    """Return a config with placeholders for given texts, and a command line that is rebuilt from its options."""
+    fields, given = TrainConfig.model_fields, config.options
+    removed = {name: text for name, text in PLACEHOLDERS.items() if getattr(given, name) != fields[name].default}
+    options = given.model_copy(update=removed)
+    command = ["python", "train.py", "--preset", options.preset]
+    if options.slice_size:
+        command += ["--slice-size", *map(str, options.slice_size)]
+    for name, value in changed_options(options).items():
+        command += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
+    command += ["--table", "TABLE"] if options.table else []
+    command += [] if options.data == "phantom" else ["--data", "DATA"]
+    return config.model_copy(update={"options": options, "command": [*command, "--run", "RUN"]})
+
+
+def read_card(path: Path) -> str:
+    """Return a run's model card, or the template if it has none. Raises OSError or ValueError."""
+    return read_bytes(path if path.exists() else TEMPLATE, MAX_CARD).decode()
+
+
+def fill_card(card: str, config: RunConfig, results: Mapping[str, Any] | None) -> str:
     """Return a card whose measured part is that of an evaluation.
 
     Args:
         card: The template, or a card that was written before.
         config: Of the run.
-        results: The content of evaluation.json.
+        results: The content of evaluation.json, NaN for null; None if the run was not evaluated.
 
     Raises:
         ValueError: The card lacks the markers of the measured part.
@@ -38,15 +69,18 @@ def fill_card(card: str, config: RunConfig, results: Mapping[str, Any]) -> str:
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"it lacks the lines {BEGIN} and {END}")
-    return "\n".join([before + begin, *measured_part(config, results), end + after])
+    return "\n".join([before + begin, *measured_part(redact(config), results), end + after])
 
 
-def measured_part(config: RunConfig, results: Mapping[str, Any]) -> Iterator[str]:
+def measured_part(config: RunConfig, results: Mapping[str, Any] | None) -> Iterator[str]:
     """Yield the lines of the measured part."""
     yield "\n## Run\n\n| | |\n|---|---|"
     for name, value in describe_run(config, results).items():
         yield f"| {name} | {escape(value)} |"
     yield "\n## Measured\n"
+    if results is None:
+        yield "The run was not evaluated.\n"
+        return
     settings = results["settings"]
     held_out = f"{settings['heldout_slices']} {SPLIT_TITLES[settings['split']]} slices"
     yield (
@@ -66,18 +100,20 @@ def escape(value: object) -> str:
     return printable(str(value)).replace("|", "\\|").replace("<", "&lt;")
 
 
-def describe_run(config: RunConfig, results: Mapping[str, Any]) -> dict[str, object]:
+def describe_run(config: RunConfig, results: Mapping[str, Any] | None) -> dict[str, object]:
     """Return what config.json says of the run, by its name in the card."""
     changed = [f"{name} {value}" for name, value in changed_options(config.options).items()]
-    settings = results["settings"]
-    return {
-        "command": " ".join(config.command),
+    facts: dict[str, object] = {
+        "command": shlex.join(config.command),
         "preset; options that differ from it": f"{config.options.preset}; {', '.join(changed) or 'none'}",
         "git revision": config.git_revision or "unknown",
         "library versions": ", ".join(f"{name} {version}" for name, version in config.libraries.items()),
-        "training slices, patients": f"{settings['training_slices']}, {settings['training_cases']}",
         "slice size; fingerprint of the data": f"{'x'.join(map(str, config.slice_size))}; {config.fingerprint}",
     }
+    if results:
+        settings = results["settings"]
+        facts["training slices, patients"] = f"{settings['training_slices']}, {settings['training_cases']}"
+    return facts
 
 
 def changed_options(options: TrainConfig) -> dict[str, Any]:

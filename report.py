@@ -24,7 +24,7 @@ from charts import Line, bar_chart, element, histogram_lines, line_chart
 from config import RunConfig
 from console import printable
 from dataset import SPLIT_TITLES
-from model_card import changed_options, describe_metrics, describe_run, judgements, quality_warnings
+from model_card import describe_metrics, describe_run, judgements, quality_warnings, redact
 from nifti import left_right_axis
 from plots import PANELS, Curves, to_display
 from tables import (
@@ -102,20 +102,6 @@ def write_report(path: Path, name: str, config: RunConfig, results: Mapping[str,
     parts["script_hash"] = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()]
     content = Template(template).substitute({key: "\n".join(map(to_html, own)) for key, own in parts.items()})
     write_file(path, lambda part: part.write_text(content, encoding="utf-8"))
-
-
-def redact(config: RunConfig) -> RunConfig:
-    """Return a config without paths: its command line is rebuilt, with capital letters for folders."""
-    options = config.options
-    without = options.model_copy(update={"init": options.init and Path("INIT")})
-    command = ["python", "train.py", "--preset", options.preset]
-    if options.slice_size:
-        command += ["--slice-size", *map(str, options.slice_size)]
-    for name, value in changed_options(without).items():
-        command += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
-    command += ["--table", "TABLE"] if options.table else []
-    command += [] if options.data == "phantom" else ["--data", "DATA"]
-    return config.model_copy(update={"options": without, "command": [*command, "--run", "RUN"]})
 
 
 def to_html(part: str | Element) -> str:

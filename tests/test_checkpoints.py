@@ -7,7 +7,7 @@ import pickle
 import resource
 import signal
 import struct
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +16,14 @@ import pytest
 import safetensors
 import torch
 from broken_writes import half_done, on_writes
+from conftest import VQVAE_TINY
 from torch import nn
 
 import checkpoints
 import config
 from checkpoints import CheckpointHeader, Run, load_weights, save_tensors, save_weights
 from console import RunError
+from modules import VQVAE, VQVAEConfig
 
 FILES = {"a.nii": "00000001", "b.nii": "00000002"}
 
@@ -631,6 +633,8 @@ DAMAGES = {
     with_header(SOUND, counts=None): "its counts is missing",
     with_header(SOUND, more=torch.zeros(2)): "its more is unknown to this network",
     with_header(SOUND, weight=torch.zeros(2, 3, dtype=torch.float64)): "its weight has shape .* does not fit",
+    with_header(SOUND, weight=torch.zeros(3, 2, dtype=torch.float16)): "its weight has shape .* does not fit",
+    with_header(SOUND, counts=torch.zeros(3, dtype=torch.float16)): "its counts has shape .* does not fit",
     with_header(SOUND, weight=torch.full((2, 3), torch.inf)): "its weight is not finite",
 }
 
@@ -640,6 +644,32 @@ def test_damaged_weights_are_a_run_error(tmp_path, write, message):
     write(tmp_path / "w.safetensors")
     with pytest.raises(RunError, match=rf"w\.safetensors cannot be used: .*({message})"):
         load_weights(tmp_path / "w.safetensors", Pair, PairConfig)
+
+
+def test_float16_is_read_as_float32(tmp_path):
+    given = torch.randn(2, 3).half()
+    with_header(SOUND, weight=given)(tmp_path / "w.safetensors")
+    loaded = load_weights(tmp_path / "w.safetensors", Pair, PairConfig).weight
+    assert loaded.dtype == torch.float32
+    assert torch.equal(loaded, given.float())
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("cluster_sizes", torch.ones(2**15), "its codebook.cluster_sizes has shape"),  # the product would take 4 GB
+        ("embeddings", torch.ones(1, 2**15), "its codebook.embeddings has shape"),
+        ("embeddings", None, "its codebook.embeddings is missing"),
+    ],
+)
+def test_sums_are_made_of_checked_tensors_only(tmp_path, name, tensor, message):
+    network = VQVAE(VQVAE_TINY)
+    tensors = {name: of for name, of in network.state_dict().items() if name != checkpoints.SUMS}
+    tensors.pop(f"codebook.{name}")
+    tensors |= {} if tensor is None else {f"codebook.{name}": tensor}
+    save_tensors(tmp_path / "w.safetensors", asdict(VQVAE_TINY), tensors)
+    with pytest.raises(RunError, match=message):
+        load_weights(tmp_path / "w.safetensors", VQVAE, VQVAEConfig)
 
 
 def test_swapped_tensors_fail_the_checksum(tmp_path):

@@ -217,7 +217,7 @@ def test_a_report_of_patients_has_samples_only(evaluation):
 def test_slices_that_a_table_lists_are_of_patients(run_config, data, table, given, phantom):
     """Without --data, a table's folder is read, and not the phantom."""
     options = evaluate.parse_options(["--data", given] if given else [])
-    assert evaluate.shows_phantom(options, run_config(data=data, table=table)) == phantom
+    assert evaluate.data_options(options, run_config(data=data, table=table)).on_phantom == phantom
 
 
 def test_a_report_has_real_slices_if_asked(trained, tmp_path, quick):
@@ -251,13 +251,16 @@ def test_called_copies_are_left_out_with_the_training_slices(trained):
     assert len(evaluate.report_samples(slices, positions, copies, anatomy, None).slices) == 0
 
 
-@pytest.mark.parametrize("damage", [lambda log: log.unlink(), lambda log: log.write_text("{")])
-def test_a_log_that_cannot_be_read_is_a_warning(trained, tmp_path, caplog, damage):
+def test_a_log_that_cannot_be_read_is_a_warning_and_a_missing_one_is_not(trained, tmp_path, caplog):
     shutil.copytree(trained.run, tmp_path / "run")
     assert evaluate.logged_curves(tmp_path / "run").keys() == {"vqvae", "prior", "refiner"}
-    damage(tmp_path / "run" / "metrics.jsonl")
+    (tmp_path / "run" / "metrics.jsonl").write_text("{")
     assert evaluate.logged_curves(tmp_path / "run") == {}
     assert "metrics.jsonl line 1 cannot be used" in caplog.text
+    caplog.clear()
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    assert evaluate.logged_curves(tmp_path / "run") == {}
+    assert not caplog.text
 
 
 def test_reconstruction_metrics_agree_with_predict(evaluation, trained, tmp_path, capsys):

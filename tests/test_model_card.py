@@ -2,6 +2,7 @@
 
 import copy
 import math
+import shlex
 
 import pytest
 
@@ -118,8 +119,38 @@ def test_bad_figures_are_said_plainly(run_config, results, sentence):
 
 
 def test_values_cannot_break_the_table(run_config):
-    config = run_config().model_copy(update={"command": ["train.py", "a|b", "<b>", "\n# heading"]})
+    config = run_config().model_copy(update={"git_revision": "a|b <b> \n# heading"})
     assert isinstance(config, RunConfig)
     card = model_card.fill_card(model_card.TEMPLATE.read_text(), config, RESULTS)
-    (line,) = (line for line in card.splitlines() if line.startswith("| command |"))
-    assert line == "| command | train.py a\\|b &lt;b> \\n# heading |"
+    (line,) = (line for line in card.splitlines() if line.startswith("| git revision |"))
+    assert line == "| git revision | a\\|b &lt;b> \\n# heading |"
+
+
+def test_texts_of_the_user_are_left_out_of_the_config_and_the_card(run_config):
+    """All of them: options with a text or a path, but for the preset and the device, whose texts are ours."""
+    texts = ("run", "images", "init", "data", "pattern", "table")
+    assert model_card.PLACEHOLDERS.keys() == set(texts)
+    config = run_config(**dict.fromkeys(texts, "secret"), seed=3)
+    config = config.model_copy(update={"command": ["/secret/train.py", "--run", "secret"]})
+    redacted = model_card.redact(config)
+    assert "secret" not in redacted.model_dump_json()
+    command = (
+        "python train.py --preset full --seed 3 --init INIT --pattern '(?P<case>PATTERN)' --table TABLE --data DATA"
+    )
+    assert shlex.join(redacted.command) == f"{command} --run RUN"
+    for name in config.options.model_dump().keys() - set(texts):
+        assert getattr(redacted.options, name) == getattr(config.options, name)
+    card = model_card.fill_card(model_card.TEMPLATE.read_text(), config, RESULTS)
+    assert "secret" not in card
+    assert f"| command | {command.replace('<', '&lt;')} --run RUN |" in card
+
+
+def test_texts_that_were_not_given_stay(run_config):
+    config = run_config(data="phantom", run="runs/default", images="images")
+    assert model_card.redact(config).options == config.options
+
+
+def test_a_run_that_was_not_evaluated_has_a_card(run_config):
+    card = fill(run_config, None)
+    assert "## Run" in card and "The run was not evaluated." in card
+    assert "## Conclusions" not in card

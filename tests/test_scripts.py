@@ -1,4 +1,4 @@
-"""scripts/: the batch files of Slurm, with stand-ins for srun and scontrol."""
+"""scripts/: the batch files of Slurm and the installer, with stand-ins for the programs that they call."""
 
 import os
 import shutil
@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
+ROOT = Path(__file__).parents[1]
+SCRIPTS = ROOT / "scripts"
 BASH = shutil.which("bash")
 
 pytestmark = pytest.mark.skipif(BASH is None, reason="needs bash")
@@ -83,3 +84,88 @@ def test_outside_of_slurm_nothing_runs(script):
     done = subprocess.run([BASH, SCRIPTS / script], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "submit this file with sbatch" in done.stderr
+
+
+# ---------------------------------------------------------------- install.sh
+
+CPU_BUILD = "--index-url https://download.pytorch.org/whl/cpu torch=="
+without_card = pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="this machine has an NVIDIA card")
+
+
+@pytest.fixture
+def install(tmp_path):
+    """Run install.sh where the given programs exist only; return it, and what it called.
+
+    Each program logs its arguments, and fails if they contain a given text. `python -m venv` makes an environment.
+    """
+
+    def install(*programs, system="Linux", failing="nothing"):
+        calls, folder = tmp_path / "calls", tmp_path / "bin"
+        folder.mkdir()
+        for name in ("grep", "cp", "mkdir"):
+            (folder / name).symlink_to(shutil.which(name))
+        (folder / "uname").write_text(f"#!{BASH}\necho {system}\n")
+        for name in ("python", *programs):
+            (folder / name).write_text(
+                f'#!{BASH}\necho "${{0##*/}} $*" >> {calls}\ncase "$*" in *"{failing}"*) exit 1; esac\n'
+                f'case "$*" in *venv*) mkdir -p {tmp_path}/venv/bin; cp {folder}/python {tmp_path}/venv/bin; esac\n'
+            )
+        for name in ("uname", "python", *programs):
+            (folder / name).chmod(0o755)
+        command = [BASH, SCRIPTS / "install.sh", tmp_path / "venv", "python", "requirements.txt", "more.txt"]
+        environment = {"PATH": str(folder)}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        return done, [line for line in calls.read_text().splitlines() if " -c " not in line]
+
+    return install
+
+
+@without_card
+def test_uv_installs_where_it_is_there(install, tmp_path):
+    done, calls = install("uv")
+    assert done.returncode == 0, done.stderr
+    pip = f"uv pip install --quiet --python {tmp_path}/venv/bin/python"
+    venv, cpu_build, *rest = calls
+    assert venv == f"uv venv --quiet --seed --python python {tmp_path}/venv"
+    assert cpu_build.startswith(f"{pip} {CPU_BUILD}")
+    assert rest == [f"{pip} -r requirements.txt", f"{pip} -r more.txt"]
+
+
+@without_card
+def test_venv_and_pip_install_elsewhere(install, tmp_path):
+    done, calls = install()
+    assert done.returncode == 0, done.stderr
+    pip = "python -m pip install --quiet --disable-pip-version-check"
+    venv, cpu_build, *rest = calls
+    assert venv == f"python -m venv {tmp_path}/venv"
+    assert cpu_build.startswith(f"{pip} {CPU_BUILD}")
+    assert rest == [f"{pip} -r requirements.txt", f"{pip} -r more.txt"]
+
+
+@pytest.mark.parametrize(("programs", "system"), [(["nvidia-smi"], "Linux"), ([], "Darwin")])
+def test_with_a_card_and_on_macos_the_default_build_is_installed(install, programs, system):
+    done, calls = install(*programs, system=system)
+    assert done.returncode == 0, done.stderr
+    assert not any("--index-url" in call for call in calls)
+
+
+@without_card
+def test_a_driver_without_a_card_is_no_card(install):
+    _, calls = install("nvidia-smi", failing="-L")
+    assert any(CPU_BUILD in call for call in calls)
+
+
+@without_card
+def test_without_the_host_of_cpu_builds_the_default_build_is_installed(install):
+    done, calls = install(failing="--index-url")
+    assert done.returncode == 0
+    assert "note: no CPU build of PyTorch" in done.stderr
+    assert calls[-1].endswith("-r more.txt")
+
+
+@pytest.mark.parametrize(("failing", "status", "text"), [("-c", 2, "error: Python 3.10"), ("-r requirements", 1, "")])
+def test_a_failed_installation_ends(install, failing, status, text):
+    done, calls = install(failing=failing)
+    assert done.returncode == status
+    assert text in done.stderr
+    assert not any("more.txt" in call for call in calls)

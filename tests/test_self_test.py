@@ -5,7 +5,6 @@ import dataclasses
 import io
 import json
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -78,7 +77,7 @@ def test_self_test_needs_no_particular_split(trained, monkeypatch):
     data, config = load_dataset(str(trained.data), None, (4, 4), 0), read_config(trained.run)
     nothing = Slices(data.test.pixels[:0], [], [], *3 * [data.test.positions[:0]])
     monkeypatch.setattr(evaluate, "load_dataset", lambda *_, **__: dataclasses.replace(data, test=nothing))
-    given = SimpleNamespace(run=trained.run, data=None, split="test", self_test=True)
+    given = evaluate.parse_options([*arguments(run=trained.run), "--self-test"])
     assert len(evaluate.training_data(given, config).validate) == 4
     given.self_test = False
     with pytest.raises(RunError, match="fewer than 8 training or 4 test slices: choose another --split"):

@@ -98,7 +98,7 @@ def test_a_run_on_volumes_records_how_they_are_read(options, tmp_path, cache, er
     train.main(arguments(**given))
     run = checkpoints.read_config(options["run"])
     assert (run.options.axis, run.options.pattern, run.slice_size) == (1, given["pattern"], (16, 12))
-    evaluated = SimpleNamespace(run=options["run"], data=None, split="test", self_test=False)
+    evaluated = evaluate.parse_options(arguments(run=options["run"]))
     with pytest.raises(RunError, match="a side needs at least"):  # the data are those of the run, but too small
         evaluate.training_data(evaluated, run)
     predict.main(
@@ -964,7 +964,7 @@ def test_changed_data_are_named_and_may_be_allowed(options, slices_folder, tmp_p
     assert "is complete" in capsys.readouterr().out
     train.main(arguments(**options))  # recorded as the run's own data
     config = checkpoints.read_config(options["run"])
-    given = SimpleNamespace(run=options["run"], data=None, split="test", self_test=False)
+    given = evaluate.parse_options(arguments(run=options["run"]))
     assert len(evaluate.training_data(given, config).train) == 12
 
 
