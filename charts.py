@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 WIDTH, HEIGHT = 360, 220  # units of a chart, about pixels on a phone
-LEFT, RIGHT, TOP, BOTTOM = 50, 12, 22, 38  # margins
+LEFT, RIGHT, TOP, BOTTOM = 50, 22, 22, 38  # margins
 LARGEST = 1e30  # values that are drawn
 BAR, LABELS = 22, 92  # height of a bar with its gap; width of the bars' labels
 

@@ -2,10 +2,12 @@
 
 python predict.py --run runs/default --num 64           # writes new slices to samples/, and images/samples.png
 python predict.py --run runs/default --reconstruct FILE_OR_FOLDER --out reconstructions
+python predict.py --run runs/default --animate sampling.gif
 """
 
 import csv
 import hashlib
+import math
 import os
 import time
 from argparse import ArgumentParser, Namespace
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from animation import sampling_frames, write_animation
 from checkpoints import is_complete, load_weights, read_config
 from config import MAX_BATCH_SIZE, MAX_SEED, Positions, RunConfig
 from console import Parser, RunError, log_notices, logger, nonempty, number, printable, run_command, say
@@ -38,6 +41,7 @@ from utils import autocast, channels_last, check_folder, pick_device, write_file
 DEFAULT_NUM = 64  # samples
 MAX_NUM = 10**6  # samples: their file names have six digits
 MAX_SHOWN = 64  # samples in the figure
+ANIMATED = 4  # samples in an animation
 TOP_P = 0.995  # with 1, one of 30 samples has a broken outline
 MAX_NAME_BYTES = 200  # of a slice's name within a file name, which may have 255
 READ_FILES = ("config.json", "vqvae.safetensors", "prior.safetensors", "refiner.safetensors")
@@ -70,6 +74,7 @@ class PredictOptions(SamplingOptions):
     out: Path
     position: float | None
     reconstruct: list[Path] | None
+    animate: Path | None
 
 
 def parse_options(arguments: Sequence[str] | None) -> PredictOptions:
@@ -104,12 +109,19 @@ def parse_options(arguments: Sequence[str] | None) -> PredictOptions:
         metavar="P",
         help="position of the slices in their volume, 0 (lowest) to 1 (default: distributed as in the training data)",
     )
-    parser.add_argument(
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
         "--reconstruct",
         type=nonempty(Path),
         nargs="+",
         metavar="PATH",
         help="encode and decode these files, or the files of a folder, instead of sampling",
+    )
+    instead.add_argument(
+        "--animate",
+        type=nonempty(Path),
+        metavar="FILE.gif",
+        help=f"write an animation of {ANIMATED} samples as they are drawn, from low to high, instead of slices",
     )
     return parser.parse_args(arguments, PredictOptions())
 
@@ -353,6 +365,29 @@ def positions_of(sample_ids: Sequence[int], options: PredictOptions, config: Run
     return draw_positions(sample_ids, options.seed, config.positions)
 
 
+# ---------------------------------------------------------------- animation
+
+
+def animate(options: PredictOptions, path: Path, config: RunConfig, networks: Networks, device: torch.device) -> None:
+    """Write an animation of samples as they are drawn, at positions evenly spaced over those of training slices."""
+    options.batch_size = ANIMATED  # batches are filled up
+    known = config.positions.quantiles
+    shares = (np.arange(ANIMATED) + 0.5) / ANIMATED
+    positions = torch.tensor(np.quantile(known, shares) if known else [math.nan] * ANIMATED, dtype=torch.float32)
+    if options.position is not None:
+        positions.fill_(options.position)
+    codes = sample_codes(options, networks.prior, range(ANIMATED), positions, device)
+    steps: list[Tensor] = []
+    with autocast(device):
+        slices = networks.refiner.sample(
+            range(ANIMATED), codes.to(device), networks.vqvae, options.seed, options.refiner_noise, steps.append
+        )
+    frames = list(sampling_frames(codes, networks.vqvae, networks.prior, steps, slices))
+    labels = [f"height {position:.2f}" if known else "" for position in positions.tolist()]
+    write_animation(path, frames, networks.vqvae, labels)
+    say(f"{len(frames)} frames, {path.stat().st_size / 1e6:.1f} MB: {path}")
+
+
 # ---------------------------------------------------------------- reconstruction
 
 
@@ -466,6 +501,13 @@ def check_position(options: PredictOptions, config: RunConfig) -> None:
     )
 
 
+def check_animation(path: Path) -> None:
+    """Raise RunError unless --animate names a GIF in a folder that can be written to."""
+    if path.suffix.lower() != ".gif" or path.is_dir():
+        raise RunError(f"--animate {path}: an animation is a GIF: give it a name like sampling.gif")
+    check_folder("--animate", path.parent)
+
+
 def warn_if_incomplete(run: Path) -> None:
     """Warn if the training of a run is not finished."""
     if not is_complete(run):
@@ -478,6 +520,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = sampling_device(options)
     check_folder("--out", options.out)
     check_folder("--images", options.images)
+    if options.animate:
+        check_animation(options.animate)
     config = read_config(options.run)
     vqvae = load_vqvae(options.run, config, device)
     if options.reconstruct:
@@ -490,6 +534,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     networks = load_networks(options.run, config, vqvae, device)
     check_position(options, config)
     warn_if_incomplete(options.run)
+    if options.animate:
+        animate(options, options.animate, config, networks, device)
+        return
     sample(options, config, networks, device)
 
 

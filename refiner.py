@@ -9,7 +9,7 @@ w = W / downsampling.
 Lipman et al. 2023, Flow Matching for Generative Modeling, arXiv:2210.02747
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -210,7 +210,13 @@ class Refiner(nn.Module):
 
     @torch.no_grad()
     def sample(
-        self, sample_ids: Sequence[int], codes: Tensor, vqvae: VQVAE, seed: int = 0, noise_scale: float = 1.0
+        self,
+        sample_ids: Sequence[int],
+        codes: Tensor,
+        vqvae: VQVAE,
+        seed: int = 0,
+        noise_scale: float = 1.0,
+        progress: Callable[[Tensor], None] | None = None,
     ) -> Tensor:
         """Draw slices for code grids.
 
@@ -225,6 +231,8 @@ class Refiner(nn.Module):
             seed: Of all samples, in [0, 2^32).
             noise_scale: Scale of the initial noise, in [0, 1]. Below 1 the detail is smoother; at 0 it is
                 deterministic.
+            progress: Called at each step with the slices (N, 1, H, W) that the network expects at the end: x_1 at the
+                end of a straight line of the present velocity.
 
         Returns:
             Slices (N, 1, H, W) in [-1, 1].
@@ -241,6 +249,9 @@ class Refiner(nn.Module):
             time = torch.full((len(y),), step / self.config.ode_steps, device=y.device)
             t = time[:, None, None, None]
             x = spread(t) * y
-            before, slope = slope, (self(x, time, conditioning) - gaussian_rate(t) * x) / spread(t)
+            velocity = self(x, time, conditioning)
+            if progress:
+                progress((decoded + self.pixel_std(codes) * (x + (1 - t) * velocity)).clamp(-1, 1))
+            before, slope = slope, (velocity - gaussian_rate(t) * x) / spread(t)
             y = y + (slope if before is None else 1.5 * slope - 0.5 * before) / self.config.ode_steps
         return (decoded + self.pixel_std(codes) * y).clamp(-1, 1)

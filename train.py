@@ -8,6 +8,7 @@ command again to resume a stopped run.
 """
 
 import math
+import shlex
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import takewhile
@@ -39,7 +40,7 @@ from plots import (
     vqvae_loss_figure,
 )
 from refiner import MICRO_BATCH_PIXELS, Refiner, RefinerConfig, RefinerNoise
-from trainer import BatchLoader, StopSignals, Trainer, codebook_share, device_batches, micro_batches
+from trainer import BatchLoader, Progress, StopSignals, Trainer, codebook_share, device_batches, micro_batches
 from utils import autocast, channels_last, check_folder, make_folder, pick_device, seed_update
 from validation import evaluate_prior, evaluate_refiner, evaluate_vqvae, extract_codes
 
@@ -396,20 +397,34 @@ def train_stages(
     left_right = left_right_axis(data.affine)
     say(describe_flip(left_right))
     loader = BatchLoader(data.train, left_right, options, device)
-    if stage == "vqvae":
-        VQVAETrainer(run, stop, options, loader, data).fit(checkpoint)
-    path = options.run / "vqvae.safetensors"
-    vqvae = distributed.from_first(lambda: load_weights(path, VQVAE, VQVAEConfig))
-    if vqvae.config != network_config(VQVAEConfig, options):
-        raise RunError(f"{path} is not of this run: choose another --run")
-    vqvae = channels_last(vqvae, device)
-    if stage != "refiner":
-        prior = PriorTrainer(run, stop, options, loader, data, vqvae)
-        prior.fit(checkpoint)
-        warn_if_unigram(prior.best, prior.validation_codes, options.codebook_size)
-    RefinerTrainer(run, stop, options, loader, data, vqvae).fit(checkpoint)
-    run.save_checkpoint({}, stage="done")
-    say(f"{options.run} is complete: figures in {options.images}; sample with: python predict.py --run {options.run}")
+    with Progress(options) as progress:
+        if stage == "vqvae":
+            VQVAETrainer(run, stop, options, loader, data).fit(checkpoint, progress)
+        path = options.run / "vqvae.safetensors"
+        vqvae = distributed.from_first(lambda: load_weights(path, VQVAE, VQVAEConfig))
+        if vqvae.config != network_config(VQVAEConfig, options):
+            raise RunError(f"{path} is not of this run: choose another --run")
+        vqvae = channels_last(vqvae, device)
+        if stage != "refiner":
+            prior = PriorTrainer(run, stop, options, loader, data, vqvae)
+            prior.fit(checkpoint, progress)
+            warn_if_unigram(prior.best, prior.validation_codes, options.codebook_size)
+        RefinerTrainer(run, stop, options, loader, data, vqvae).fit(checkpoint, progress)
+        run.save_checkpoint({}, stage="done")
+    say_what_to_open(options)
+
+
+def say_what_to_open(options: TrainConfig) -> None:
+    """Print what a finished training has written, and which commands follow."""
+    given = f"--run {shlex.quote(str(options.run))}"
+    say(f"{options.run} is complete")
+    for what, where in (
+        ("curves", f"vqvae_loss.png, prior_loss.png, refiner_loss.png and codebook_usage.png in {options.images}"),
+        ("slices", f"reconstructions.png and refinement.png in {options.images}"),
+        ("sample", f"python predict.py {given}"),
+        ("evaluate", f"python evaluate.py {given}"),
+    ):
+        say(f"  {what:<10}{where}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """The training loop of all three networks: batches, updates, EMA, log, validation, checkpoints, stop signals."""
 
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from importlib import util
+from itertools import accumulate
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
@@ -20,7 +22,7 @@ import distributed
 from augmentation import augment, flip
 from checkpoints import Checkpoint, Run, check_tensors, load_weights, save_weights
 from config import TrainConfig
-from console import RunError, say
+from console import RunError, say, write_line
 from dataset import SPLIT_TITLES, Slices, batch_indices, to_float
 from modules import AUGMENTATIONS, MICRO_BATCH_CODES, Share
 from utils import autocast, seed_update, writing
@@ -34,6 +36,7 @@ T = TypeVar("T")
 VALIDATIONS = 20  # per stage
 LOG_LINES = 250  # of the training losses, per stage
 INTERVAL_SECONDS = 60  # between checkpoints, and between figures
+LINE_SECONDS = 300  # between lines on the progress where there is no terminal
 COPIED_SLICES = 4096  # at a time to a GPU's memory: 128 MB of 256x128
 
 
@@ -152,6 +155,65 @@ class Interval:
         return True
 
 
+class Progress:
+    """The progress of a run over all of its stages: a bar on a terminal, elsewhere a line from time to time.
+
+    The time left follows from the speed of the present stage in this process. Later stages are not measured yet: they
+    take what `COSTS` says of it.
+    """
+
+    COSTS = {"vqvae": 1.0, "prior": 2.0, "refiner": 2.5}  # of a slice, relative: about right for both presets on CPUs
+
+    def __init__(self, options: TrainConfig):
+        self.updates = {"vqvae": options.updates, "prior": options.prior_updates, "refiner": options.refiner_updates}
+        self.costs = {stage: cost / options.batch_divisor for stage, cost in self.COSTS.items()} | {"vqvae": 1.0}
+        work = [updates * self.costs[stage] for stage, updates in self.updates.items()]
+        *starts, self.total = accumulate(work, initial=0.0)
+        self.starts = dict(zip(self.updates, starts))
+        self.begin("vqvae", 0)
+        self.line_interval = Interval(LINE_SECONDS)
+
+    def __enter__(self) -> "Progress":
+        # A dumb terminal cannot go back to the start of a line. None shows a bar on any other.
+        disable = True if os.environ.get("TERM") == "dumb" or not distributed.is_first() else None
+        look = "{desc} {percentage:3.0f}% |{bar}|"
+        self.bar = tqdm(total=self.total, miniters=0, bar_format=look, dynamic_ncols=True, leave=False, disable=disable)
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.bar.close()
+
+    def begin(self, stage: str, update: int) -> None:
+        """Begin a stage, or resume it after an update."""
+        self.stage, self.update = stage, update
+        self.first, self.started = update, time.monotonic()
+
+    def advance(self, update: int) -> None:
+        """Count the updates of the present stage up to this one; draw the bar, or print a line if it is time."""
+        self.update = update
+        if not self.bar.disable:
+            self.bar.set_description_str(str(self), refresh=False)
+            self.bar.update(self.done() - self.bar.n)
+        elif distributed.is_first() and self.line_interval.is_due():
+            write_line(str(self), "stderr")
+
+    def done(self) -> float:
+        """Return what is done of `total`."""
+        return self.starts[self.stage] + self.update * self.costs[self.stage]
+
+    def rate(self) -> float:
+        """Return the updates per second of the present stage in this process."""
+        return (self.update - self.first) / max(time.monotonic() - self.started, 1e-9)
+
+    def time_left(self) -> str:
+        """Return how long the present stage and all later ones will take."""
+        speed = self.rate() * self.costs[self.stage]
+        return tqdm.format_interval((self.total - self.done()) / speed) if speed else "unknown"
+
+    def __str__(self) -> str:
+        return f"{self.stage} {self.update}/{self.updates[self.stage]}, time left {self.time_left()}"
+
+
 class Trainer(Generic[Network]):
     """The training of one network. A recipe derives from it and says what its losses, validation and figures are.
 
@@ -176,6 +238,7 @@ class Trainer(Generic[Network]):
     objective: str  # the loss that is minimised, one of `compute_losses`
     criterion: str  # the value of `validate` at whose minimum the weights are kept
     first_validation = 1  # the first update that a validation may follow
+    progress: Progress  # of the run
     fitted: Sequence[str] = ()  # tensors of the network that are not learned, but fitted to these data beforehand
 
     def __init__(
@@ -232,8 +295,12 @@ class Trainer(Generic[Network]):
 
     # The loop.
 
-    def fit(self, checkpoint: Checkpoint | None) -> None:
+    def fit(self, checkpoint: Checkpoint | None, progress: Progress) -> None:
         """Train to the last update or until patience ends, from a checkpoint if it is of this stage.
+
+        Args:
+            checkpoint: Of the run, or None.
+            progress: Of the run.
 
         Raises:
             SystemExit: A stop signal came; the checkpoint is written.
@@ -244,14 +311,16 @@ class Trainer(Generic[Network]):
         elif self.options.init:
             self.start_from(self.options.init)
         distributed.take_from_first(list(self.learned_tensors().values()))
-        with self.progress() as bar, self.stop.deferred():
+        self.progress = progress
+        progress.begin(self.stage, self.update)
+        with self.tensorboard(), self.stop.deferred():
             try:
                 if self.validation_pending:  # it was stopped within a validation
                     self.run_validation()
                 while self.update < self.total and not self.is_out_of_patience():
                     self.update += 1
                     self.train_update()
-                    bar.update()
+                    progress.advance(self.update)
                     if self.is_due(LOG_LINES):
                         self.log_training()
                     if self.is_due(VALIDATIONS) and self.update >= self.first_validation:
@@ -363,19 +432,16 @@ class Trainer(Generic[Network]):
     # The log.
 
     @contextmanager
-    def progress(self) -> Iterator[tqdm]:
-        """Show a progress bar, and write to TensorBoard where that is installed."""
+    def tensorboard(self) -> Iterator[None]:
+        """Write to TensorBoard where that is installed."""
         if distributed.is_first():
             self.writer = open_tensorboard(self.run.path / "tensorboard" / self.stage, self.update)
-        self.started, self.first = time.monotonic(), self.update
-        hidden = None if distributed.is_first() else True  # None: shown on a terminal
-        with tqdm(total=self.total, initial=self.update, desc=self.stage, unit="update", disable=hidden) as bar:
-            try:
-                yield bar
-            finally:
-                if self.writer:
-                    with suppress(OSError):  # a full disk was reported before, and metrics.jsonl has the same values
-                        self.writer.close()
+        try:
+            yield
+        finally:
+            if self.writer:
+                with suppress(OSError):  # a full disk was reported before, and metrics.jsonl has the same values
+                    self.writer.close()
 
     def read_losses(self) -> dict[str, list[float]]:
         """Return the training losses since the last log line. Raises RunError naming the first that is not finite."""
@@ -409,11 +475,9 @@ class Trainer(Generic[Network]):
             self.report_validation(values)
 
     def report_validation(self, values: dict[str, float]) -> None:
-        """Print the values of a validation, the speed and the time that is left."""
-        rate = (self.update - self.first) / (time.monotonic() - self.started)
-        left = int((self.total - self.update) / rate) if rate else 0
+        """Print the values of a validation, the speed of the stage and the time that is left of the run."""
         listed = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        speed = f"{rate:.2f} updates/s  {left // 60}:{left % 60:02d} left"
+        speed = f"{self.progress.rate():.2f} updates/s  time left {self.progress.time_left()}"
         say(f"{self.stage} {self.update}/{self.total}  {listed}  {speed}")
 
     def divergence_error(self, what: str, update: int) -> RunError:

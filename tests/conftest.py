@@ -1,6 +1,7 @@
 """Shared fixtures: a small phantom, a training on it that takes a second, an empty cache, a data folder."""
 
 import runpy
+import shutil
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -168,3 +169,20 @@ def options(tmp_path, slices_folder, tiny_preset, monkeypatch):
     """The options of `trained` with another run directory."""
     make_quick(monkeypatch)
     return options_of(slices_folder, tmp_path / "run", tiny_preset)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Chromium, driven by Selenium."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="Selenium is not installed")
+    program, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+    if not program or not driver:
+        pytest.skip("Chromium or its driver is not installed")
+    options = webdriver.ChromeOptions()
+    options.binary_location = program
+    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    opened = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield opened
+    opened.quit()

@@ -349,6 +349,43 @@ def test_memory_does_not_grow_with_the_number_of_samples(call, monkeypatch):
     assert max(alive) <= 2
 
 
+# ---------------------------------------------------------------- animation
+
+
+def test_animate_writes_a_gif_and_nothing_else(call, tmp_path, capsys):
+    path = tmp_path / "animated" / "sampling.gif"
+    folder = call(animate=path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["animated"]
+    assert not folder.exists()
+    with Image.open(path) as gif:
+        assert gif.n_frames == 16 + 8 + 1  # rows, steps of the refiner, the slices
+    assert capsys.readouterr().out.startswith("25 frames, ")
+
+
+def test_an_animation_ends_with_the_samples_of_its_seed_from_low_to_high(trained, tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(predict, "write_animation", lambda path, *given: path.touch() or written.append(given))
+    options = {"run": trained.run, "images": tmp_path, "device": "cpu", "seed": 4, "animate": tmp_path / "a.gif"}
+    predict.main(arguments(**options))
+    predict.main(arguments(**options, position=0.5))
+    (frames, vqvae, labels), (_, _, others) = written
+    assert labels == sorted(labels) and len(set(labels)) == 4
+    assert others == ["height 0.50"] * 4
+    networks = predict.load_networks(trained.run, read_config(trained.run), vqvae, torch.device("cpu"))
+    heights = torch.tensor([float(label.removeprefix("height ")) for label in labels])
+    codes = networks.prior.sample(range(4), heights, 4, 1.0, predict.TOP_P)
+    slices = networks.refiner.sample(range(4), codes, vqvae, 4)
+    np.testing.assert_array_equal(frames[-1].codes, codes)
+    np.testing.assert_allclose(frames[-1].slices, slices[:, 0], atol=0.05)  # bfloat16 where the CPU has it
+
+
+@pytest.mark.parametrize("name", ["sampling.mp4", "sampling", "folder.gif"])
+def test_an_animation_is_a_gif(call, tmp_path, name):
+    (tmp_path / "folder.gif").mkdir()
+    with pytest.raises(RunError, match="an animation is a GIF"):
+        call(animate=tmp_path / name)
+
+
 # ---------------------------------------------------------------- reconstructions
 
 

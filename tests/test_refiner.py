@@ -391,3 +391,16 @@ def test_noise_scale_scales_the_initial_noise():
     assert torch.equal(none, torch.zeros_like(none))
     assert full.std() > 0.005
     torch.testing.assert_close(half, full / 2, rtol=0, atol=1e-6)
+
+
+def test_progress_sees_the_slices_that_each_step_predicts():
+    codes, vqvae = grey_codes(2)
+    refiner, seen = small_refiner(gaussian_velocity, std=0.1), []
+    drawn = refiner.sample(range(2), codes, vqvae, seed=3, progress=seen.append)
+    assert torch.equal(drawn, refiner.sample(range(2), codes, vqvae, seed=3))
+    assert len(seen) == refiner.config.ode_steps
+    # At t = 0 the velocity is -x, which ends at 0, the decoded slice. Then x = spread(t) y, and y stays the same.
+    torch.testing.assert_close(seen[0], torch.zeros_like(drawn))
+    t = 1 / 2
+    share = (t**2 + (1 - t) ** 2) ** 0.5 * (1 + (1 - t) * (2 * t - 1) / (t**2 + (1 - t) ** 2))
+    torch.testing.assert_close(seen[refiner.config.ode_steps // 2], share * drawn, atol=1e-6, rtol=1e-4)

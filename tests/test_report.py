@@ -6,7 +6,6 @@ import io
 import math
 import re
 import shlex
-import shutil
 from html.parser import HTMLParser
 
 import numpy as np
@@ -26,7 +25,7 @@ HOSTILE = "<script>alert(1)</script>\"'&"
 class Page(HTMLParser):
     """The elements of a page, each with its attributes and its text, and that of its descendants."""
 
-    VOID = ("meta", "img", "input")
+    VOID = ("meta", "link", "img", "input")
 
     def __init__(self, text):
         super().__init__()
@@ -353,23 +352,6 @@ def test_the_template_needs_no_library(write):
 
 
 # ---------------------------------------------------------------- in a browser
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """Chromium, driven by Selenium."""
-    webdriver = pytest.importorskip("selenium.webdriver", reason="Selenium is not installed")
-    program, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
-    if not program or not driver:
-        pytest.skip("Chromium or its driver is not installed")
-    options = webdriver.ChromeOptions()
-    options.binary_location = program
-    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    opened = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield opened
-    opened.quit()
 
 
 @pytest.fixture(params=[390, 1440])

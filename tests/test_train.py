@@ -5,6 +5,8 @@ import itertools
 import json
 import math
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -909,6 +911,25 @@ def test_a_complete_run_is_left_unchanged(trained, tiny_preset, tmp_path, capsys
     assert f"{trained.run} is complete" in capsys.readouterr().out
     assert contents(trained.run) == before
     assert not (tmp_path / "images").exists()
+
+
+def test_a_finished_training_says_what_to_open(options, capsys):
+    options["run"] = options["run"].with_name("my run")
+    train.main(arguments(**options))
+    *_, complete, curves, slices, sample, evaluation = capsys.readouterr().out.splitlines()
+    assert complete == f"{options['run']} is complete"
+    assert curves.split()[0] == "curves" and slices.split()[0] == "slices"
+    commands = {predict: sample, evaluate: evaluation}
+    for module, line in commands.items():
+        _, python, script, *given = shlex.split(line)
+        assert (python, script) == ("python", f"{module.__name__}.py")
+        assert module.parse_options(given).run == options["run"]
+
+
+def test_the_summary_names_figures_that_were_drawn(trained, capsys):
+    train.say_what_to_open(train.parse_options(arguments(run=trained.run, images=trained.images)))
+    named = set(re.findall(r"\w+\.png", capsys.readouterr().out))
+    assert named == {path.name for path in trained.images.iterdir()}
 
 
 # ---------------------------------------------------------------- users' mistakes

@@ -1,14 +1,18 @@
 """trainer.py: optimiser, EMA weights, the training loop, stop signals, batches and augmentation."""
 
+import io
 import math
 import os
 import signal
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import tqdm.std as tqdm_module
+from tqdm import tqdm
 from trainings import arguments, assert_same_run, at_updates, checkpoint_header, lines_of, same_weights, select, send
 
 import checkpoints
@@ -18,7 +22,7 @@ from config import TrainConfig
 from console import RunError
 from dataset import load_dataset
 from modules import GatedPixelCNN, PriorConfig
-from trainer import StopSignals
+from trainer import Progress, StopSignals
 
 
 def make_trainer(layer, *losses, stage="prior", run=None, updates=400, learning_rate=0.5, with_ema=True):
@@ -173,14 +177,116 @@ def test_a_stage_ends_when_patience_does(tmp_path, run_config, monkeypatch, pati
         made.options = run.config.options
         made.validate = lambda: {"loss": values[made.update - 1]}
         made.draw_figures = lambda: None
-        with StopSignals() as made.stop:
-            made.fit(checkpoint)
+        with StopSignals() as made.stop, Progress(made.options) as progress:
+            made.fit(checkpoint, progress)
         return made
 
     with checkpoints.Run(tmp_path / "run", run_config(patience=patience), {}) as run:
         assert fit(run, None).update == last
         resumed = fit(run, run.load_checkpoint())
         assert (resumed.update, resumed.best) == (last, min(values[:last]))
+
+
+# ---------------------------------------------------------------- progress
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that the test sets, in seconds."""
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(trainer.time, "monotonic", lambda: clock.now)
+    return clock
+
+
+class Terminal(io.StringIO):
+    """A terminal that remembers what it showed."""
+
+    def isatty(self):
+        return True
+
+    def lines(self):
+        return [line for line in self.getvalue().replace("\n", "\r").split("\r") if line.strip()]
+
+
+UPDATES_OF_STAGES = {"updates": 100, "prior_updates": 300, "refiner_updates": 200, "batch_divisor": 4}
+
+
+def progress_on(monkeypatch, stream, **options):
+    monkeypatch.setattr(sys, "stderr", stream)
+    return Progress(TrainConfig(**UPDATES_OF_STAGES | options))
+
+
+def test_time_left_is_that_of_all_stages(clock, monkeypatch):
+    with progress_on(monkeypatch, io.StringIO()) as progress:
+        assert progress.time_left() == "unknown"
+        clock.now += 40
+        progress.advance(20)  # two seconds each; an update of the prior takes 0.5 as long, one of the refiner 0.575
+        assert progress.rate() == 0.5
+        assert progress.time_left() == tqdm.format_interval(2 * (80 + 300 * 0.5 + 200 * 0.575))
+        clock.now += 5
+        progress.begin("prior", 0)
+        clock.now += 100
+        progress.advance(100)
+        assert progress.time_left() == tqdm.format_interval(200 + 200 * 2.3 / 2)
+        progress.begin("refiner", 0)
+        clock.now += 30
+        progress.advance(200)
+        assert progress.time_left() == "00:00"
+
+
+def test_a_resumed_run_is_timed_from_where_it_resumes(clock, monkeypatch):
+    terminal = Terminal()
+    with progress_on(monkeypatch, terminal) as progress:
+        progress.bar.mininterval = 0  # seconds between drawings
+        progress.begin("refiner", 150)
+        clock.now += 10
+        progress.advance(151)
+    assert str(progress) == "refiner 151/200, time left 08:10"
+    done = (100 + 300 * 0.5 + 151 * 0.575) / (100 + 300 * 0.5 + 200 * 0.575)
+    assert f" {done:.0%} |" in terminal.lines()[-1]
+
+
+def test_one_bar_runs_from_the_first_stage_to_the_last(clock, monkeypatch):
+    terminal = Terminal()
+    with progress_on(monkeypatch, terminal) as progress:
+        progress.bar.mininterval = 0  # seconds between drawings
+        for stage, updates in progress.updates.items():
+            progress.begin(stage, 0)
+            for update in range(1, updates + 1):
+                clock.now += 1
+                progress.advance(update)
+    shares = [int(line.partition("%")[0].split()[-1]) for line in terminal.lines() if "%" in line]
+    assert shares == sorted(shares) and shares[0] <= 1 and shares[-1] == 100
+    assert "\x1b[3" not in terminal.getvalue()  # no colours
+    *_, blank, end = terminal.getvalue().split("\r")
+    assert not (blank + end).strip()  # the bar is removed
+
+
+@pytest.mark.parametrize("columns", [20, 50, 200])
+def test_the_bar_fits_the_terminal(clock, monkeypatch, columns):
+    monkeypatch.setattr(tqdm_module, "_screen_shape_wrapper", lambda: lambda stream: (columns, 24))
+    terminal = Terminal()
+    with progress_on(monkeypatch, terminal) as progress:
+        progress.bar.mininterval = 0  # seconds between drawings
+        for update in range(1, 101):
+            clock.now += 1
+            progress.advance(update)
+    widths = [len(line) for line in terminal.lines()]
+    assert len(widths) > 5 and max(widths) <= columns
+
+
+@pytest.mark.parametrize("dumb", [False, True])
+def test_without_a_terminal_there_is_a_line_every_five_minutes(clock, monkeypatch, dumb):
+    stream = Terminal() if dumb else io.StringIO()
+    monkeypatch.setenv("TERM", "dumb" if dumb else "xterm")
+    with progress_on(monkeypatch, stream) as progress:
+        for update in range(1, 101):
+            clock.now += 10
+            progress.advance(update)
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "vqvae 30/100, time left 55:50"
+    assert len(lines) == 3
+    assert "\r" not in stream.getvalue()
 
 
 # ---------------------------------------------------------------- the loop: stops
