@@ -1,34 +1,29 @@
 """Load a data folder: find the slices, check them, split them by patient, scale their intensity and serve batches.
 
-A first pass decodes every file, scales intensity one volume at a time and stores the result in an on-disk cache, which
-later runs map into memory. files.py finds the slices and interprets their names, nifti.py reads a single file.
+A first pass decodes every file, scales intensity one volume at a time and stores the result in an on-disk cache
+(cache.py), which later runs map into memory. files.py finds the slices and interprets their names, nifti.py reads a
+single file.
 
 python dataset.py DIR      # prints what is in a folder, and writes contact_sheet.png (inspection.py)
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import math
 import os
-import sys
-import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations, pairwise
 from pathlib import Path
-from shutil import rmtree
 from threading import Lock
 from typing import NamedTuple
-
-if sys.platform != "win32":  # on Windows, partial entries of killed processes stay in the cache
-    import fcntl
 
 import nibabel as nib
 import numpy as np
@@ -36,6 +31,18 @@ import torch
 from tqdm import tqdm
 
 import phantom
+from cache import (
+    Listing,
+    cache_folder,
+    listing_notices,
+    map_pixels,
+    new_cache_entry,
+    read_index,
+    read_listing,
+    thin_out,
+    write_index,
+    write_listing,
+)
 from console import printable, run_command
 from containers import read_image
 from files import (
@@ -60,7 +67,7 @@ from files import (
     sort_key,
     with_forward_slashes,
 )
-from nifti import MAX_SIDE, DataError, RawImage, open_regular
+from nifti import MAX_SIDE, DataError, RawImage, describe_stats
 from splits import SPLIT_TITLES, SPLITS, find_data
 from volumes import SAME_SPACING, cut_volume
 
@@ -128,6 +135,7 @@ def load_dataset(
     seed: int = 0,
     workers: int | None = None,
     reading: Reading = AS_NAMED,
+    recheck: bool = False,
 ) -> DataSplits:
     """Load a folder of NIfTI slices and volumes, from the cache where an earlier run has decoded it.
 
@@ -144,6 +152,7 @@ def load_dataset(
         workers: Threads that read files; None for THREADS. For the phantom, also processes that draw it.
         reading: How files become slices. With a table, `data` is where its paths may start; "phantom" stands for the
             table's folder.
+        recheck: List the folder and look at every file, even where the cache knows them and no folder has changed.
 
     Returns:
         The three splits, their intensity scaled one volume at a time, and notices for the user.
@@ -162,7 +171,7 @@ def load_dataset(
     if reading.table and data == "phantom":
         data = str(reading.table.parent)
     if data != "phantom":
-        return load_folder(Path(data), size, multiple, seed, workers, reading)
+        return load_folder(Path(data), size, multiple, seed, workers, reading, recheck)
     height, width = size or (256, 128)
     # A hash of the code that draws it names the folder, so that a changed phantom is drawn again.
     code = b"".join(Path(__file__).with_name(name).read_bytes() for name in ("phantom.py", "tissues.py"))
@@ -175,7 +184,7 @@ def load_dataset(
         except ValueError as error:
             raise DataError(f"cannot draw a phantom of {height}x{width}: {error}") from None
     try:
-        return load_folder(folder, size, multiple, seed, workers, AS_NAMED)
+        return load_folder(folder, size, multiple, seed, workers, AS_NAMED, recheck)
     except DataError as error:
         raise DataError(f"{error} (the phantom is kept in {folder}: delete that folder to draw it again)") from error
 
@@ -293,20 +302,25 @@ def load_folder(
     seed: int,
     workers: int | None,
     reading: Reading,
+    recheck: bool,
 ) -> DataSplits:
     """Load a folder as `load_dataset` does."""
-    folder, files, notices = find_data(folder, seed, workers or THREADS, reading)
-    # Where names alone do not say them.
-    given = [(file.case, file.week, file.number) for file in files] if reading.pattern or reading.table else []
-    pixels, index = decode_or_reopen(folder, files, slice_size, multiple, workers, given)
-    names, cases = [file.name for file in files], [file.case for file in files]
-    positions, scales = positions_of(files), np.array(index.scales, np.float32)
-    checksums = dict(zip(names, index.checksums))
-    content = json.dumps([index.slice_size, [file.split for file in files], checksums] + [given] * bool(given))
-    counts = Counter(file.split for file in files)
-    parts = [slice(*ends) for ends in pairwise(np.cumsum([0, *(counts[split] for split in SPLITS)]))]
+    table = reading.table and Path(os.path.realpath(reading.table))
+    asked = (CACHE_FORMAT, PERCENTILE, os.path.realpath(folder), multiple, seed, reading._replace(table=table))
+    # The given slice size may be the most common one, for which an earlier run without a size made the listing.
+    keys = [ascii((*asked, size)) for size in dict.fromkeys((None, slice_size))]
+    found = None if recheck else reopen_listing(keys, slice_size)
+    notices = listing_notices(found[0]) if found else []
+    if not found:
+        started = time.time()
+        found = list_folder(folder, slice_size, multiple, seed, workers, reading)
+        write_listing(keys[-1], found[0], started)
+    listing, pixels, index = found
+    scales = np.array(index.scales, np.float32)
+    parts = [slice(*ends) for ends in pairwise(np.cumsum([0, *listing.counts]))]
     train, validate, test = (
-        Slices(pixels[part], names[part], cases[part], positions[part], scales[part]) for part in parts
+        Slices(pixels[part], listing.names[part], listing.cases[part], listing.positions[part], scales[part])
+        for part in parts
     )
     return DataSplits(
         train,
@@ -315,10 +329,63 @@ def load_folder(
         slice_size=index.slice_size,
         affine=np.array(index.affine),
         scale=index.scale,
-        files=checksums,
-        fingerprint=hashlib.sha256(content.encode()).hexdigest(),
-        notices=[printable(notice) for notice in notices + index.notices],
+        files=dict(zip(listing.names, index.checksums)),
+        fingerprint=listing.fingerprint,
+        notices=[printable(notice) for notice in notices + listing.notices + index.notices],
     )
+
+
+def reopen_listing(
+    keys: list[str], slice_size: tuple[int, int] | None
+) -> tuple[Listing, np.ndarray, CacheIndex] | None:
+    """Return an earlier listing, and its entry's pixels and index; None if there are none, or the folder changed."""
+    for key in keys:
+        listing = read_listing(key)
+        opened = listing and open_cache_entry(cache_folder() / listing.entry, len(listing.names))
+        if listing and opened and slice_size in (None, opened[1].slice_size):
+            return listing, *opened
+    return None
+
+
+def list_folder(
+    folder: Path,
+    slice_size: tuple[int, int] | None,
+    multiple: tuple[int, int],
+    seed: int,
+    workers: int | None,
+    reading: Reading,
+) -> tuple[Listing, np.ndarray, CacheIndex]:
+    """Find the slices of a folder, and return them with their pixels and index, from their cache entry or decoded."""
+    folder, files, notices, times = find_data(folder, seed, workers or THREADS, reading)
+    # Where names alone do not say them.
+    given = [(file.case, file.week, file.number) for file in files] if reading.pattern or reading.table else []
+    entry, pixels, index = decode_or_reopen(folder, files, slice_size, multiple, workers, given)
+    names, counts = [file.name for file in files], Counter(file.split for file in files)
+    content = json.dumps(
+        [index.slice_size, [file.split for file in files], dict(zip(names, index.checksums))] + [given] * bool(given)
+    )
+    one_per_path = list({file.path: (absolute(file.path), file.size, file.mtime_ns) for file in files}.values())
+    checked = thin_out(one_per_path)
+    if reading.table:
+        checked.append((absolute(reading.table), *describe_stats([os.stat(reading.table)])))
+    listing = Listing(
+        names=names,
+        cases=[file.case for file in files],
+        positions=positions_of(files),
+        counts=[counts[split] for split in SPLITS],
+        notices=notices,
+        fingerprint=hashlib.sha256(content.encode()).hexdigest(),
+        entry=entry.name,
+        folders={absolute(path): mtime_ns for path, mtime_ns in times.items()},
+        file_count=len(one_per_path),
+        checked=checked,
+    )
+    return listing, pixels, index
+
+
+def absolute(path: str | Path) -> str:
+    """Return an absolute path; unlike os.path.abspath, with the slash at the end that marks a DICOM series."""
+    return os.path.join(os.getcwd(), path)
 
 
 # ---------------------------------------------------------------- cache
@@ -342,8 +409,8 @@ def decode_or_reopen(
     multiple: tuple[int, int],
     workers: int | None,
     given: list[tuple[str | None, int | None, int | None]],
-) -> tuple[np.ndarray, CacheIndex]:
-    """Return the pixels and index of `files` from their cache entry, which is filled first where there is none.
+) -> tuple[Path, np.ndarray, CacheIndex]:
+    """Return the cache entry of `files`, its pixels and its index; it is filled first where there is none.
 
     `given` are their cases, weeks and slice numbers, where names alone do not say them.
     """
@@ -358,76 +425,18 @@ def decode_or_reopen(
     for entry in entries:
         opened = open_cache_entry(entry, len(files))
         if opened and slice_size in (None, opened[1].slice_size):
-            return opened
+            return entry, *opened
     size = slice_size or most_common_size([file for file in files if file.split == "train"], multiple)
-    return fill_cache_entry(entries[-1], files, size, workers)
-
-
-def cache_folder() -> Path:
-    """Return the folder that holds all cache entries."""
-    chosen = os.environ.get("PROSTATEVQ_CACHE", "").strip()
-    if chosen:
-        return Path(chosen).expanduser()  # a .env file's ~ has not been expanded by a shell
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "prostatevq")
-
-
-@contextmanager
-def new_cache_entry(entry: Path) -> Iterator[Path]:
-    """Yield a new folder on the cache's disk and rename it to `entry` once it is filled: all of it or nothing.
-
-    If another process was faster, its entry stays. Raises DataError if the cache cannot be written.
-    """
-    cache = entry.parent
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with (
-            lock_cache(cache),
-            tempfile.TemporaryDirectory(prefix=".partial-", dir=cache, ignore_cleanup_errors=True) as partial,
-        ):
-            new = Path(partial, "new")
-            new.mkdir()
-            yield new
-            try:
-                new.rename(entry)
-            except OSError as error:
-                # Looking for the entry would not do: a third process may just have moved it away to put its own there.
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                    raise
-    except OSError as error:
-        reason = error.strerror or error
-        advice = "free some space there, or set $PROSTATEVQ_CACHE to another folder"
-        raise DataError(f"the cache folder {cache} cannot be written ({reason}): {advice}") from error
-
-
-@contextmanager
-def lock_cache(cache: Path) -> Iterator[None]:
-    """Mark the cache as being written to, after removing what killed processes left there.
-
-    The kernel drops a process's lock when the process ends, however it ends. All hold the lock shared while they
-    write. A process that gets it exclusively therefore knows that no partial folder belongs to a living process.
-    """
-    with ExitStack() as stack:
-        if sys.platform != "win32":
-            # One lock per user: in a cache shared by several, another user's lock could not be opened.
-            lock = stack.enter_context(open(cache / f".lock-{os.getuid()}", "ab"))
-            with suppress(OSError):  # others are writing, or the disk has no locks: then nothing is removed
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                for left in cache.glob(".partial-*"):
-                    if left.lstat().st_uid == os.getuid():
-                        rmtree(left, ignore_errors=True)
-            with suppress(OSError):
-                fcntl.flock(lock, fcntl.LOCK_SH)
-        yield
+    return entries[-1], *fill_cache_entry(entries[-1], files, size, workers)
 
 
 def open_cache_entry(entry: Path, count: int) -> tuple[np.ndarray, CacheIndex] | None:
     """Open the entry of `count` slices, or return None where it is missing, damaged or of other data."""
+    fields = read_index(entry / "index.json", entry.name, (1 << 20) + INDEX_BYTES * count)
+    if not fields:
+        return None
     try:
-        with open_regular(entry / "index.json") as file:
-            checksum, _, body = file.read((1 << 20) + INDEX_BYTES * count).partition(b"\n")
-        if checksum != index_checksum(entry.name, body):
-            return None
-        index = CacheIndex(**json.loads(body))
+        index = CacheIndex(**fields)
         height, width = index.slice_size
         index = index._replace(slice_size=(height, width))  # JSON has no tuples
         if [np.shape(part) for part in (index.scales, index.checksums, index.affine)] != [(count,), (count,), (4, 4)]:
@@ -435,19 +444,6 @@ def open_cache_entry(entry: Path, count: int) -> tuple[np.ndarray, CacheIndex] |
         return map_pixels(entry, (count, *index.slice_size)), index
     except (OSError, ValueError, TypeError):
         return None  # decoding again repairs it
-
-
-def index_checksum(key: str, body: bytes) -> bytes:
-    """Return a checksum that reveals a damaged index and, since the key is part of it, one of other data."""
-    return hashlib.sha256(key.encode() + body).hexdigest().encode()
-
-
-def map_pixels(entry: Path, shape: tuple[int, int, int]) -> np.ndarray:
-    """Map the pixels of a cache entry into memory, read-only."""
-    with open_regular(entry / "pixels.uint8") as file:
-        if os.fstat(file.fileno()).st_size != math.prod(shape):
-            raise ValueError("the file is truncated or of other slices")
-        return np.asarray(np.memmap(file, np.uint8, "r", shape=shape))
 
 
 def fill_cache_entry(
@@ -467,8 +463,7 @@ def fill_cache_entry(
             index = make_index(files, decode_files(files, size, store, workers), size, workers)
             file.flush()
             os.fsync(file.fileno())  # before the rename, so that a power cut leaves no cache of empty pages
-        body = json.dumps(index._asdict()).encode()
-        (new / "index.json").write_bytes(index_checksum(entry.name, body) + b"\n" + body)
+        write_index(new / "index.json", entry.name, index._asdict())
         pixels = map_pixels(new, (len(files), *size))
         with suppress(FileNotFoundError):
             entry.rename(new.with_name("old"))  # damaged, or another process's, equal to the new one

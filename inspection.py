@@ -164,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     reading = Reading.of(options)
     found = find_data(options.folder, options.seed, THREADS, reading)
     side = TrainConfig().downsampling  # so that a training finds the cache filled
-    data = load_dataset(str(options.folder), None, (side, side), options.seed, reading=reading)
+    data = load_dataset(str(options.folder), None, (side, side), options.seed, reading=reading, recheck=True)
     scales = np.concatenate([part.scales for part in (data.train, data.validate, data.test)])
     per_volume = list({file.volume: scale for file, scale in zip(found.files, scales)}.values())
     for line in describe_files(found.files, found.folder) + describe_others(options.folder, found.files):

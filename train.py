@@ -386,7 +386,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     side = options.downsampling
     size = options.slice_size or (options.phantom_size if options.on_phantom else None)
     with StopSignals() as stop:
-        data = load_dataset(options.data, size, (side, side), options.seed, reading=Reading.of(options))
+        data = load_dataset(
+            options.data, size, (side, side), options.seed, reading=Reading.of(options), recheck=options.recheck
+        )
         log_notices(data.notices)
         if min(data.slice_size) < SMALLEST_SIDE:
             raise DataError(f"slices of {data.slice_size} pixels are too small: a side needs at least {SMALLEST_SIDE}")
