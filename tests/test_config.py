@@ -41,7 +41,7 @@ def another_value(name):
 
 
 def test_only_options_that_change_no_result_may_differ_on_resuming():
-    expected = {"run", "images", "device", "data", "table", "checkpoint_every", "allow_changed_data"}
+    expected = {"run", "images", "device", "data", "table", "recheck", "checkpoint_every", "allow_changed_data"}
     assert expected == FREE_OPTIONS
 
 
