@@ -15,10 +15,13 @@ import os
 import re
 import sys
 import tempfile
+import time
+import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from shutil import rmtree
+from threading import Lock
 from typing import Any, NamedTuple
 
 if sys.platform != "win32":  # on Windows, partial entries of killed processes stay in the cache
@@ -30,6 +33,7 @@ from containers import parts_of
 from nifti import DataError, describe_stats, open_regular
 
 CHECKED_FILES = 20_000  # more than HipMRI has; on a slow network disk a thousand a second can be looked at
+JOURNAL_SECONDS = 5  # between entries of the journal: what a killed first pass loses
 SETTLED_SECONDS = 2  # the coarsest modification times of file systems: a later change could leave the same time
 MAX_LISTING = 1 << 28  # bytes that are read of a listing: a million slices take 100 MB
 
@@ -119,13 +123,81 @@ def lock_folder(folder: Path, stack: ExitStack) -> bool:
     """Make a folder unless it exists, and lock it until `stack` closes; return whether it is locked."""
     if sys.platform == "win32":
         return False
-    with suppress(OSError):
+    try:
         folder.mkdir(exist_ok=True)
         lock = stack.enter_context((folder / "lock").open("ab"))
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # Its last user removes a folder before unlocking it: this may be the lock of one that no longer exists.
         return os.path.samestat(os.fstat(lock.fileno()), os.stat(folder / "lock"))
-    return False
+    except (BlockingIOError, FileNotFoundError):  # another process uses it, or has just removed it
+        return False
+    except OSError:  # the disk has no locks: then no process uses it
+        rmtree(folder, ignore_errors=True)
+        return False
+
+
+class PixelWriter:
+    """The pixels of an entry that is being filled, and a journal of the slices whose pixels are on the disk.
+
+    The journal spares the next process, if this one is stopped or killed, what has been decoded. It lies beside the
+    folder that becomes the entry.
+
+    Args:
+        folder: Of `new_cache_entry`.
+        slice_bytes: Bytes of a slice's pixels.
+    """
+
+    def __init__(self, folder: Path, slice_bytes: int):
+        self.slice_bytes = slice_bytes
+        self.path, self.journal_path = folder / "pixels.uint8", folder.with_name("journal")
+        self.recorded = self.read_journal()
+        # Written, not mapped: a full disk makes a write fail, but would kill a process that writes to mapped memory.
+        self.file = open(self.path, "r+b" if self.recorded else "wb")  # noqa: SIM115 - closed in __exit__
+        self.journal = open(self.journal_path, "ab" if self.recorded else "wb")  # noqa: SIM115
+        self.writing, self.pending, self.flushed = Lock(), list[bytes](), time.monotonic()
+
+    def __enter__(self) -> PixelWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(OSError), self.file, self.journal:
+            self.flush()
+
+    def read_journal(self) -> dict[int, list[Any]]:
+        """Return what was recorded of slices, by row, up to the first damaged line."""
+        recorded: dict[int, list[Any]] = {}
+        with suppress(OSError, ValueError, TypeError), open_regular(self.journal_path) as lines:
+            written = self.path.stat().st_size // self.slice_bytes
+            for line in lines:
+                checksum, _, body = line.rstrip(b"\n").partition(b" ")
+                rows = {row: values for row, *values in json.loads(body)}
+                if checksum != f"{zlib.crc32(body):08x}".encode() or max(rows) >= written:
+                    break
+                recorded |= rows
+        return recorded
+
+    def store(self, row: int, pixels: np.ndarray) -> None:
+        """Write a slice's pixels (H, W) uint8; from several threads."""
+        with self.writing:
+            self.file.seek(row * self.slice_bytes)
+            self.file.write(pixels.data)
+
+    def record(self, slices: dict[int, list[Any]]) -> None:
+        """Note what is known of stored slices, by row, as JSON can hold it."""
+        body = json.dumps([[row, *values] for row, values in slices.items()]).encode()
+        self.pending.append(f"{zlib.crc32(body):08x} ".encode() + body + b"\n")
+        if time.monotonic() - self.flushed >= JOURNAL_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Wait until all stored pixels are on the disk, and then the journal."""
+        with self.writing:
+            self.file.flush()
+        os.fsync(self.file.fileno())
+        self.journal.writelines(self.pending)
+        self.journal.flush()
+        os.fsync(self.journal.fileno())
+        self.pending, self.flushed = [], time.monotonic()
 
 
 def map_pixels(entry: Path, shape: tuple[int, int, int]) -> np.ndarray:

@@ -18,12 +18,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from itertools import combinations, pairwise
 from pathlib import Path
+from shutil import rmtree
 from threading import Lock
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -33,6 +34,7 @@ from tqdm import tqdm
 import phantom
 from cache import (
     Listing,
+    PixelWriter,
     cache_folder,
     listing_notices,
     map_pixels,
@@ -111,6 +113,23 @@ class Slices:
         """Yield all slices in order, at most `size` at a time, as `batch` returns them."""
         for start in range(0, len(self), size):
             yield self.batch(range(start, min(start + size, len(self))))
+
+    def draw_patients(self, most: int) -> Slices:
+        """Return the slices of patients drawn at random, at most so many, in memory; or these, if they are no more.
+
+        The last patient that is drawn may lack slices. A slice of an unknown patient counts as a patient of its own.
+        """
+        if len(self) <= most:
+            return self
+        patients = [row if case is None else case for row, case in enumerate(self.cases)]
+        distinct = list(dict.fromkeys(patients))
+        rank = dict(zip(distinct, np.random.default_rng(0).permutation(len(distinct))))
+        rows = np.sort(np.argsort([rank[patient] for patient in patients], kind="stable")[:most])
+        drawn: dict[str, Any] = {}
+        for field in fields(self):
+            values = getattr(self, field.name)
+            drawn[field.name] = values[rows] if isinstance(values, np.ndarray) else [values[row] for row in rows]
+        return Slices(**drawn)
 
 
 @dataclass(frozen=True)
@@ -450,21 +469,13 @@ def fill_cache_entry(
     entry: Path, files: list[SliceFile], size: tuple[int, int], workers: int | None
 ) -> tuple[np.ndarray, CacheIndex]:
     """Decode `files` into a cache entry, in place of what is there."""
-    with new_cache_entry(entry) as new:
-        # Written, not mapped: a full disk makes a write fail, but would kill a process that writes to mapped memory.
-        with open(new / "pixels.uint8", "wb") as file:
-            writing = Lock()
-
-            def store(row: int, pixels: np.ndarray) -> None:
-                with writing:
-                    file.seek(row * pixels.size)
-                    file.write(pixels.data)
-
-            index = make_index(files, decode_files(files, size, store, workers), size, workers)
-            file.flush()
-            os.fsync(file.fileno())  # before the rename, so that a power cut leaves no cache of empty pages
+    with new_cache_entry(entry, resumable=True) as new:
+        with PixelWriter(new, math.prod(size)) as writer:
+            index = make_index(files, decode_files(files, size, writer.store, workers, writer), size, workers)
+            writer.flush()  # before the rename, so that a power cut leaves no cache of empty pages
         write_index(new / "index.json", entry.name, index._asdict())
         pixels = map_pixels(new, (len(files), *size))
+        rmtree(new.with_name("old"), ignore_errors=True)  # of a process that was killed here
         with suppress(FileNotFoundError):
             entry.rename(new.with_name("old"))  # damaged, or another process's, equal to the new one
     return pixels, index
@@ -614,8 +625,24 @@ class Decoded(NamedTuple):
     checksum: str  # of the uncompressed file
 
 
+def plain(one: Decoded) -> list[Any]:
+    """Return the properties of a slice as JSON can hold them."""
+    return list(one._replace(affine=one.affine.tolist()))
+
+
+def restore(values: list[Any]) -> Decoded:
+    """Return the properties of a slice that `plain` has converted."""
+    one = Decoded(*values)
+    height, width = one.shape
+    return one._replace(affine=np.array(one.affine), shape=(height, width))
+
+
 def decode_files(
-    files: list[SliceFile], size: tuple[int, int], store: Callable[[int, np.ndarray], None], workers: int | None
+    files: list[SliceFile],
+    size: tuple[int, int],
+    store: Callable[[int, np.ndarray], None],
+    workers: int | None,
+    writer: PixelWriter | None = None,
 ) -> list[Decoded]:
     """Read, scale and store `files`, with volumes in parallel: decompression lets other threads run.
 
@@ -624,21 +651,25 @@ def decode_files(
         size: (H, W) in pixels, reached by centre crop or zero pad.
         store: Called with a slice's index in `files` and its pixels (H, W) uint8, from several threads.
         workers: Threads; None for THREADS.
+        writer: Records what was decoded, and knows what an earlier process has decoded of these files.
 
     Raises:
         DataError: If any file cannot be used. The message lists the first ten with their reasons.
     """
+    decoded = {row: restore(values) for row, values in writer.recorded.items()} if writer else {}
     volumes: dict[tuple[str, ...], list[int]] = {}
     for row, file in enumerate(files):
-        volumes.setdefault(file.volume, []).append(row)
-    decoded: dict[int, Decoded] = {}
+        if row not in decoded:
+            volumes.setdefault(file.volume, []).append(row)
     bad: dict[int, str] = {}
-    bar = tqdm(total=len(files), desc="reading slices", unit="slice", disable=None)
+    bar = tqdm(total=len(files), initial=len(decoded), desc="reading slices", unit="slice", disable=None)
     with bar, ThreadPoolExecutor(workers or THREADS) as pool:
         jobs = [pool.submit(decode_volume, files, rows, size, store) for rows in volumes.values()]
         try:
             for job in as_completed(jobs):
                 usable, unusable = job.result()
+                if writer and usable:
+                    writer.record({row: plain(one) for row, one in usable.items()})
                 decoded |= usable
                 bad |= unusable
                 bar.update(len(usable) + len(unusable))

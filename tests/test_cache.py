@@ -121,7 +121,109 @@ def test_an_interrupt_stops_decoding_at_once(data, cache, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         load_dataset(str(data), workers=1)
     assert len(calls) < 40
-    assert entries(cache) == []
+
+
+def count_decoded(monkeypatch):
+    """Count the files that are decoded, in a list."""
+    read, original = [], dataset.read_file
+    monkeypatch.setattr(dataset, "read_file", lambda file: (read.append(file.name), original(file))[1])
+    return read
+
+
+def test_a_stopped_first_pass_is_continued(data, cache, monkeypatch):
+    write_cases(data, range(30), slices=1)
+    expected = load_dataset(str(data))
+    shutil.rmtree(cache)
+    read, original = count_decoded(monkeypatch), dataset.read_file
+
+    def stop(file):
+        if len(read) == 12:
+            raise KeyboardInterrupt
+        return original(file)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(dataset, "read_file", stop)
+        load_dataset(str(data), workers=1)
+    (partial,) = entries(cache)
+    assert partial.name.startswith(".partial-") and len(read) == 12
+    assert_same(load_dataset(str(data)), expected)
+    assert sorted(read) == sorted(expected.files)  # each once
+    (entry,) = entries(cache)
+    assert {path.name for path in entry.iterdir()} == {"index.json", "pixels.uint8"}
+
+
+KILLED = """
+import os, signal, sys, time
+import cache, dataset
+cache.JOURNAL_SECONDS = 0
+read, original = [], dataset.read_file
+def kill(file):
+    read.append(file)
+    if len(read) == 13:
+        (journal,) = cache.cache_folder().glob(".partial-*/journal")
+        while journal.read_bytes().count(b"\\n") < 12:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(file)
+dataset.read_file = kill
+dataset.load_dataset(sys.argv[1], workers=1)
+"""
+
+
+def cut_journal(partial):
+    path = partial / "journal"
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def alter_journal(partial):
+    path = partial / "journal"
+    path.write_bytes(path.read_bytes().replace(b"[[0,", b"[[1,", 1))
+
+
+def cut_pixels(partial):
+    os.truncate(partial / "new" / "pixels.uint8", 5 * 48)
+
+
+DAMAGED_PARTS = {
+    "nothing": (lambda partial: None, 12),
+    "journal cut": (cut_journal, 11),
+    "journal of text": (lambda partial: (partial / "journal").write_text("decoded\n"), 0),
+    "journal missing": (lambda partial: (partial / "journal").unlink(), 0),
+    "journal altered": (alter_journal, 0),
+    "pixels cut": (cut_pixels, 5),
+    "pixels missing": (lambda partial: (partial / "new" / "pixels.uint8").unlink(), 0),
+    "old entry left": (lambda partial: (partial / "old" / "x").mkdir(parents=True), 12),
+}
+
+
+def test_a_killed_first_pass_is_continued(data, cache, monkeypatch):
+    write_cases(data, range(30), slices=1)
+    expected = load_dataset(str(data))
+    read = count_decoded(monkeypatch)
+    shutil.rmtree(cache)
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(data)], cwd=ROOT, capture_output=True)
+    assert killed.returncode == -9
+    (partial,) = entries(cache)
+    for damage, spared in DAMAGED_PARTS.values():
+        kept = cache.with_name("kept")
+        shutil.copytree(cache, kept)
+        damage(partial)
+        read.clear()
+        assert_same(load_dataset(str(data)), expected)
+        assert 30 - len(read) == spared
+        shutil.rmtree(cache)
+        kept.rename(cache)
+
+
+def test_a_pass_over_other_data_removes_what_a_stopped_one_left(data, cache, monkeypatch, tmp_path):
+    write_splits(data)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("cache.PixelWriter.flush", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        load_dataset(str(data))
+    assert [path.name[:9] for path in entries(cache)] == [".partial-"]
+    write_splits(tmp_path / "other")
+    load_dataset(str(tmp_path / "other"))
+    assert [path.name[:9] for path in entries(cache)] != [".partial-"] and len(entries(cache)) == 1
 
 
 def test_a_cache_folder_that_cannot_be_created_is_named(data, tmp_path, monkeypatch):

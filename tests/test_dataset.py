@@ -5,6 +5,7 @@ import os
 import shutil
 import time
 import tracemalloc
+from collections import Counter
 from pathlib import Path
 
 import nibabel as nib
@@ -180,6 +181,27 @@ def test_every_epoch_visits_each_slice_once(count, batch_size, seed):
     laid = np.concatenate(batches)
     for epoch in range(3):
         assert sorted(laid[epoch * count : (epoch + 1) * count]) == list(range(count))
+
+
+def test_patients_are_drawn_whole(data):
+    write_cases(data / "train", range(10), slices=3)
+    write_cases(data / "val", range(20, 22))
+    train = load_dataset(str(data)).train
+    assert train.draw_patients(30) is train
+    some = train.draw_patients(10)
+    assert len(some) == len(some.pixels) == len(some.scales) == len(some.positions) == 10
+    counts = Counter(some.cases)
+    assert sorted(counts.values()) == [1, 3, 3, 3] and counts.keys() != set(train.cases[:12])
+    rows = [train.names.index(name) for name in some.names]
+    assert rows == sorted(rows)
+    np.testing.assert_array_equal(some.pixels, train.pixels[rows])
+    np.testing.assert_array_equal(some.positions, train.positions[rows])
+    assert some.names == train.draw_patients(10).names
+
+
+def test_slices_of_unknown_patients_are_drawn_singly():
+    unknown = dataset.Slices(np.zeros((9, 2, 2), np.uint8), list("abcdefghi"), [None] * 9, np.zeros(9), np.ones(9))
+    assert len(set(unknown.draw_patients(4).names)) == 4
 
 
 def test_permutations_differ_between_epochs_and_seeds():
