@@ -76,6 +76,10 @@ def describe_run(config: RunConfig, results: Mapping[str, Any]) -> dict[str, obj
         "git revision": config.git_revision or "unknown",
         "library versions": ", ".join(f"{name} {version}" for name, version in config.libraries.items()),
         "training slices, patients": f"{settings['training_slices']}, {settings['training_cases']}",
+        "slices evaluated; searched for copies": (
+            f"{settings['heldout_slices']} of {settings['heldout_slices_in_all']} held-out ones; "
+            f"{settings['training_slices_searched']} of {settings['training_slices']} training ones"
+        ),
         "slice size; fingerprint of the data": f"{'x'.join(map(str, config.slice_size))}; {config.fingerprint}",
     }
 
