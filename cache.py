@@ -150,10 +150,11 @@ class PixelWriter:
     def __init__(self, folder: Path, slice_bytes: int):
         self.slice_bytes = slice_bytes
         self.path, self.journal_path = folder / "pixels.uint8", folder.with_name("journal")
-        self.recorded = self.read_journal()
+        self.recorded, intact = self.read_journal()
         # Written, not mapped: a full disk makes a write fail, but would kill a process that writes to mapped memory.
         self.file = open(self.path, "r+b" if self.recorded else "wb")  # noqa: SIM115 - closed in __exit__
-        self.journal = open(self.journal_path, "ab" if self.recorded else "wb")  # noqa: SIM115
+        self.journal = open(self.journal_path, "ab")  # noqa: SIM115
+        self.journal.truncate(intact)
         self.writing, self.pending, self.flushed = Lock(), list[bytes](), time.monotonic()
 
     def __enter__(self) -> PixelWriter:
@@ -163,18 +164,20 @@ class PixelWriter:
         with suppress(OSError), self.file, self.journal:
             self.flush()
 
-    def read_journal(self) -> dict[int, list[Any]]:
-        """Return what was recorded of slices, by row, up to the first damaged line."""
+    def read_journal(self) -> tuple[dict[int, list[Any]], int]:
+        """Return what was recorded of slices, by row, up to the first damaged line, and the bytes up to there."""
         recorded: dict[int, list[Any]] = {}
+        intact = 0
         with suppress(OSError, ValueError, TypeError), open_regular(self.journal_path) as lines:
             written = self.path.stat().st_size // self.slice_bytes
             for line in lines:
                 checksum, _, body = line.rstrip(b"\n").partition(b" ")
                 rows = {row: values for row, *values in json.loads(body)}
-                if checksum != f"{zlib.crc32(body):08x}".encode() or max(rows) >= written:
+                if not line.endswith(b"\n") or checksum != f"{zlib.crc32(body):08x}".encode() or max(rows) >= written:
                     break
                 recorded |= rows
-        return recorded
+                intact += len(line)
+        return recorded, intact
 
     def store(self, row: int, pixels: np.ndarray) -> None:
         """Write a slice's pixels (H, W) uint8; from several threads."""
@@ -223,7 +226,9 @@ def read_index(path: Path, key: str, most: int) -> dict[str, Any] | None:
     """Return what `write_index` wrote, or None where it is missing, damaged, of another key, or of more bytes."""
     try:
         with open_regular(path) as file:
-            checksum, body = file.readline(100).rstrip(b"\n"), file.read(most)
+            if (size := os.fstat(file.fileno()).st_size) > most:
+                return None
+            checksum, body = file.readline(100).rstrip(b"\n"), file.read(size)
         fields = json.loads(body) if checksum == index_checksum(key, body) else None
     except (OSError, ValueError, RecursionError):
         return None
