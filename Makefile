@@ -8,7 +8,7 @@ INSTALLED_FOR_TESTS = $(VENV)/.installed-for-tests
 
 demo: $(INSTALLED)
 	$(VENV)/bin/python train.py --preset demo --run runs/demo
-	$(VENV)/bin/python predict.py --run runs/demo --out samples/demo --refiner-noise 0.6
+	$(VENV)/bin/python predict.py --run runs/demo --out samples/demo
 	@echo "Look at images/samples.png (new slices), images/reconstructions.png, images/refinement.png, images/vqvae_loss.png,"
 	@echo "images/codebook_usage.png and images/prior_loss.png; the new slices themselves are in samples/demo."
 

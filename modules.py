@@ -406,6 +406,7 @@ class GatedPixelCNN(nn.Module):
         self.column_embedding = nn.Parameter(0.1 * torch.randn(c, 1, columns))
         self.position = nn.Linear(1 + 2 * config.position_frequencies, c, bias=False)
         self.augmentation = nn.Linear(AUGMENTATIONS, c, bias=False)
+        nn.init.zeros_(self.augmentation.weight)  # random weights would drown what the codes say
         # The inputs are already shifted by one row and one column (see `features`).
         up, left, sideways = dilations(rows - 2), dilations(columns - 2), dilations(columns - 1)
         depth = max(len(up), len(left), len(sideways), 1)
@@ -455,7 +456,7 @@ class GatedPixelCNN(nn.Module):
         Args:
             codes: (N, h, w) int64.
             position: (N,) in [0, 1], NaN where it is unknown.
-            augmentation: (N, AUGMENTATIONS), of mean 0; None for slices that were not augmented.
+            augmentation: (N, AUGMENTATIONS), of mean 0 and variance 1; None for slices that were not augmented.
         """
         return self.in_place(self.head[-1](self.features(self.in_order(codes), position, augmentation)))
 

@@ -482,10 +482,7 @@ def load_networks(run: Path, config: RunConfig, vqvae: VQVAE, device: torch.devi
     grid = tuple(side // own.downsampling for side in config.slice_size)
     if (prior.config.grid, prior.config.codebook_size) != (grid, own.codebook_size):
         raise RunError(f"{run}: prior.safetensors and vqvae.safetensors are of different runs: their codes differ")
-    if any(
-        getattr(refiner.config, name) != getattr(own, name)
-        for name in ("downsampling", "codebook_size", "embedding_dim")
-    ):
+    if any(getattr(refiner.config, name) != getattr(own, name) for name in ("downsampling", "codebook_size")):
         raise RunError(f"{run}: refiner.safetensors and vqvae.safetensors are of different runs: their codes differ")
     return Networks(vqvae, prior.to(device), channels_last(refiner, device))  # twice as fast on a CPU
 

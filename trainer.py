@@ -610,8 +610,8 @@ class BatchLoader:
             share: Of the slices that are augmented, drawn at random.
 
         Returns:
-            Slices (N, 1, H, W) in [-1, 1], positions (N,) and augmentation parameters (N, AUGMENTATIONS), 0 where a
-            slice is not augmented.
+            Slices (N, 1, H, W) in [-1, 1], positions (N,) and augmentation parameters (N, AUGMENTATIONS), relative to
+            the strength: of variance 1, or 0 where a slice is not augmented.
         """
         whole = batch_indices(len(self.train), -(-self.batch_size // divisor), self.seed, update - 1)
         own = distributed.part(len(whole))
@@ -619,13 +619,13 @@ class BatchLoader:
         indices = self.send(torch.from_numpy(chosen))
         pixels = self.send(torch.from_numpy(self.train.pixels[chosen])) if self.pixels is None else self.pixels[indices]
         slices = to_float(pixels)
-        parameters = augmentation * torch.randn(len(whole), AUGMENTATIONS, device=self.device)[own]
+        parameters = (augmentation > 0) * torch.randn(len(whole), AUGMENTATIONS, device=self.device)[own]
         if self.left_right is not None:
             slices = flip(slices, self.left_right, (torch.rand(len(whole), device=self.device) < 0.5)[own])
         if augmentation:
             augmented = (torch.rand(len(whole), 1, device=self.device) < share)[own]
             parameters = parameters * augmented
-            slices = torch.where(augmented[..., None, None], augment(slices, parameters), slices)
+            slices = torch.where(augmented[..., None, None], augment(slices, augmentation * parameters), slices)
         return slices.contiguous(memory_format=torch.channels_last), self.positions[indices], parameters
 
     def send(self, values: Tensor) -> Tensor:

@@ -427,9 +427,12 @@ def test_slice_position_conditions_every_logit():
 
 
 def test_augmentation_conditions_every_logit_and_0_is_not_augmented():
+    """It starts without any influence."""
     prior = small_prior((4, 3))
     codes, position = torch.randint(11, (1, 4, 3)), torch.tensor([0.5])
     plain = prior(codes, position)
+    assert torch.equal(prior(codes, position, torch.ones(1, 6, dtype=torch.float64)), plain)
+    prior.augmentation.reset_parameters()
     assert torch.equal(prior(codes, position, torch.zeros(1, 6, dtype=torch.float64)), plain)
     for augmentation in torch.eye(6, dtype=torch.float64):
         assert ((prior(codes, position, augmentation[None]) - plain).abs().amax(1) > 0).all()

@@ -18,6 +18,7 @@ from trainings import arguments, assert_same_run, at_updates, checkpoint_header,
 import checkpoints
 import train
 import trainer
+from augmentation import augment
 from config import TrainConfig
 from console import RunError
 from dataset import load_dataset
@@ -499,6 +500,21 @@ def test_a_share_of_the_slices_is_augmented(options, slices_folder, share):
         assert torch.equal(changed, (parameters != 0).any(1))
         augmented, count = augmented + int(changed.sum()), count + len(changed)
     assert abs(augmented / count - share) <= 5 * (share * (1 - share) / count) ** 0.5
+
+
+@pytest.mark.parametrize("strength", [0.5, 2.0])
+def test_the_strength_of_augmentation_scales_slices_not_parameters(options, slices_folder, strength):
+    """What networks are told has the same range at any strength: large inputs made trainings diverge."""
+    given = train.parse_options(arguments(**options))
+    loader = trainer.BatchLoader(load_dataset(str(slices_folder)).train, None, given, torch.device("cpu"))
+    for update in range(1, 4):
+        plain, *_ = loader(update)
+        torch.manual_seed(update)
+        slices, _, parameters = loader(update, augmentation=strength)
+        torch.manual_seed(update)
+        assert torch.equal(loader(update, augmentation=1.0)[2], parameters)
+        torch.testing.assert_close(slices, augment(plain, strength * parameters))
+    assert 0.5 < parameters.std() < 1.5
 
 
 def test_batches_from_device_memory_equal_those_from_the_host(options, slices_folder, monkeypatch):
