@@ -18,6 +18,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from importlib import metadata
 from io import FileIO
+from itertools import chain, repeat
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
@@ -52,7 +53,9 @@ Curves = dict[tuple[str, str], tuple[list[int], list[float]]]  # (split, name) t
 
 # The largest files that are read: they bound memory and time.
 MAX_CONFIG = 1 << 20  # bytes: a config takes 5 kB
-MAX_DATA = 1 << 24  # bytes of data.json: HipMRI's 12,660 files take 0.7 MB, and Python twenty times as much
+MAX_DATA = 1 << 28  # bytes of data.json: HipMRI's 12,660 files take 0.7 MB, a million 70
+MAX_DATA_LINES = 1_000_000  # of data.json, one a slice: as many as a data folder may have
+MAX_DATA_LINE = 1 << 15  # bytes: a path has 4096, and JSON may need six for each
 MAX_LOG = 1 << 24  # bytes: three stages of 270 lines take 0.1 MB
 MAX_TENSORS = 1 << 30  # bytes of weights or a checkpoint: fifty times the largest preset's
 MAX_HEADER = 1 << 23  # bytes that name a file's tensors: the largest preset's checkpoint takes 0.1 MB
@@ -273,12 +276,43 @@ def write_config(path: Path, config: RunConfig) -> None:
 
 
 def read_data_files(run: Path) -> dict[str, str]:
-    """Return the files of a run's data, name to content hash; {} if they were too many to record. Raises RunError."""
+    """Return the files of a run's data, name to content hash; {} without data.json. Raises RunError."""
     path = run / "data.json"
     try:
-        return parse_json(RootModel[dict[str, Text]], read_bytes(path, MAX_DATA)).root if path.exists() else {}
+        return parse_data_files(read_bytes(path, MAX_DATA)) if path.exists() else {}
     except (OSError, ValueError) as error:
         raise RunError(f"{path} cannot be used: {summarise(error)}") from None
+
+
+def parse_data_files(content: bytes) -> dict[str, str]:
+    """Return the names and content hashes of a data.json. Raises ValueError.
+
+    It is parsed in parts, whose number and size are bounded: JSON of short entries takes fifty times its size in
+    memory.
+    """
+    content = content.strip()
+    if not (content.startswith(b"{") and content.endswith(b"}")):
+        raise ValueError("it is no JSON object")
+    lines = content[1:-1].strip().split(b"\n")
+    if len(lines) > MAX_DATA_LINES or max(map(len, lines)) > MAX_DATA_LINE:
+        raise ValueError(f"it has more than {MAX_DATA_LINES} lines, or one of more than {MAX_DATA_LINE} bytes")
+    files: dict[str, str] = {}
+    for start in range(0, len(lines), 100):
+        part = b"\n".join(lines[start : start + 100]).removesuffix(b",")
+        files |= parse_json(RootModel[dict[str, Text]], b"{" + part + b"}").root
+    return files
+
+
+def write_data_files(path: Path, files: dict[str, str]) -> None:
+    """Write data.json: a JSON object with one entry a line."""
+    separators = chain([""], repeat(","))
+    with open(path, "w") as file:
+        file.write("{")
+        file.writelines(
+            f"{separator}\n{json.dumps(name)}: {json.dumps(content)}"
+            for separator, (name, content) in zip(separators, files.items())
+        )
+        file.write("\n}")
 
 
 # ---------------------------------------------------------------- run directory
@@ -370,10 +404,8 @@ class Run:
         self.write_config(self.config, files)
 
     def write_config(self, config: RunConfig, files: dict[str, str]) -> None:
-        """Write data.json, unless the data have too many files, then config.json."""
-        manifest = json.dumps(files, indent=0)
-        if len(manifest) <= MAX_DATA:
-            write_file(self.path / "data.json", lambda part: part.write_text(manifest))
+        """Write data.json, then config.json."""
+        write_file(self.path / "data.json", lambda part: write_data_files(part, files))
         write_config(self.path, config)
 
     def save_checkpoint(self, tensors: dict[str, Tensor], **header: Any) -> None:

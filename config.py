@@ -156,6 +156,12 @@ class TrainConfig(StrictModel):
         "and above the mean of its body, or those of --window",
     )
     window: Interval | None = option(DATA, None, "values that become black and white, with --intensity window")
+    recheck: bool = option(
+        DATA,
+        False,
+        "look at every file of the data; without it at 20,000 of them and at all folders, once the cache is filled",
+        free=True,
+    )
     batch_size: Annotated[int, Ge(1), Le(MAX_BATCH_SIZE)] = option(DATA, 32, "slices per update of the VQ-VAE")
     batch_divisor: Annotated[int, Ge(1), Le(MAX_BATCH_SIZE)] = option(
         DATA, 4, "prior and refiner take this fraction of a batch per update: more, smaller updates in the same time"

@@ -1,34 +1,30 @@
 """Load a data folder: find the slices, check them, split them by patient, scale their intensity and serve batches.
 
-A first pass decodes every file, scales intensity one volume at a time and stores the result in an on-disk cache, which
-later runs map into memory. files.py finds the slices and interprets their names, nifti.py reads a single file.
+A first pass decodes every file, scales intensity one volume at a time and stores the result in an on-disk cache
+(cache.py), which later runs map into memory. files.py finds the slices and interprets their names, nifti.py reads a
+single file.
 
 python dataset.py DIR      # prints what is in a folder, and writes contact_sheet.png (inspection.py)
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import math
 import os
-import sys
-import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from itertools import combinations, pairwise
 from pathlib import Path
 from shutil import rmtree
 from threading import Lock
-from typing import NamedTuple
-
-if sys.platform != "win32":  # on Windows, partial entries of killed processes stay in the cache
-    import fcntl
+from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -36,6 +32,19 @@ import torch
 from tqdm import tqdm
 
 import phantom
+from cache import (
+    Listing,
+    PixelWriter,
+    cache_folder,
+    listing_notices,
+    map_pixels,
+    new_cache_entry,
+    read_index,
+    read_listing,
+    thin_out,
+    write_index,
+    write_listing,
+)
 from console import printable, run_command
 from containers import read_image
 from files import (
@@ -60,9 +69,9 @@ from files import (
     sort_key,
     with_forward_slashes,
 )
-from geometry import body_masks, body_middle, crop_or_pad, resample
+from geometry import body_masks, body_middle, check_slice_size, crop_or_pad, resample
 from intensity import PERCENTILE, Limits, air_value, bright_values, to_grey, volume_limits
-from nifti import MAX_SIDE, DataError, RawImage, open_regular
+from nifti import DataError, RawImage, describe_stats
 from splits import SPLIT_TITLES, SPLITS, find_data
 from volumes import SAME_SPACING, cut_volume
 
@@ -107,6 +116,23 @@ class Slices:
         for start in range(0, len(self), size):
             yield self.batch(range(start, min(start + size, len(self))))
 
+    def draw_patients(self, most: int) -> Slices:
+        """Return the slices of patients drawn at random, at most so many, in memory; or these, if they are no more.
+
+        The last patient that is drawn may lack slices. A slice of an unknown patient counts as a patient of its own.
+        """
+        if len(self) <= most:
+            return self
+        patients = [row if case is None else case for row, case in enumerate(self.cases)]
+        distinct = list(dict.fromkeys(patients))
+        rank = dict(zip(distinct, np.random.default_rng(0).permutation(len(distinct))))
+        rows = np.sort(np.argsort([rank[patient] for patient in patients], kind="stable")[:most])
+        drawn: dict[str, Any] = {}
+        for field in fields(self):
+            values = getattr(self, field.name)
+            drawn[field.name] = values[rows] if isinstance(values, np.ndarray) else [values[row] for row in rows]
+        return Slices(**drawn)
+
 
 @dataclass(frozen=True)
 class DataSplits:
@@ -131,6 +157,7 @@ def load_dataset(
     seed: int = 0,
     workers: int | None = None,
     reading: Reading = AS_NAMED,
+    recheck: bool = False,
 ) -> DataSplits:
     """Load a folder of NIfTI slices and volumes, from the cache where an earlier run has decoded it.
 
@@ -147,6 +174,7 @@ def load_dataset(
         workers: Threads that read files; None for THREADS. For the phantom, also processes that draw it.
         reading: How files become slices. With a table, `data` is where its paths may start; "phantom" stands for the
             table's folder.
+        recheck: List the folder and look at every file, even where the cache knows them and no folder has changed.
 
     Returns:
         The three splits, their intensity scaled one volume at a time, and notices for the user.
@@ -165,7 +193,7 @@ def load_dataset(
     if reading.table and data == "phantom":
         data = str(reading.table.parent)
     if data != "phantom":
-        return load_folder(Path(data), size, multiple, seed, workers, reading)
+        return load_folder(Path(data), size, multiple, seed, workers, reading, recheck)
     height, width = size or (256, 128)
     # A hash of the code that draws it names the folder, so that a changed phantom is drawn again.
     code = b"".join(Path(__file__).with_name(name).read_bytes() for name in ("phantom.py", "tissues.py"))
@@ -178,7 +206,8 @@ def load_dataset(
         except ValueError as error:
             raise DataError(f"cannot draw a phantom of {height}x{width}: {error}") from None
     try:
-        return load_folder(folder, size, multiple, seed, workers, reading._replace(axis=None, pattern=None))
+        unnamed = reading._replace(axis=None, pattern=None)
+        return load_folder(folder, size, multiple, seed, workers, unnamed, recheck)
     except DataError as error:
         raise DataError(f"{error} (the phantom is kept in {folder}: delete that folder to draw it again)") from error
 
@@ -301,21 +330,27 @@ def load_folder(
     seed: int,
     workers: int | None,
     reading: Reading,
+    recheck: bool,
 ) -> DataSplits:
     """Load a folder as `load_dataset` does."""
-    folder, files, notices = find_data(folder, seed, workers or THREADS, reading)
-    # Where names alone do not say them.
-    given = [(file.case, file.week, file.number) for file in files] if reading.pattern or reading.table else []
-    pixels, index = decode_or_reopen(folder, files, slice_size, multiple, workers, given, reading)
-    names, cases = [file.name for file in files], [file.case for file in files]
-    positions = positions_of(files)
+    table = reading.table and Path(os.path.realpath(reading.table))
+    asked = (CACHE_FORMAT, PERCENTILE, os.path.realpath(folder), multiple, seed, reading._replace(table=table))
+    # The given slice size may be the most common one, for which an earlier run without a size made the listing.
+    keys = [ascii((*asked, size)) for size in dict.fromkeys((None, slice_size))]
+    found = None if recheck else reopen_listing(keys, slice_size)
+    notices = listing_notices(found[0]) if found else []
+    if not found:
+        started = time.time()
+        found = list_folder(folder, slice_size, multiple, seed, workers, reading)
+        write_listing(keys[-1], found[0], started)
+    listing, pixels, index = found
     scales, lows = np.array(index.scales, np.float32), np.array(index.lows, np.float32)
-    checksums = dict(zip(names, index.checksums))
-    content = json.dumps([index.slice_size, [file.split for file in files], checksums] + [given] * bool(given))
-    counts = Counter(file.split for file in files)
-    parts = [slice(*ends) for ends in pairwise(np.cumsum([0, *(counts[split] for split in SPLITS)]))]
+    parts = [slice(*ends) for ends in pairwise(np.cumsum([0, *listing.counts]))]
     train, validate, test = (
-        Slices(pixels[part], names[part], cases[part], positions[part], scales[part], lows[part]) for part in parts
+        Slices(
+            pixels[part], listing.names[part], listing.cases[part], listing.positions[part], scales[part], lows[part]
+        )
+        for part in parts
     )
     return DataSplits(
         train,
@@ -325,10 +360,63 @@ def load_folder(
         affine=np.array(index.affine),
         scale=index.scale,
         low=index.low,
-        files=checksums,
-        fingerprint=hashlib.sha256(content.encode()).hexdigest(),
-        notices=[printable(notice) for notice in notices + index.notices],
+        files=dict(zip(listing.names, index.checksums)),
+        fingerprint=listing.fingerprint,
+        notices=[printable(notice) for notice in notices + listing.notices + index.notices],
     )
+
+
+def reopen_listing(
+    keys: list[str], slice_size: tuple[int, int] | None
+) -> tuple[Listing, np.ndarray, CacheIndex] | None:
+    """Return an earlier listing, and its entry's pixels and index; None if there are none, or the folder changed."""
+    for key in keys:
+        listing = read_listing(key)
+        opened = listing and open_cache_entry(cache_folder() / listing.entry, len(listing.names))
+        if listing and opened and slice_size in (None, opened[1].slice_size):
+            return listing, *opened
+    return None
+
+
+def list_folder(
+    folder: Path,
+    slice_size: tuple[int, int] | None,
+    multiple: tuple[int, int],
+    seed: int,
+    workers: int | None,
+    reading: Reading,
+) -> tuple[Listing, np.ndarray, CacheIndex]:
+    """Find the slices of a folder, and return them with their pixels and index, from their cache entry or decoded."""
+    folder, files, notices, times = find_data(folder, seed, workers or THREADS, reading)
+    # Where names alone do not say them.
+    given = [(file.case, file.week, file.number) for file in files] if reading.pattern or reading.table else []
+    entry, pixels, index = decode_or_reopen(folder, files, slice_size, multiple, workers, given, reading)
+    names, counts = [file.name for file in files], Counter(file.split for file in files)
+    content = json.dumps(
+        [index.slice_size, [file.split for file in files], dict(zip(names, index.checksums))] + [given] * bool(given)
+    )
+    one_per_path = list({file.path: (absolute(file.path), file.size, file.mtime_ns) for file in files}.values())
+    checked = thin_out(one_per_path)
+    if reading.table:
+        checked.append((absolute(reading.table), *describe_stats([os.stat(reading.table)])))
+    listing = Listing(
+        names=names,
+        cases=[file.case for file in files],
+        positions=positions_of(files),
+        counts=[counts[split] for split in SPLITS],
+        notices=notices,
+        fingerprint=hashlib.sha256(content.encode()).hexdigest(),
+        entry=entry.name,
+        folders={absolute(path): mtime_ns for path, mtime_ns in times.items()},
+        file_count=len(one_per_path),
+        checked=checked,
+    )
+    return listing, pixels, index
+
+
+def absolute(path: str | Path) -> str:
+    """Return an absolute path; unlike os.path.abspath, with the slash at the end that marks a DICOM series."""
+    return os.path.join(os.getcwd(), path)
 
 
 # ---------------------------------------------------------------- cache
@@ -355,8 +443,8 @@ def decode_or_reopen(
     workers: int | None,
     given: list[tuple[str | None, int | None, int | None]],
     reading: Reading,
-) -> tuple[np.ndarray, CacheIndex]:
-    """Return the pixels and index of `files` from their cache entry, which is filled first where there is none.
+) -> tuple[Path, np.ndarray, CacheIndex]:
+    """Return the cache entry of `files`, its pixels and its index; it is filled first where there is none.
 
     `given` are their cases, weeks and slice numbers, where names alone do not say them.
     """
@@ -372,76 +460,27 @@ def decode_or_reopen(
     for entry in entries:
         opened = open_cache_entry(entry, len(files))
         if opened and slice_size in (None, opened[1].slice_size):
-            return opened
+            return entry, *opened
     size = slice_size or most_common_size([file for file in files if file.split == "train"], multiple)
-    return fill_cache_entry(entries[-1], files, size, workers, reading)
+    return entries[-1], *fill_cache_entry(entries[-1], files, size, workers, reading)
 
 
-def cache_folder() -> Path:
-    """Return the folder that holds all cache entries."""
-    chosen = os.environ.get("PROSTATEVQ_CACHE", "").strip()
-    if chosen:
-        return Path(chosen).expanduser()  # a .env file's ~ has not been expanded by a shell
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "prostatevq")
-
-
-@contextmanager
-def new_cache_entry(entry: Path) -> Iterator[Path]:
-    """Yield a new folder on the cache's disk and rename it to `entry` once it is filled: all of it or nothing.
-
-    If another process was faster, its entry stays. Raises DataError if the cache cannot be written.
-    """
-    cache = entry.parent
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with (
-            lock_cache(cache),
-            tempfile.TemporaryDirectory(prefix=".partial-", dir=cache, ignore_cleanup_errors=True) as partial,
-        ):
-            new = Path(partial, "new")
-            new.mkdir()
-            yield new
-            try:
-                new.rename(entry)
-            except OSError as error:
-                # Looking for the entry would not do: a third process may just have moved it away to put its own there.
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                    raise
-    except OSError as error:
-        reason = error.strerror or error
-        advice = "free some space there, or set $PROSTATEVQ_CACHE to another folder"
-        raise DataError(f"the cache folder {cache} cannot be written ({reason}): {advice}") from error
-
-
-@contextmanager
-def lock_cache(cache: Path) -> Iterator[None]:
-    """Mark the cache as being written to, after removing what killed processes left there.
-
-    The kernel drops a process's lock when the process ends, however it ends. All hold the lock shared while they
-    write. A process that gets it exclusively therefore knows that no partial folder belongs to a living process.
-    """
-    with ExitStack() as stack:
-        if sys.platform != "win32":
-            # One lock per user: in a cache shared by several, another user's lock could not be opened.
-            lock = stack.enter_context(open(cache / f".lock-{os.getuid()}", "ab"))
-            with suppress(OSError):  # others are writing, or the disk has no locks: then nothing is removed
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                for left in cache.glob(".partial-*"):
-                    if left.lstat().st_uid == os.getuid():
-                        rmtree(left, ignore_errors=True)
-            with suppress(OSError):
-                fcntl.flock(lock, fcntl.LOCK_SH)
-        yield
+def most_common_size(files: list[SliceFile], multiple: tuple[int, int]) -> tuple[int, int]:
+    """Return the most common size (H, W), rounded to a multiple of `multiple`."""
+    sizes = (file.resampled or file.shape for file in files)
+    counts = Counter(size for size in sizes if size)  # decoding reports the bad files
+    common = max(counts, key=lambda size: (counts[size], size), default=multiple)
+    height, width = (max((side + step // 2) // step, 1) * step for side, step in zip(common, multiple))
+    return height, width
 
 
 def open_cache_entry(entry: Path, count: int) -> tuple[np.ndarray, CacheIndex] | None:
     """Open the entry of `count` slices, or return None where it is missing, damaged or of other data."""
+    fields = read_index(entry / "index.json", entry.name, (1 << 20) + INDEX_BYTES * count)
+    if not fields:
+        return None
     try:
-        with open_regular(entry / "index.json") as file:
-            checksum, _, body = file.read((1 << 20) + INDEX_BYTES * count).partition(b"\n")
-        if checksum != index_checksum(entry.name, body):
-            return None
-        index = CacheIndex(**json.loads(body))
+        index = CacheIndex(**fields)
         height, width = index.slice_size
         index = index._replace(slice_size=(height, width))  # JSON has no tuples
         shapes = [np.shape(part) for part in (index.scales, index.lows, index.checksums, index.affine)]
@@ -452,39 +491,18 @@ def open_cache_entry(entry: Path, count: int) -> tuple[np.ndarray, CacheIndex] |
         return None  # decoding again repairs it
 
 
-def index_checksum(key: str, body: bytes) -> bytes:
-    """Return a checksum that reveals a damaged index and, since the key is part of it, one of other data."""
-    return hashlib.sha256(key.encode() + body).hexdigest().encode()
-
-
-def map_pixels(entry: Path, shape: tuple[int, int, int]) -> np.ndarray:
-    """Map the pixels of a cache entry into memory, read-only."""
-    with open_regular(entry / "pixels.uint8") as file:
-        if os.fstat(file.fileno()).st_size != math.prod(shape):
-            raise ValueError("the file is truncated or of other slices")
-        return np.asarray(np.memmap(file, np.uint8, "r", shape=shape))
-
-
 def fill_cache_entry(
     entry: Path, files: list[SliceFile], size: tuple[int, int], workers: int | None, reading: Reading
 ) -> tuple[np.ndarray, CacheIndex]:
     """Decode `files` into a cache entry, in place of what is there."""
-    with new_cache_entry(entry) as new:
-        # Written, not mapped: a full disk makes a write fail, but would kill a process that writes to mapped memory.
-        with open(new / "pixels.uint8", "wb") as file:
-            writing = Lock()
-
-            def store(row: int, pixels: np.ndarray) -> None:
-                with writing:
-                    file.seek(row * pixels.size)
-                    file.write(pixels.data)
-
-            index = make_index(files, decode_files(files, size, store, workers, reading), size, workers, reading)
-            file.flush()
-            os.fsync(file.fileno())  # before the rename, so that a power cut leaves no cache of empty pages
-        body = json.dumps(index._asdict()).encode()
-        (new / "index.json").write_bytes(index_checksum(entry.name, body) + b"\n" + body)
+    with new_cache_entry(entry, resumable=True) as new:
+        with PixelWriter(new, math.prod(size)) as writer:
+            decoded = decode_files(files, size, writer.store, workers, reading, writer)
+            index = make_index(files, decoded, size, workers, reading)
+            writer.flush()  # before the rename, so that a power cut leaves no cache of empty pages
+        write_index(new / "index.json", entry.name, index._asdict())
         pixels = map_pixels(new, (len(files), *size))
+        rmtree(new.with_name("old"), ignore_errors=True)  # of a process that was killed here
         with suppress(FileNotFoundError):
             entry.rename(new.with_name("old"))  # damaged, or another process's, equal to the new one
     return pixels, index
@@ -601,29 +619,6 @@ def pixel_notices(files: list[SliceFile], decoded: list[Decoded], size: tuple[in
     return notices
 
 
-# ---------------------------------------------------------------- slice size
-
-
-def check_slice_size(size: tuple[int, int], multiple: tuple[int, int]) -> None:
-    """Raise DataError for a size that is out of range or not a multiple of `multiple`."""
-    if not all(0 < side <= MAX_SIDE for side in size):
-        raise DataError(f"slice size {size[0]}x{size[1]}: each side must be 1 to {MAX_SIDE} pixels")
-    below = tuple(max(side // step, 1) * step for side, step in zip(size, multiple))
-    above = tuple(-(-side // step) * step for side, step in zip(size, multiple))
-    if below != size:
-        nearest = " and ".join(dict.fromkeys(f"{height}x{width}" for height, width in (below, above)))
-        raise DataError(f"slice size {size[0]}x{size[1]} does not fit the network: the nearest that do are {nearest}")
-
-
-def most_common_size(files: list[SliceFile], multiple: tuple[int, int]) -> tuple[int, int]:
-    """Return the most common size (H, W), rounded to a multiple of `multiple`."""
-    sizes = (file.resampled or file.shape for file in files)
-    counts = Counter(size for size in sizes if size)  # decoding reports the bad files
-    common = max(counts, key=lambda size: (counts[size], size), default=multiple)
-    height, width = (max((side + step // 2) // step, 1) * step for side, step in zip(common, multiple))
-    return height, width
-
-
 # ---------------------------------------------------------------- decoding
 
 
@@ -642,12 +637,25 @@ class Decoded(NamedTuple):
     checksum: str  # of the uncompressed file
 
 
+def plain(one: Decoded) -> list[Any]:
+    """Return the properties of a slice as JSON can hold them."""
+    return list(one._replace(affine=one.affine.tolist()))
+
+
+def restore(values: list[Any]) -> Decoded:
+    """Return the properties of a slice that `plain` has converted."""
+    one = Decoded(*values)
+    height, width = one.shape
+    return one._replace(affine=np.array(one.affine), shape=(height, width))
+
+
 def decode_files(
     files: list[SliceFile],
     size: tuple[int, int],
     store: Callable[[int, np.ndarray], None],
     workers: int | None,
     reading: Reading,
+    writer: PixelWriter | None = None,
 ) -> list[Decoded]:
     """Read, scale and store `files`, with volumes in parallel: decompression lets other threads run.
 
@@ -657,21 +665,25 @@ def decode_files(
         store: Called with a slice's index in `files` and its pixels (H, W) uint8, from several threads.
         workers: Threads; None for THREADS.
         reading: How slices are resampled, cropped and scaled.
+        writer: Records what was decoded, and knows what an earlier process has decoded of these files.
 
     Raises:
         DataError: If any file cannot be used. The message lists the first ten with their reasons.
     """
+    decoded = {row: restore(values) for row, values in writer.recorded.items()} if writer else {}
     volumes: dict[tuple[str, ...], list[int]] = {}
     for row, file in enumerate(files):
-        volumes.setdefault(file.volume, []).append(row)
-    decoded: dict[int, Decoded] = {}
+        if row not in decoded:
+            volumes.setdefault(file.volume, []).append(row)
     bad: dict[int, str] = {}
-    bar = tqdm(total=len(files), desc="reading slices", unit="slice", disable=None)
+    bar = tqdm(total=len(files), initial=len(decoded), desc="reading slices", unit="slice", disable=None)
     with bar, ThreadPoolExecutor(workers or THREADS) as pool:
         jobs = [pool.submit(decode_volume, files, rows, size, store, reading) for rows in volumes.values()]
         try:
             for job in as_completed(jobs):
                 usable, unusable = job.result()
+                if writer and usable:
+                    writer.record({row: plain(one) for row, one in usable.items()})
                 decoded |= usable
                 bad |= unusable
                 bar.update(len(usable) + len(unusable))

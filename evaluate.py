@@ -11,6 +11,7 @@ sees which.
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,7 @@ from tables import COMPARISONS, print_self_test, print_table
 from utils import autocast, check_folder, make_folder, write_file
 
 MIN_SLICES = 4  # slices or samples that can be evaluated
+MAX_HELD_OUT, MAX_TRAINING = 2000, 20_000  # slices that are evaluated, and compared with: more than HipMRI has
 OUTLIERS = 8  # slices of a set in outliers.png
 
 
@@ -106,7 +108,7 @@ def parse_options(arguments: Sequence[str] | None) -> EvaluateOptions:
         "--num",
         type=number(int, MIN_SLICES, MAX_NUM),
         metavar="N",
-        help="slices to sample (default: 64, or the number of held-out slices if larger)",
+        help="slices to sample (default: 64, or the number of held-out slices that are evaluated if larger)",
     )
     parser.add_argument(
         "--split", choices=("validate", "test"), default="test", help="the held-out slices (default: test)"
@@ -170,6 +172,17 @@ def training_data(options: EvaluateOptions, config: RunConfig) -> DataSplits:
     return data
 
 
+def draw_splits(data: DataSplits) -> DataSplits:
+    """Return the data with splits of at most MAX_TRAINING and MAX_HELD_OUT slices: they bound memory and time."""
+    splits = {}
+    for name, title in SPLIT_TITLES.items():
+        whole = getattr(data, name)
+        splits[name] = whole.draw_patients(MAX_TRAINING if name == "train" else MAX_HELD_OUT)
+        if len(splits[name]) < len(whole):
+            say(f"of {len(whole)} {title} slices, {len(splits[name])} are used, of patients drawn at random")
+    return replace(data, **splits)
+
+
 # ---------------------------------------------------------------- evaluation
 
 
@@ -196,7 +209,8 @@ def evaluate(options: EvaluateOptions, config: RunConfig, networks: Networks, de
     The search for copies uses all samples.
     """
     started = time.perf_counter()
-    data = training_data(options, config)
+    whole = training_data(options, config)
+    data = draw_splits(whole)
     make_folder(options.images)  # fails now rather than after minutes
     held_out, held_out_name = getattr(data, options.split), f"{SPLIT_TITLES[options.split]} slices"
     count = options.num or max(DEFAULT_NUM, len(held_out))
@@ -214,9 +228,11 @@ def evaluate(options: EvaluateOptions, config: RunConfig, networks: Networks, de
         "settings": {
             "split": options.split,
             "heldout_slices": len(held_out),
+            "heldout_slices_in_all": len(getattr(whole, options.split)),
             "heldout_cases": len(set(real.cases)),
-            "training_slices": len(data.train),
-            "training_cases": len(set(data.train.cases)),
+            "training_slices": len(whole.train),
+            "training_slices_searched": len(data.train),
+            "training_cases": len(set(whole.train.cases)),
             "samples": count,
             "samples_compared": len(chosen),
             "seed": options.seed,
@@ -494,7 +510,7 @@ def logged_curves(run: Path) -> dict[str, Curves]:
 def test_figures(options: EvaluateOptions, config: RunConfig, device: torch.device) -> None:
     """Plant faults in held-out slices; print a table of what each figure sees, and write self_test.json."""
     started = time.perf_counter()
-    data = training_data(options, config)
+    data = draw_splits(training_data(options, config))
     splits = [own for own in (data.validate, data.test) if len(own)]
     print("planting faults in held-out slices, and copying training slices")
     results = self_test(data.train, splits, left_right_axis(np.array(config.affine)), device)

@@ -99,11 +99,12 @@ class SliceFile(NamedTuple):
 # ---------------------------------------------------------------- finding files
 
 
-def find_slices(root: Path) -> tuple[list[tuple[str, str]], list[str]]:
+def find_slices(root: Path, times: dict[str, int] | None = None) -> tuple[list[tuple[str, str]], list[str]]:
     """Find the slices at any depth below a folder, of the first kind of container that it contains.
 
     Args:
         root: The folder; hidden folders below it are skipped.
+        times: As `walk_files` fills it.
 
     Returns:
         The path and the name of each slice, and the names of label maps. Names are relative to `root`.
@@ -114,7 +115,7 @@ def find_slices(root: Path) -> tuple[list[tuple[str, str]], list[str]]:
     start = len(os.path.join(root, ""))
     kinds: list[dict[str, str]] = [{} for _ in KINDS]  # path by name
     label_maps: list[list[str]] = [[] for _ in KINDS]
-    for entry in walk_files(root):
+    for entry in walk_files(root, times):
         path, name = entry.path, with_forward_slashes(entry.path[start:])
         if not is_slice(name):
             continue
@@ -137,11 +138,14 @@ def find_slices(root: Path) -> tuple[list[tuple[str, str]], list[str]]:
     return [(path, name) for name, path in kinds[chosen].items()], sorted(set(label_maps[chosen]))
 
 
-def search_folder(folder: Path, pattern: str | None) -> tuple[Path, list[SliceFile], list[str]]:
-    """Return the folder that holds the splits or slices, a record of each file, and notices on those left out."""
+def search_folder(folder: Path, pattern: str | None, times: dict[str, int]) -> tuple[Path, list[SliceFile], list[str]]:
+    """Return the folder that holds the splits or slices, a record of each file, and notices on those left out.
+
+    `times` are filled as by `walk_files`.
+    """
     if os.path.isdir(folder / "keras_slices_data"):
         folder = folder / "keras_slices_data"
-    found, label_maps = find_slices(folder)
+    found, label_maps = find_slices(folder, times)
     if not found:
         raise no_slices_error(str(folder), label_maps)
     identities: dict[str, Identity] = {}
@@ -159,8 +163,11 @@ def search_folder(folder: Path, pattern: str | None) -> tuple[Path, list[SliceFi
     return folder / below, files, notices + label_map_notices(label_maps)
 
 
-def walk_files(root: Path) -> Iterator[os.DirEntry]:
-    """Yield everything but folders, at any depth below `root`, except in hidden folders."""
+def walk_files(root: Path, times: dict[str, int] | None = None) -> Iterator[os.DirEntry]:
+    """Yield everything but folders, at any depth below `root`, except in hidden folders.
+
+    In `times`, the modification time of each folder, in ns, is entered before the folder is read.
+    """
     folders, seen = [str(root)], set()
     while folders:
         folder = folders.pop()
@@ -170,6 +177,8 @@ def walk_files(root: Path) -> Iterator[os.DirEntry]:
         if len(seen) > MAX_FOLDERS:
             raise DataError(f"{root} contains more than {MAX_FOLDERS} folders")
         try:
+            if times is not None:
+                times[folder] = os.stat(folder).st_mtime_ns
             with os.scandir(folder) as entries:
                 for entry in entries:
                     if not is_folder(entry):

@@ -1,4 +1,4 @@
-"""The geometry of slices: resampling to square pixels, where the body is, and cropping."""
+"""The geometry of slices: resampling to square pixels, where the body is, slice size, and cropping."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from nifti import RawImage
+from nifti import MAX_SIDE, DataError, RawImage
 
 SAME_STEP = 1e-4  # pixel sizes that differ by a smaller share are the same: 0.03 pixels over 300
 BODY_LEVEL = 0.1  # from air, 0, to bright tissue, 1: the body is brighter
@@ -104,7 +104,18 @@ def body_middle(masks: Sequence[np.ndarray], affines: Sequence[np.ndarray]) -> n
     return (np.min(ends, (0, 1)) + np.max(ends, (0, 1))) / 2
 
 
-# ---------------------------------------------------------------- crop
+# ---------------------------------------------------------------- slice size
+
+
+def check_slice_size(size: tuple[int, int], multiple: tuple[int, int]) -> None:
+    """Raise DataError for a size that is out of range or not a multiple of `multiple`."""
+    if not all(0 < side <= MAX_SIDE for side in size):
+        raise DataError(f"slice size {size[0]}x{size[1]}: each side must be 1 to {MAX_SIDE} pixels")
+    below = tuple(max(side // step, 1) * step for side, step in zip(size, multiple))
+    above = tuple(-(-side // step) * step for side, step in zip(size, multiple))
+    if below != size:
+        nearest = " and ".join(dict.fromkeys(f"{height}x{width}" for height, width in (below, above)))
+        raise DataError(f"slice size {size[0]}x{size[1]} does not fit the network: the nearest that do are {nearest}")
 
 
 def crop_or_pad(

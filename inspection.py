@@ -184,7 +184,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check_folder("--out", options.out.parent)
     reading, side = Reading.of(training), training.downsampling  # so that a training finds the cache filled
     found = find_data(options.folder, training.seed, THREADS, reading)
-    data = load_dataset(str(options.folder), training.slice_size, (side, side), training.seed, reading=reading)
+    size, seed = training.slice_size, training.seed
+    data = load_dataset(str(options.folder), size, (side, side), seed, reading=reading, recheck=True)
     lines = describe_files(found.files, found.folder, reading.pixel_size)
     lines += describe_others(options.folder, found.files) + describe_networks_view(data, found.files, reading)
     for line in lines:

@@ -113,6 +113,10 @@ def describe_run(config: RunConfig, results: Mapping[str, Any] | None) -> dict[s
     if results:
         settings = results["settings"]
         facts["training slices, patients"] = f"{settings['training_slices']}, {settings['training_cases']}"
+        facts["slices evaluated; searched for copies"] = (
+            f"{settings['heldout_slices']} of {settings['heldout_slices_in_all']} held-out ones; "
+            f"{settings['training_slices_searched']} of {settings['training_slices']} training ones"
+        )
     return facts
 
 

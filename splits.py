@@ -41,6 +41,7 @@ class FoundData(NamedTuple):
     folder: Path  # of the splits, or of the slices
     files: list[SliceFile]  # sorted by split
     notices: list[str]
+    times: dict[str, int]  # modification time in ns of each folder that was searched
 
 
 def find_data(folder: Path, seed: int, workers: int, reading: Reading) -> FoundData:
@@ -50,13 +51,15 @@ def find_data(folder: Path, seed: int, workers: int, reading: Reading) -> FoundD
     if not os.path.isdir(folder):
         raise DataError(f"{folder} is a file: give the folder that contains the slices")
     notices: list[str] = []
+    times: dict[str, int] = {}
     if reading.table:
         files = read_table(reading.table, folder)
+        times = {place: os.stat(place).st_mtime_ns for place in {os.path.dirname(file.path) or "." for file in files}}
     else:
-        folder, files, notices = search_folder(folder, reading.pattern)
+        folder, files, notices = search_folder(folder, reading.pattern, times)
     files = assign_volumes(find_volumes(files, reading, workers))
     files, more = assign_splits(sorted(files, key=sort_key), folder, seed)
-    return FoundData(folder, files, more + notices + name_notices(files))
+    return FoundData(folder, files, more + notices + name_notices(files), times)
 
 
 def assign_splits(files: list[SliceFile], folder: Path, seed: int) -> tuple[list[SliceFile], list[str]]:

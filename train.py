@@ -363,7 +363,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         distributed.from_first(partial(check_folder, "--images", options.images))
         side = options.downsampling
         size = options.slice_size or (options.phantom_size if options.on_phantom else None)
-        load = partial(load_dataset, options.data, size, (side, side), options.seed, reading=Reading.of(options))
+        asked = (options.data, size, (side, side), options.seed)
+        load = partial(load_dataset, *asked, reading=Reading.of(options), recheck=options.recheck)
         with StopSignals() as stop:
             data = distributed.in_turn(load)
             distributed.check_same("the slices", data.fingerprint, "give --data a folder that all machines share")

@@ -7,6 +7,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+import dataset
 from dataset import DataError, denormalize
 
 AFFINE = np.array([[0.8, 0, 0, -10], [0, 0.9, 0, 20], [0, 0, 3, 5], [0, 0, 0, 1.0]])
@@ -77,6 +78,20 @@ def message(call, *arguments, **options):
     with pytest.raises(DataError) as caught:
         call(*arguments, **options)
     return str(caught.value)
+
+
+def entries(cache):
+    """Return what the cache contains, except its lock and listings."""
+    return [path for path in cache.iterdir() if not path.name.startswith((".lock", "listing-"))]
+
+
+def forbid_decoding(monkeypatch):
+    """Make reading the pixels of a file fail."""
+
+    def fail(*_):
+        raise AssertionError("decoded again")
+
+    monkeypatch.setattr(dataset, "read_file", fail)
 
 
 def changed(path, **fields):

@@ -7,6 +7,7 @@ import pickle
 import resource
 import signal
 import struct
+import tracemalloc
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -227,10 +228,38 @@ def test_a_damaged_data_json_is_a_run_error(run, content):
         checkpoints.read_data_files(run.path)
 
 
-def test_data_json_is_left_empty_beyond_its_size_limit(tmp_path, monkeypatch, run_config):
-    monkeypatch.setattr(checkpoints, "MAX_DATA", 10)
-    with Run(tmp_path, run_config(), FILES) as run:
-        assert checkpoints.read_data_files(run.path) == {}
+def test_data_json_is_complete_for_a_hundred_thousand_files(tmp_path, run_config):
+    """With names as long as HipMRI's, in deep folders."""
+    deep = "keras_slices_train/" + "/".join(f"centre_{level:04}" for level in range(10))
+    files = {f"{deep}/case_{n // 20:06}_week_0_slice_{n % 20}.nii.gz": f"{n:08x}" for n in range(100_000)}
+    files |= {"line\nbreak.nii": "00000000", 'quote"}.nii': "00000001", os.fsdecode(b"\xff,.nii"): "00000002"}
+    with Run(tmp_path, run_config(), files) as run:
+        assert (run.path / "data.json").stat().st_size > 1 << 24
+        assert checkpoints.read_data_files(run.path) == files
+        assert json.loads((run.path / "data.json").read_bytes()) == files
+
+
+def test_reading_data_json_takes_memory_in_proportion(tmp_path, monkeypatch):
+    """Entries of a few bytes would take fifty times as much once they are Python objects."""
+    (tmp_path / "data.json").write_bytes(b"{" + b'"a":"",' * 300_000 + b'"a":""}')
+    tracemalloc.start()
+    try:
+        with pytest.raises(RunError, match="one of more than 32768 bytes"):
+            checkpoints.read_data_files(tmp_path)
+        assert tracemalloc.get_traced_memory()[1] < 20 << 20
+    finally:
+        tracemalloc.stop()
+    monkeypatch.setattr(checkpoints, "MAX_DATA_LINES", 2)
+    (tmp_path / "data.json").write_bytes(b'{\n"a": "1",\n"b": "2",\n"c": "3"\n}')
+    with pytest.raises(RunError, match="more than 2 lines"):
+        checkpoints.read_data_files(tmp_path)
+
+
+def test_data_json_of_earlier_versions_is_read(run):
+    (run.path / "data.json").write_text(json.dumps(FILES, indent=0))
+    assert checkpoints.read_data_files(run.path) == FILES
+    (run.path / "data.json").write_text(json.dumps({}, indent=0))
+    assert checkpoints.read_data_files(run.path) == {}
 
 
 # ---------------------------------------------------------------- lock

@@ -1,16 +1,12 @@
 """dataset.py: splits, scaling, cache, notices and batches, on small real NIfTI files."""
 
-import errno
 import gzip
-import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 import tracemalloc
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from collections import Counter
+from dataclasses import fields
 from pathlib import Path
 
 import nibabel as nib
@@ -25,6 +21,8 @@ from nibabel.affines import apply_affine
 from slice_files import (
     AFFINE,
     big_endian,
+    entries,
+    forbid_decoding,
     has_notice,
     message,
     picture,
@@ -44,11 +42,6 @@ from volumes import cut_volume
 pytestmark = pytest.mark.usefixtures("cache")
 ROOT = Path(__file__).parents[1]
 REAL = ROOT.parent / "shared" / "hipmri_like"
-
-
-def entries(cache):
-    """Return what the cache contains, except its lock."""
-    return [path for path in cache.iterdir() if not path.name.startswith(".lock")]
 
 
 # ---------------------------------------------------------------- loading
@@ -201,6 +194,28 @@ def test_every_epoch_visits_each_slice_once(count, batch_size, seed):
         assert sorted(laid[epoch * count : (epoch + 1) * count]) == list(range(count))
 
 
+def test_patients_are_drawn_whole(data):
+    write_cases(data / "train", range(10), slices=3)
+    write_cases(data / "val", range(20, 22))
+    train = load_dataset(str(data)).train
+    assert train.draw_patients(30) is train
+    some = train.draw_patients(10)
+    assert {len(getattr(some, field.name)) for field in fields(some)} == {10}
+    counts = Counter(some.cases)
+    assert sorted(counts.values()) == [1, 3, 3, 3] and counts.keys() != set(train.cases[:12])
+    rows = [train.names.index(name) for name in some.names]
+    assert rows == sorted(rows)
+    np.testing.assert_array_equal(some.pixels, train.pixels[rows])
+    np.testing.assert_array_equal(some.positions, train.positions[rows])
+    assert some.names == train.draw_patients(10).names
+
+
+def test_slices_of_unknown_patients_are_drawn_singly():
+    pixels, zeros = np.zeros((9, 2, 2), np.uint8), np.zeros(9)
+    unknown = dataset.Slices(pixels, list("abcdefghi"), [None] * 9, zeros, np.ones(9), zeros)
+    assert len(set(unknown.draw_patients(4).names)) == 4
+
+
 def test_permutations_differ_between_epochs_and_seeds():
     first, second, other = (batch_indices(100, 100, seed, update) for seed, update in ((0, 0), (0, 1), (1, 0)))
     assert first.tolist() != second.tolist()
@@ -238,13 +253,6 @@ def test_changing_a_batch_leaves_the_permutation_unchanged():
 
 
 # ---------------------------------------------------------------- cache
-
-
-def forbid_decoding(monkeypatch):
-    def fail(*_):
-        raise AssertionError("decoded again")
-
-    monkeypatch.setattr(dataset, "read_file", fail)
 
 
 def test_the_cache_is_reopened_without_decoding(data, cache, monkeypatch):
@@ -308,243 +316,6 @@ def test_compression_does_not_change_checksums(data):
     for path in data.iterdir():
         path.write_bytes(gzip.compress(path.read_bytes()))
     assert load_dataset(str(data)).files == before
-
-
-def forged_index(path, **fields):
-    """Rewrite an index with other fields and a correct checksum."""
-    body = json.dumps(json.loads(path.read_bytes().partition(b"\n")[2]) | fields).encode()
-    path.write_bytes(dataset.index_checksum(path.parent.name, body) + b"\n" + body)
-
-
-def replace_by_pipe(path):
-    path.unlink()
-    os.mkfifo(path)
-
-
-def replace_by_device(path):
-    path.unlink()
-    path.symlink_to("/dev/zero")
-
-
-def flip_digit(path):
-    raw = path.read_bytes()
-    path.write_bytes(raw.replace(b'"scales": [9', b'"scales": [8'))
-    assert path.read_bytes() != raw
-
-
-DAMAGES = {
-    "index cut": lambda pixels, index: index.write_bytes(index.read_bytes()[:-30]),
-    "index empty": lambda pixels, index: index.write_bytes(b""),
-    "index null": lambda pixels, index: index.write_text("null"),
-    "index nested": lambda pixels, index: index.write_text("[" * 100_000),
-    "index a digit": lambda pixels, index: flip_digit(index),
-    "index a pipe": lambda pixels, index: replace_by_pipe(index),
-    "index a device": lambda pixels, index: replace_by_device(index),
-    "index of more": lambda pixels, index: forged_index(index, slice_size=[8, 7]),
-    "index of none": lambda pixels, index: forged_index(index, slice_size=[-8, -6]),
-    "index of text": lambda pixels, index: forged_index(index, slice_size=["8", "6"]),
-    "index of fewer scales": lambda pixels, index: forged_index(index, scales=[1.0]),
-    "index of no affine": lambda pixels, index: forged_index(index, affine=[1, 2]),
-    "index of other fields": lambda pixels, index: forged_index(index, more=1),
-    "pixels short": lambda pixels, index: pixels.write_bytes(pixels.read_bytes()[:-1]),
-    "pixels long": lambda pixels, index: pixels.write_bytes(pixels.read_bytes() + b"0"),
-    "pixels empty": lambda pixels, index: pixels.write_bytes(b""),
-    "pixels missing": lambda pixels, index: pixels.unlink(),
-    "pixels a pipe": lambda pixels, index: replace_by_pipe(pixels),
-    "pixels a device": lambda pixels, index: replace_by_device(pixels),
-    "entry a file": lambda pixels, index: (shutil.rmtree(index.parent), index.parent.touch()),
-    "entry a link": lambda pixels, index: (shutil.rmtree(index.parent), index.parent.symlink_to("/tmp")),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_a_damaged_cache_entry_is_replaced(data, cache, damage):
-    write_splits(data)
-    first = load_dataset(str(data))
-    expected = first.train.pixels.copy()
-    (folder,) = entries(cache)
-    damage(folder / "pixels.uint8", folder / "index.json")
-    again = load_dataset(str(data))
-    np.testing.assert_array_equal(again.train.pixels, expected)
-    np.testing.assert_array_equal(again.train.scales, first.train.scales)
-    (folder,) = entries(cache)
-    assert (folder / "pixels.uint8").stat().st_size == 10 * 8 * 6
-    with pytest.MonkeyPatch.context() as patch:
-        forbid_decoding(patch)
-        assert load_dataset(str(data)).fingerprint == first.fingerprint
-
-
-def test_a_cache_entry_of_other_data_is_not_used(data, cache, tmp_path):
-    write_splits(data)
-    first = load_dataset(str(data))
-    (folder,) = entries(cache)
-    expected = first.train.pixels.copy()
-    other = tmp_path / "other"
-    write_splits(other)
-    write_cases(other / "keras_slices_train", (4, 5, 6), image=picture(77))
-    assert load_dataset(str(other)).files.keys() == first.files.keys()
-    (foreign,) = set(entries(cache)) - {folder}
-    shutil.rmtree(folder)
-    shutil.copytree(foreign, folder)
-    np.testing.assert_array_equal(load_dataset(str(data)).train.pixels, expected)
-
-
-def test_an_interrupt_stops_decoding_at_once(data, cache, monkeypatch):
-    calls = []
-
-    def interrupt(path):
-        calls.append(path)
-        time.sleep(0.01)
-        raise KeyboardInterrupt
-
-    write_cases(data, range(50), slices=1)
-    monkeypatch.setattr(dataset, "read_file", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        load_dataset(str(data), workers=1)
-    assert len(calls) < 40
-    assert entries(cache) == []
-
-
-def test_a_cache_folder_that_cannot_be_created_is_named(data, tmp_path, monkeypatch):
-    write_splits(data)
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("PROSTATEVQ_CACHE", str(tmp_path / "file" / "cache"))
-    text = message(load_dataset, str(data))
-    assert text.startswith(f"the cache folder {tmp_path / 'file' / 'cache'} cannot be written (Not a directory): ")
-    assert "$PROSTATEVQ_CACHE" in text
-    assert message(load_dataset, "phantom", (64, 32)).startswith(text)
-
-
-@pytest.mark.parametrize("step", ["fsync", "rename", "mkdir"])
-def test_a_full_disk_leaves_no_partial_entry(data, cache, monkeypatch, step):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    write_splits(data)
-    cache.mkdir()
-    with monkeypatch.context() as patch:
-        patch.setattr(os, step, full)
-        assert f"{cache} cannot be written (No space left on device)" in message(load_dataset, str(data))
-    assert entries(cache) == []
-    assert len(load_dataset(str(data)).train) == 6
-
-
-LIMITED = """
-import resource, sys
-resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
-import runpy
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-def test_a_file_size_limit_is_reported_on_one_line(data, cache, tmp_path):
-    """30 slices of 32x32 pixels exceed the 20,000 bytes that a file may have."""
-    for case in range(30):
-        write(data / f"case_{case:03}_week_0_slice_0.nii", picture(case, (32, 32)))
-    run = tmp_path / "run"
-    code = f"import sys; sys.argv = ['train.py', '--data', {str(data)!r}, '--run', {str(run)!r}]; {LIMITED}"
-    finished = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert finished.returncode == 2
-    line = f"error: the cache folder {cache} cannot be written (File too large): free some space there, or set"
-    assert finished.stderr == f"{line} $PROSTATEVQ_CACHE to another folder\n"
-    assert entries(cache) == [] and not run.exists()
-
-
-STALLED = """
-import sys, time
-import dataset
-def stall(file):
-    print(file=sys.stderr, flush=True)
-    time.sleep(600)
-dataset.read_file = stall
-dataset.load_dataset(sys.argv[1])
-"""
-
-
-def test_only_partial_entries_of_dead_processes_are_removed(data, cache):
-    write_splits(data)
-    (cache / ".partial-old" / "new").mkdir(parents=True)
-    (cache / ".partial-old" / "new" / "pixels.uint8").write_bytes(b"1234")
-    stalled = subprocess.Popen([sys.executable, "-c", STALLED, str(data)], cwd=ROOT, stderr=subprocess.PIPE)
-    try:
-        assert stalled.stderr.readline() == b"\n"  # it is in the middle of its first pass
-        (living,) = (path for path in entries(cache))
-        assert living.name != ".partial-old"
-        load_dataset(str(data))
-        assert living in entries(cache) and len(entries(cache)) == 2
-    finally:
-        stalled.kill()
-        stalled.communicate()
-    load_dataset(str(data), slice_size=(16, 16))
-    assert living not in entries(cache) and len(entries(cache)) == 2
-
-
-def test_a_finished_first_pass_keeps_the_entries_of_running_ones(cache):
-    """The second pass starts while the first is running, and the third after the first has finished."""
-    with ExitStack() as first, ExitStack() as others:
-        first.enter_context(dataset.new_cache_entry(cache / "first"))
-        second = others.enter_context(dataset.new_cache_entry(cache / "second"))
-        first.close()
-        with dataset.new_cache_entry(cache / "third"):
-            assert second.is_dir()
-    assert {path.name for path in entries(cache)} == {"first", "second", "third"}
-
-
-def test_partial_entries_stay_where_locks_are_unsupported(data, cache, monkeypatch):
-    def unsupported(*_):
-        raise OSError(38, "Function not implemented")
-
-    write_splits(data)
-    (cache / ".partial-another").mkdir(parents=True)
-    monkeypatch.setattr(dataset.fcntl, "flock", unsupported)
-    load_dataset(str(data))
-    assert len(entries(cache)) == 2
-
-
-def test_concurrent_first_passes_agree(data, cache):
-    write_splits(data)
-    with ThreadPoolExecutor(4) as pool:
-        loaded = list(pool.map(lambda _: load_dataset(str(data)), range(8)))
-    assert len({one.fingerprint for one in loaded}) == 1
-    for one in loaded[1:]:
-        np.testing.assert_array_equal(one.train.pixels, loaded[0].train.pixels)
-    assert len(entries(cache)) == 1
-
-
-def test_a_faster_process_keeps_its_cache_entry(cache):
-    with dataset.new_cache_entry(cache / "entry") as new:
-        (new / "ours").touch()
-        (cache / "entry").mkdir()
-        (cache / "entry" / "theirs").touch()
-    assert [path.name for path in (cache / "entry").iterdir()] == ["theirs"]
-
-
-def test_an_entry_that_vanishes_after_a_failed_rename_is_not_an_error(cache, monkeypatch):
-    """A second process puts its entry in place before the rename, and a third moves it away afterwards."""
-
-    def rename(new, entry):
-        raise OSError(errno.ENOTEMPTY, "Directory not empty", str(new), None, str(entry))
-
-    monkeypatch.setattr(dataset.Path, "rename", rename)
-    with dataset.new_cache_entry(cache / "entry") as new:
-        (new / "ours").touch()
-    assert entries(cache) == []
-
-
-def test_a_file_in_place_of_a_cache_entry_is_an_error(cache):
-    cache.mkdir(exist_ok=True)
-    (cache / "entry").touch()
-    with pytest.raises(DataError, match="cannot be written"), dataset.new_cache_entry(cache / "entry") as new:
-        (new / "ours").touch()
-
-
-def test_the_cache_folder_follows_xdg_cache_home(monkeypatch, tmp_path):
-    monkeypatch.setenv("PROSTATEVQ_CACHE", "")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert dataset.cache_folder() == tmp_path / "xdg" / "prostatevq"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert dataset.cache_folder() == tmp_path / ".cache" / "prostatevq"
 
 
 @pytest.fixture

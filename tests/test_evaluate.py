@@ -96,8 +96,10 @@ def test_evaluation_json_has_all_metrics_of_all_comparisons(evaluation):
     assert results["settings"] == {
         "split": "test",
         "heldout_slices": 4,
+        "heldout_slices_in_all": 4,
         "heldout_cases": 1,
         "training_slices": 12,
+        "training_slices_searched": 12,
         "training_cases": 3,
         "samples": 6,
         "samples_compared": 6,
@@ -249,6 +251,20 @@ def test_called_copies_are_left_out_with_the_training_slices(trained):
     assert abs(shown.nearest[3] - shown.slices[3]).max() > 0.1
     copies = copies._replace(copied=torch.ones(4, dtype=torch.bool))
     assert len(evaluate.report_samples(slices, positions, copies, anatomy, None).slices) == 0
+
+
+def test_evaluation_is_bounded(evaluated, monkeypatch):
+    """Of 12 training slices of 3 patients, 8 are searched, and of 4 test slices all are evaluated."""
+    monkeypatch.setattr(evaluate, "MAX_TRAINING", 8)
+    monkeypatch.setattr(evaluate, "MAX_HELD_OUT", 4)
+    monkeypatch.setattr(evaluate, "MIN_TRAINING", 8)
+    _, results, printed = evaluated()
+    settings = results["settings"]
+    assert (settings["training_slices"], settings["training_slices_searched"], settings["training_cases"]) == (12, 8, 3)
+    assert (settings["heldout_slices"], settings["heldout_slices_in_all"]) == (4, 4)
+    assert "of 12 training slices, 8 are used, of patients drawn at random" in printed
+    assert "searching 8 training slices for copies" in printed
+    assert "test slices, " not in printed  # all are used
 
 
 def test_a_log_that_cannot_be_read_is_a_warning_and_a_missing_one_is_not(trained, tmp_path, caplog):

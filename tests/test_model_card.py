@@ -17,12 +17,12 @@ ATTACK = {
     "tpr_at_1_percent_fpr": 0.01,
     "tpr_at_0.1_percent_fpr": 0.0,
 }
-SETTINGS = {"split": "test", "heldout_slices": 200, "heldout_cases": 10, "samples": 200}
+SETTINGS = {"split": "test", "heldout_slices": 200, "heldout_slices_in_all": 200, "heldout_cases": 10, "samples": 200}
 SAMPLES = {"c2st_accuracy": 0.6, "coverage_by_patient": 0.9, "ms_ssim_diversity": 0.65}
 COPYING = {"memorisation_rate": 0.01, "c_t": 0.1}
 JUDGED = {"copied": 0.0, "copied_expected": 0.01, "tail_share": 0.02, "tail_p_value": 0.4}
 RESULTS = {
-    "settings": SETTINGS | {"training_slices": 2400, "training_cases": 120},
+    "settings": SETTINGS | {"training_slices": 2400, "training_slices_searched": 2400, "training_cases": 120},
     "reconstructions": {"ssim": 0.9, "psnr": 27.0},
     "codes": {"perplexity": 400.0, "used": 1.0},
     "prior": {"bits_per_code": 4.0},

@@ -81,8 +81,10 @@ def results():
         "settings": {
             "split": "test",
             "heldout_slices": 20,
+            "heldout_slices_in_all": 20,
             "heldout_cases": 12,
             "training_slices": 240,
+            "training_slices_searched": 240,
             "training_cases": 30,
             "samples": 64,
             "samples_compared": 64,
