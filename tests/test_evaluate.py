@@ -480,7 +480,7 @@ def test_a_split_with_too_few_slices_is_refused(evaluated, trained, tmp_path, mo
 
 
 def test_the_data_are_read_as_in_training(prepared):
-    given = SimpleNamespace(run=prepared.run, data=None, split="test", self_test=False)
+    given = SimpleNamespace(run=prepared.run, data=None, pattern=None, table=None, split="test", self_test=False)
     config = read_config(prepared.run)
     data = evaluate.training_data(given, config)
     assert data.slice_size == (48, 24) and (data.low, data.scale) == (config.intensity.low, config.intensity.scale)

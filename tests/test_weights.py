@@ -63,7 +63,7 @@ def test_the_networks_fit_the_options():
     vqvae, prior, refiner = predict.load_networks(RUN, config, predict.load_vqvae(RUN, config, device), device)
     options = config.options
     grid = {"grid": tuple(side // options.downsampling for side in config.slice_size)}
-    codes = {name: getattr(options, name) for name in ("downsampling", "codebook_size", "embedding_dim")}
+    codes = {name: getattr(options, name) for name in ("downsampling", "codebook_size")}
     placed = grid | {"codebook_size": options.codebook_size, "left_right": prior.config.left_right}
     assert vqvae.config == network_config(VQVAEConfig, options)
     assert prior.config == network_config(PriorConfig, options, "prior_", **placed)
