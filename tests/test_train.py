@@ -244,7 +244,7 @@ def test_prior_and_refiner_train_on_the_best_vqvae(options, monkeypatch):
     """Not on the VQ-VAE of the last update."""
     measured, given = make_the_third_best(monkeypatch, "evaluate_vqvae"), []
     for kind in (train.PriorTrainer, train.RefinerTrainer):
-        monkeypatch.setattr(kind, "fit", lambda self, checkpoint: given.append(self.vqvae.state_dict()))
+        monkeypatch.setattr(kind, "fit", lambda self, checkpoint, progress: given.append(self.vqvae.state_dict()))
     train.main(arguments(**options))
     assert len(given) == 2
     assert all(same_weights(weights, measured[2]) for weights in given)
