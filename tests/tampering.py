@@ -214,7 +214,7 @@ def judge_run(load: Callable[[], None], run: Path) -> tuple[str, str]:
 def resume(arguments: list[str]) -> None:
     """Resume a training up to its first update."""
 
-    def fit(self: trainer.Trainer, checkpoint: Checkpoint | None) -> None:
+    def fit(self: trainer.Trainer, checkpoint: Checkpoint | None, progress: trainer.Progress) -> None:
         if checkpoint and checkpoint.header.stage == self.stage:
             self.restore(checkpoint)
         raise Resumed

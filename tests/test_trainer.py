@@ -221,14 +221,14 @@ def test_time_left_is_that_of_all_stages(clock, monkeypatch):
     with progress_on(monkeypatch, io.StringIO()) as progress:
         assert progress.time_left() == "unknown"
         clock.now += 40
-        progress.advance(20)  # two seconds each; an update of the prior takes 0.5 as long, one of the refiner 0.575
+        progress.advance(20)  # two seconds each; an update of the prior takes 0.5 as long, one of the refiner 0.625
         assert progress.rate() == 0.5
-        assert progress.time_left() == tqdm.format_interval(2 * (80 + 300 * 0.5 + 200 * 0.575))
+        assert progress.time_left() == tqdm.format_interval(2 * (80 + 300 * 0.5 + 200 * 0.625))
         clock.now += 5
         progress.begin("prior", 0)
         clock.now += 100
         progress.advance(100)
-        assert progress.time_left() == tqdm.format_interval(200 + 200 * 2.3 / 2)
+        assert progress.time_left() == tqdm.format_interval(200 + 200 * 2.5 / 2)
         progress.begin("refiner", 0)
         clock.now += 30
         progress.advance(200)
@@ -243,7 +243,7 @@ def test_a_resumed_run_is_timed_from_where_it_resumes(clock, monkeypatch):
         clock.now += 10
         progress.advance(151)
     assert str(progress) == "refiner 151/200, time left 08:10"
-    done = (100 + 300 * 0.5 + 151 * 0.575) / (100 + 300 * 0.5 + 200 * 0.575)
+    done = (100 + 300 * 0.5 + 151 * 0.625) / (100 + 300 * 0.5 + 200 * 0.625)
     assert f" {done:.0%} |" in terminal.lines()[-1]
 
 
@@ -285,7 +285,7 @@ def test_without_a_terminal_there_is_a_line_every_five_minutes(clock, monkeypatc
             clock.now += 10
             progress.advance(update)
     lines = stream.getvalue().splitlines()
-    assert lines[0] == "vqvae 30/100, time left 55:50"
+    assert lines[0] == "vqvae 30/100, time left 57:30"
     assert len(lines) == 3
     assert "\r" not in stream.getvalue()
 
