@@ -791,11 +791,13 @@ def plan_volume(slices: Sequence[RawImage], reading: Reading) -> tuple[Limits, i
         The limits of its values, the grey level of air, and the middle of the crop, (2,) mm from the slices' centre.
     """
     images, affines = [one.image for one in slices], [one.affine for one in slices]
-    bright, air = bright_values(images), air_value(images)
-    on_body = reading.crop == "body"
+    bright, on_body, by_percentile = bright_values(images), reading.crop == "body", reading.intensity == "percentile"
+    if by_percentile and not on_body:  # the default, which needs neither air nor body
+        return volume_limits(images, [], bright, reading), 0, np.zeros(2)
+    air = air_value(images)
     masks = body_masks(images, air, bright[0]) if on_body or reading.intensity == "zscore" else []
     limits = volume_limits(images, masks, bright, reading)
-    fill = 0 if reading.intensity == "percentile" else int(to_grey(np.array([air], np.float32), limits)[0])
+    fill = 0 if by_percentile else int(to_grey(np.array([air], np.float32), limits)[0])
     return limits, fill, body_middle(masks, affines) if on_body else np.zeros(2)
 
 
