@@ -171,7 +171,7 @@ class PriorTrainer(Trainer[GatedPixelCNN]):
 
     def compute_losses(self) -> Iterator[dict[str, Tensor]]:
         options = self.options
-        slices, positions, augmented = self.loader(self.update, options.batch_divisor, options.augmentation)
+        slices, positions, augmented = self.loader(self.update, self.batch_size, options.augmentation)
         with autocast(self.device):
             codes = self.vqvae.encode(slices)  # anew for each update: a flipped slice has other codes
         noise = self.own_noise(self.model.draw_noise, codes, MICRO_BATCH_CODES)
@@ -236,7 +236,7 @@ class RefinerTrainer(Trainer[Refiner]):
 
     def compute_losses(self) -> Iterator[dict[str, Tensor]]:
         options = self.options
-        slices, _, augmented = self.loader(self.update, options.batch_divisor, options.augmentation, AUGMENTED_SHARE)
+        slices, _, augmented = self.loader(self.update, self.batch_size, options.augmentation, AUGMENTED_SHARE)
         with autocast(self.device):
             codes = self.vqvae.encode(slices)
         noise = self.own_noise(self.draw_noise, slices, MICRO_BATCH_PIXELS)

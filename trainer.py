@@ -599,13 +599,13 @@ class BatchLoader:
         self.pixels = to_device(train.pixels, device) if resident else None
 
     def __call__(
-        self, update: int, divisor: int = 1, augmentation: float = 0.0, share: float = 1.0
+        self, update: int, size: int | None = None, augmentation: float = 0.0, share: float = 1.0
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the batch of an update, on the device.
 
         Args:
             update: Counted from 1.
-            divisor: Of the batch size.
+            size: Slices of the batch; None for --batch-size.
             augmentation: Strength; 0 is none.
             share: Of the slices that are augmented, drawn at random.
 
@@ -613,7 +613,7 @@ class BatchLoader:
             Slices (N, 1, H, W) in [-1, 1], positions (N,) and augmentation parameters (N, AUGMENTATIONS), relative to
             the strength: of variance 1, or 0 where a slice is not augmented.
         """
-        whole = batch_indices(len(self.train), -(-self.batch_size // divisor), self.seed, update - 1)
+        whole = batch_indices(len(self.train), size or self.batch_size, self.seed, update - 1)
         own = distributed.part(len(whole))
         chosen = whole[own]
         indices = self.send(torch.from_numpy(chosen))

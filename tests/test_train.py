@@ -383,8 +383,8 @@ def test_all_slices_of_the_prior_and_half_of_the_refiners_are_augmented(options,
     """
     seen, real = [], trainer.BatchLoader.__call__
 
-    def call(loader, update, divisor=1, augmentation=0.0, share=1.0):
-        made = real(loader, update, divisor, augmentation, share)
+    def call(loader, update, size=None, augmentation=0.0, share=1.0):
+        made = real(loader, update, size, augmentation, share)
         seen.append((len(made[0]), augmentation, share))
         return made
 
