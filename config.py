@@ -184,12 +184,12 @@ class TrainConfig(StrictModel):
     )
     kmeans_slices: Annotated[int, Ge(1), Le(100_000)] = option(VQVAE, 128, "slices whose latents start the codebook")
     downsampling: Annotated[int, Ge(1), Le(64)] = option(
-        VQVAE, 4, "side in pixels of the square that one code stands for"
+        VQVAE, 8, "side in pixels of the square that one code stands for"
     )
     channels: Width = option(VQVAE, 128, "width of encoder and decoder")
     residual_blocks: Layers = option(VQVAE, 2, "residual blocks of each")
     hidden_channels: Width = option(VQVAE, 64, "width inside a residual block")
-    codebook_size: Width = option(VQVAE, 2048, "K, the number of embeddings")
+    codebook_size: Width = option(VQVAE, 512, "K, the number of embeddings")
     embedding_dim: Width = option(VQVAE, 64, "D, the length of an embedding")
     commitment_cost: Annotated[float, Ge(0), Le(100)] = option(
         VQVAE, 0.25, "weight of the commitment term, which the embedding loss is"
@@ -221,7 +221,7 @@ class TrainConfig(StrictModel):
         REFINER, 4, "levels of the U-Net; each has half the rows and columns of the one before"
     )
     refiner_time_frequencies: Layers = option(REFINER, 8, "Fourier features of the flow's time")
-    refiner_ode_steps: Layers = option(REFINER, 8, "steps of the ODE solver per sample, each one pass")
+    refiner_ode_steps: Layers = option(REFINER, 4, "steps of the ODE solver per sample, each one pass")
     std_slices: Annotated[int, Ge(1), Le(100_000)] = option(
         REFINER, 256, "slices from which the standard deviation of residuals is estimated"
     )
@@ -267,7 +267,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "phantom_size": (128, 64),
         "augmentation": 0.0,
         "updates": 1000,
-        "codebook_size": 512,
+        "downsampling": 4,
         "prior_updates": 1600,
         "prior_dilation_cycles": 1,
         "refiner_updates": 3000,

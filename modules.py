@@ -46,11 +46,11 @@ class VQVAEConfig:
         dead_code_threshold: Codes used less than this share of the mean are dead, and replaced.
     """
 
-    downsampling: int = 4
+    downsampling: int = 8
     channels: int = 128
     residual_blocks: int = 2
     hidden_channels: int = 64
-    codebook_size: int = 2048
+    codebook_size: int = 512
     embedding_dim: int = 64
     commitment_cost: float = 0.25
     codebook_decay: float = 0.99
@@ -73,8 +73,8 @@ class PriorConfig:
         position_frequencies: Fourier features of the slice position.
     """
 
-    grid: tuple[int, int] = (64, 32)
-    codebook_size: int = 2048
+    grid: tuple[int, int] = (32, 16)
+    codebook_size: int = 512
     left_right: int = 0
     channels: int = 64
     dilation_cycles: int = 2

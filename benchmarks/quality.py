@@ -138,7 +138,7 @@ def main() -> None:
     settings["machine"] = machine(device)
 
     torch.manual_seed(options.seed)
-    ours = channels_last(VQVAE(VQVAEConfig(codebook_size=512)), device)
+    ours = channels_last(VQVAE(VQVAEConfig(downsampling=4)), device)
     train_ours(ours, slices, options)
     textbook = TextbookVQVAE().to(device)
     train_textbook(textbook, slices, options)

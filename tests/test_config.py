@@ -81,14 +81,14 @@ def test_help_lists_every_option_with_its_default(capsys):
     for name, field in TrainConfig.model_fields.items():
         assert flag(name) in shown
         assert " ".join(field.description.split()) in shown
-    assert "full 2048, demo 512" in shown
+    assert "default: full 8, demo 4)" in shown
     assert "above 0 to 10; default: 0.008" in shown
 
 
 def test_options_override_the_preset_and_the_preset_the_defaults():
     assert configure({}) == TrainConfig()
     demo = configure({"preset": "demo", "prior_updates": 7})
-    assert (demo.prior_updates, demo.codebook_size, demo.channels) == (7, 512, 128)
+    assert (demo.prior_updates, demo.downsampling, demo.channels) == (7, 4, 128)
     for name in ("full", "demo"):  # other tests add their own presets
         chosen = PRESETS[name]
         assert {key: getattr(configure({"preset": name}), key) for key in chosen} == chosen
@@ -146,7 +146,7 @@ def test_the_defaults_of_the_networks_are_those_of_the_options():
     options = TrainConfig()
     shared = {name: getattr(options, name) for name in ("downsampling", "codebook_size")}
     assert config.network_config(VQVAEConfig, options) == VQVAEConfig()
-    given = {"grid": (64, 32), "codebook_size": options.codebook_size, "left_right": 0}
+    given = {"grid": (32, 16), "codebook_size": options.codebook_size, "left_right": 0}
     assert config.network_config(PriorConfig, options, "prior_", **given) == PriorConfig()
     assert config.network_config(RefinerConfig, options, "refiner_", **shared) == RefinerConfig()
 

@@ -40,9 +40,9 @@ def test_slices_without_case_or_position_are_paired_too():
 @pytest.fixture
 def networks():
     torch.manual_seed(0)
-    vqvae = VQVAE(VQVAEConfig(channels=8, residual_blocks=1, hidden_channels=8, codebook_size=16, embedding_dim=4))
+    vqvae = VQVAE(VQVAEConfig(4, channels=8, residual_blocks=1, hidden_channels=8, codebook_size=16, embedding_dim=4))
     prior = GatedPixelCNN(PriorConfig(grid=(8, 4), codebook_size=16, channels=8, dilation_cycles=1, head_channels=16))
-    refiner = Refiner(RefinerConfig(codebook_size=16, channels=4, levels=2))
+    refiner = Refiner(RefinerConfig(4, codebook_size=16, channels=4, levels=2))
     return vqvae.eval(), prior.eval(), refiner.eval()
 
 

@@ -1185,5 +1185,5 @@ def test_real_slices_train(options):
     config = checkpoints.read_config(options["run"])
     assert config.slice_size == (256, 128)
     prior = load_weights(options["run"] / "prior.safetensors", GatedPixelCNN, PriorConfig, "prior_")
-    assert prior.config.grid == (64, 32)
+    assert prior.config.grid == (32, 16)
     assert {line["stage"] for line in lines_of(options["run"])} == UPDATES.keys()
