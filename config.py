@@ -270,7 +270,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "downsampling": 4,
         "prior_updates": 1600,
         "prior_dilation_cycles": 1,
-        "refiner_updates": 3000,
+        "refiner_updates": 1500,
     },
 }
 FREE_OPTIONS = {name for name, field in TrainConfig.model_fields.items() if group_and_free(field)[1]}
