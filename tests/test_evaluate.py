@@ -105,7 +105,7 @@ def test_evaluation_json_has_all_metrics_of_all_comparisons(evaluation):
         "samples_compared": 6,
         "seed": 0,
         "temperature": 1.0,
-        "top_p": 0.95,
+        "top_p": 0.995,
         "refiner_noise": 1.0,
     }
     for part in (results, results["training"]):
