@@ -113,7 +113,7 @@ def growth_figure(
     draw_growth(size, sizes, pixels, ("by size of slices", "pixels", "seconds"))
     first, last = min(pixels), max(pixels)
     reference = 0.6 * min(curve[first] for curve in sizes.values())
-    size.plot([first, last], [reference, reference * last / first], ":k", linewidth=0.8, label="proportional to pixels")
+    size.plot([first, last], [reference, reference * last / first], ":k", linewidth=0.8, label="proportional")
     size.set_yscale("log")
     size.autoscale(axis="y")
     size.yaxis.set_major_formatter("{x:g}")

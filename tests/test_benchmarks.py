@@ -224,7 +224,7 @@ def test_network_c2st_reports_all_comparisons(lines, trained, monkeypatch):
 def test_whole_commands_are_timed(trained, monkeypatch, capsys):
     given = ["--run", str(trained.run), "--nums", "2", "--rounds", "1", "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["commands.py", *given])
-    monkeypatch.setenv("PROSTATEVQ_CACHE", "")  # is set
+    monkeypatch.setenv("PROSTATEVQ_CACHE", "")  # main changes it: it is restored
     commands.main()
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     sampling = "predict.py --num 2"
@@ -292,7 +292,7 @@ def test_growth_is_measured_and_drawn(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(growth, "SAMPLES", 2)
     monkeypatch.setattr(growth, "train_briefly", lambda folder, device: folder)
     monkeypatch.setattr(growth, "sample", lambda run, num, device: (2 + 0.1 * num, 500))
-    monkeypatch.setenv("PROSTATEVQ_CACHE", "")  # is set
+    monkeypatch.setenv("PROSTATEVQ_CACHE", "")  # main changes it: it is restored
     figure = tmp_path / "growth.png"
     given = ["--nums", "10", "100", "--rounds", "1", "--device", "cpu", "--figure", str(figure)]
     monkeypatch.setattr(sys, "argv", ["growth.py", *given])
