@@ -36,14 +36,11 @@ $(INSTALLED_FOR_TESTS): $(INSTALLED) requirements-test.txt requirements-containe
 	scripts/install.sh $(VENV) $(PYTHON) requirements-test.txt
 	touch $@
 
-# Speeds, in 4 minutes on two cores; quality at equal updates, in half an hour.
+# Speeds, in 10 minutes on two cores, as a table in runs/bench.md; quality at equal updates, in half an hour.
 DATA ?= phantom
 
 bench: $(INSTALLED)
-	$(VENV)/bin/python benchmarks/training.py
-	$(VENV)/bin/python benchmarks/sampling.py
-	$(VENV)/bin/python benchmarks/loading.py
-	$(VENV)/bin/python benchmarks/commands.py
+	$(VENV)/bin/python benchmarks/table.py
 
 # On a machine with a GPU: CPU and GPU side by side, then the benchmarks there: some 6 minutes.
 # Where there is none, make gpu CHECK="--device cpu --tiny" shows that the check runs through.

@@ -30,6 +30,7 @@ import torch
 from annotated_types import Ge, Le, MaxLen
 from pydantic import ConfigDict, Field, RootModel
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from config import (
     FORMAT,
@@ -207,6 +208,16 @@ def export_weights(path: Path, network: nn.Module, half: bool) -> None:
     save_tensors(path, asdict(config), tensors)
 
 
+class NoRandomWeights(TorchFunctionMode):
+    """Leave out `init.normal_`: on the meta device it would import TorchDynamo, which takes a second."""
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        return kwargs["tensor"] if function is nn.init.normal_ else function(*args, **kwargs)
+
+
 def load_weights(path: Path, network: Callable[[Any], Network], config: type, prefix: str = "") -> Network:
     """Return the network that `save_weights` or `export_weights` wrote, in evaluation mode and float32.
 
@@ -222,7 +233,7 @@ def load_weights(path: Path, network: Callable[[Any], Network], config: type, pr
     try:
         fields, tensors = load_tensors(path, network_model(config, prefix))
         chosen = config(**fields.model_dump())
-        with torch.device("meta"):  # shapes without memory
+        with torch.device("meta"), NoRandomWeights():  # shapes without memory
             expected = network(chosen).state_dict()
         stored = {name: of for name, of in expected.items() if name != SUMS or SUMS in tensors}
         check_tensors(stored, tensors, half=True)

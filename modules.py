@@ -147,7 +147,7 @@ class Codebook(nn.Module):
     def __init__(self, size: int, dim: int, decay: float, dead_threshold: float):
         super().__init__()
         self.decay, self.dead_threshold = decay, dead_threshold
-        self.register_buffer("embeddings", torch.randn(size, dim))
+        self.register_buffer("embeddings", nn.init.normal_(torch.empty(size, dim)))
         self.register_buffer("cluster_sizes", torch.ones(size))
         self.register_buffer("sums", self.embeddings.clone())
 
@@ -402,8 +402,8 @@ class GatedPixelCNN(nn.Module):
         by_distance = sorted(range(rows), key=lambda row: abs(2 * row - (rows - 1)))  # from the midline
         self.register_buffer("order", torch.tensor(by_distance), persistent=False)
         self.embedding = nn.Embedding(config.codebook_size, c)
-        self.row_embedding = nn.Parameter(0.1 * torch.randn(c, rows, 1))
-        self.column_embedding = nn.Parameter(0.1 * torch.randn(c, 1, columns))
+        self.row_embedding = nn.Parameter(nn.init.normal_(torch.empty(c, rows, 1), std=0.1))
+        self.column_embedding = nn.Parameter(nn.init.normal_(torch.empty(c, 1, columns), std=0.1))
         self.position = nn.Linear(1 + 2 * config.position_frequencies, c, bias=False)
         self.augmentation = nn.Linear(AUGMENTATIONS, c, bias=False)
         nn.init.zeros_(self.augmentation.weight)  # random weights would drown what the codes say

@@ -58,7 +58,7 @@ def gaussian_rate(time: Tensor) -> Tensor:
 
 
 def solver_times(steps: int) -> list[float]:
-    """Return the times at which the solver's steps begin, and 1. Steps are shorter near 0 and 1, where paths bend most."""
+    """Return the times at which the solver's steps begin, and 1. Steps are shorter near 0 and 1, where paths bend."""
     even = (step / steps for step in range(steps + 1))
     return [time - 0.03 * math.sin(2 * math.pi * time) for time in even]
 
@@ -252,7 +252,8 @@ class Refiner(nn.Module):
         for own, sample_id in zip(x, sample_ids):
             stream = torch.Generator(x.device).manual_seed(stream_seed(seed + SEED_OFFSET, sample_id))
             own.normal_(generator=stream)
-        y, slope, step = noise_scale * x, None, 0.0  # x = spread(t) y, and spread is 1 at both ends
+        y, step = noise_scale * x, 0.0  # x = spread(t) y, and spread is 1 at both ends
+        slope: Tensor | None = None
         for begin, end in pairwise(solver_times(self.config.ode_steps)):
             time = torch.full((len(y),), begin, device=y.device)
             t = time[:, None, None, None]

@@ -5,28 +5,30 @@ import math
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # the project's files are not installed
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # the project's files are not installed
 
-Network = TypeVar("Network", bound=torch.nn.Module)
+Key = TypeVar("Key")
 
 MIN_SECONDS = 0.05  # of a timing: in less, launching a GPU's kernels would dominate
 
 
-def interleave(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+def interleave(functions: dict[Key, Callable[[], object]], rounds: int) -> dict[Key, float]:
     """Return the median seconds of each function. They take turns, so that slow minutes of the machine affect all.
 
     Each is called twice before: to initialise, and to find how many calls a timing of MIN_SECONDS needs.
     """
-    calls: dict[str, int] = {}
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    calls: dict[Key, int] = {}
+    seconds: dict[Key, list[float]] = {name: [] for name in functions}
     for name, function in functions.items():
         time_calls(function, 1)
         calls[name] = math.ceil(MIN_SECONDS / time_calls(function, 1))
@@ -49,6 +51,24 @@ def time_calls(function: Callable[[], object], count: int) -> float:
 def report(name: str, value: float, unit: str, **settings: object) -> None:
     """Print one JSON line."""
     print(json.dumps({"name": name, "value": float(f"{value:.4g}"), "unit": unit, **settings}), flush=True)
+
+
+def run_benchmark(script: str, *arguments: str) -> Iterator[dict[str, Any]]:
+    """Run a script of this folder; yield its JSON lines as they come, and print its other lines on stderr.
+
+    Raises:
+        CalledProcessError: It fails.
+    """
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout  # it is a pipe
+        for line in process.stdout:
+            if line.startswith("{"):
+                yield json.loads(line)
+            else:
+                print(line, end="", file=sys.stderr)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
 
 
 def machine(device: torch.device) -> str:

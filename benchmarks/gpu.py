@@ -23,7 +23,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from common import machine
+from common import ROOT, machine, run_benchmark
 from torch import Tensor
 
 import evaluate
@@ -37,7 +37,6 @@ from dataset import load_dataset
 from modules import RowSampler
 from utils import autocast, pick_device
 
-ROOT = Path(__file__).parents[1]
 SIZES = {True: (64, 32), False: (128, 64)}  # of slices, by --tiny
 UPDATES = {True: (12, 6, 6), False: (300, 300, 300)}  # of the three networks
 TOLERANCES = {  # of values in evaluation.json, relative to the CPU's
@@ -195,16 +194,6 @@ def value_at(path: Sequence[str], results: Any) -> float:
     return results
 
 
-def benchmark(script: str, device: torch.device) -> Iterator[dict[str, Any]]:
-    """Yield the JSON lines of a benchmark; print its other lines on stderr."""
-    command = [sys.executable, str(ROOT / "benchmarks" / script), "--device", str(device), "--codes", "2048"]
-    for line in subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines():
-        if line.startswith("{"):
-            yield json.loads(line)
-        else:
-            print(line, file=sys.stderr)
-
-
 def table(report: dict[str, Any]) -> str:
     """Return the report in Markdown."""
     lines = [f"{report['machine']}, PyTorch {report['torch']}, {report['date']}", ""]
@@ -238,7 +227,9 @@ def check(out: Path, device: torch.device, tiny: bool) -> dict[str, Any]:
         run_commands(out / name, run, where, count) for name, where in (("cpu", torch.device("cpu")), ("gpu", device))
     ]
     rows += compare_evaluations(*evaluations)
-    speeds = [] if tiny else [line for script in ("training.py", "sampling.py") for line in benchmark(script, device)]
+    given = ("--device", str(device), "--codes", "2048")
+    scripts = () if tiny else ("training.py", "sampling.py")
+    speeds = [line for script in scripts for line in run_benchmark(script, *given)]
     return {
         "machine": machine(device),
         "torch": torch.__version__,

@@ -1,9 +1,10 @@
 """Seconds to sample code grids, against one full forward pass per code with the same prior; then to decode slices.
 
+    python benchmarks/sampling.py [--codes 512] [--device cuda] [--rounds 2] [--profile]
+
+At the published sizes, 64x32 codes of 4x4 pixels; the refiner also with the full preset's 32x16 codes of 8x8 pixels.
 The full forward passes are timed at a few places of the grid and extrapolated: all 2048 would take most of an hour. So
 are pythae and MONAI, if they are installed.
-
-    python benchmarks/sampling.py [--codes 512] [--device cuda] [--rounds 3] [--profile]
 """
 
 import argparse
@@ -19,13 +20,22 @@ from refiner import Refiner, RefinerConfig
 from utils import channels_last, pick_device
 
 BATCH, DOWNSAMPLING, GRID = 32, 4, (64, 32)  # the published sizes
+FULL = VQVAEConfig()  # of the full preset
 PLACES = [(16, 8), (48, 24)]  # where full forwards are timed
 SLICES = {"cpu": (64, 32), "cuda": (1024, 512)}  # slices sampled and decoded; batch size
 
 
-def sample_and_decode(networks: predict.Networks, device: torch.device) -> torch.Tensor:
-    """Return slices (N, 1, 256, 128) on the host, sampled as in predict.py."""
-    count, batch = SLICES[device.type]
+def make_networks(config: VQVAEConfig, grid: tuple[int, int], device: torch.device) -> predict.Networks:
+    """Return networks with random weights for a grid of codes."""
+    codes = config.codebook_size
+    vqvae = channels_last(VQVAE(config), device).eval()
+    prior = channels_last(GatedPixelCNN(PriorConfig(grid=grid, codebook_size=codes)), device).eval()
+    refiner = channels_last(Refiner(RefinerConfig(config.downsampling, codes)), device).eval()
+    return predict.Networks(vqvae, prior, refiner)
+
+
+def sample_and_decode(networks: predict.Networks, count: int, batch: int, device: torch.device) -> torch.Tensor:
+    """Return slices (count, 1, H, W) on the host, sampled in batches as in predict.py."""
     options = predict.parse_options(["--batch-size", str(batch)])
     return predict.draw_samples(options, networks, range(count), torch.full((count,), 0.5), device).slices
 
@@ -41,18 +51,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--codes", type=int, default=512, help="K (default: 512, the paper's)")
     parser.add_argument("--device", default="auto", help="cpu, cuda ... (default: a GPU if there is one)")
-    parser.add_argument("--rounds", type=int, default=3, help="timings of each (default: 3)")
+    parser.add_argument("--rounds", type=int, default=2, help="timings of each (default: 2)")
     parser.add_argument("--profile", action="store_true", help="also print the operations that take most time")
     options = parser.parse_args()
     device = pick_device(options.device)
     size = options.codes
     torch.manual_seed(0)
-    prior = channels_last(GatedPixelCNN(PriorConfig(grid=GRID, codebook_size=size)), device).eval()
-    vqvae = channels_last(VQVAE(VQVAEConfig(DOWNSAMPLING, codebook_size=size)), device).eval()
-    refiner = channels_last(Refiner(RefinerConfig(DOWNSAMPLING, codebook_size=size)), device).eval()
+    networks = make_networks(VQVAEConfig(DOWNSAMPLING, codebook_size=size), GRID, device)
+    vqvae, prior, refiner = networks
+    scale = FULL.downsampling // DOWNSAMPLING
+    full_grid = GRID[0] // scale, GRID[1] // scale
+    full = make_networks(FULL, full_grid, device)
     positions = torch.rand(BATCH, device=device)
     codes = torch.randint(size, (BATCH, *GRID), device=device)
-    networks = predict.Networks(vqvae, prior, refiner)
+    full_codes = torch.randint(FULL.codebook_size, (BATCH, *full_grid), device=device)
+    count, batch = SLICES[device.type]
     steps = sampling_steps(GRID, size, device)
     seconds = interleave(
         {
@@ -60,9 +73,10 @@ def main() -> None:
             "all_codes": lambda: prior.sample(range(BATCH), positions),
             "one": lambda: prior.sample(range(1), positions[:1], top_p=predict.TOP_P),
             "forwards": lambda: sample_by_full_forwards(lambda c: prior(c, positions), codes, PLACES),
-            "slices": lambda: sample_and_decode(networks, device),
+            "slices": lambda: sample_and_decode(networks, count, batch, device),
             "decoding": lambda: vqvae.decode(codes),
             "refiner": lambda: refine_in_batches(networks, codes, device),
+            "full_refiner": lambda: refine_in_batches(full, full_codes, device),
             "refiner_at_once": lambda: refiner.sample(range(BATCH), codes, vqvae),
             **steps,
         },
@@ -73,7 +87,6 @@ def main() -> None:
     forward = seconds["forwards"] / len(PLACES)
     by_forwards = forward * GRID[0] * GRID[1]
     speedup = by_forwards / seconds["batch"]
-    count, _ = SLICES[device.type]
     report("sampling_seconds", seconds["batch"], "s", **settings)
     report("sampling_one_grid_seconds", seconds["one"], "s", **one)
     report("sampling_by_full_forwards_seconds", by_forwards, "s", **settings, extrapolated_from=len(PLACES))
@@ -84,6 +97,9 @@ def main() -> None:
     report("decoding_seconds", seconds["decoding"], "s", **settings)
     report("refiner_seconds", seconds["refiner"], "s", **settings)
     report("refiner_at_once_seconds", seconds["refiner_at_once"], "s", **settings)
+    in_full = settings | {"grid": list(full_grid), "codes": FULL.codebook_size}
+    report("full_refiner_passes", full.refiner.config.ode_steps, "passes", **in_full)
+    report("full_refiner_seconds_per_slice", seconds["full_refiner"] / BATCH, "s", **in_full)
     for name in steps:
         total = seconds[name] * GRID[0] * GRID[1]
         report(f"sampling_one_grid_seconds_{name}", total, "s", **one, extrapolated_from=1)

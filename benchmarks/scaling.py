@@ -36,9 +36,10 @@ SIZE, CASES = (256, 128), (8, 1, 1)  # slices, and patients of the phantom
 WARM_UP = 2  # updates before the first that is timed
 
 
-def trainers(data: str, options: TrainConfig, device: torch.device) -> Iterator[trainer.Trainer]:
-    """Yield the trainers of the three networks, with random weights."""
-    splits, run, stop = load_dataset(data, SIZE), NoRun(Path(data)), trainer.StopSignals()
+def trainers(data: str, device: torch.device) -> Iterator[trainer.Trainer]:
+    """Yield the trainers of the full preset's three networks, with random weights."""
+    options = TrainConfig(encoder_warmup=0, std_slices=32)
+    splits, run, stop = load_dataset(data), NoRun(Path(data)), trainer.StopSignals()
     loader = trainer.BatchLoader(splits.train, 2, options, device)
     yield train.VQVAETrainer(run, stop, options, loader, splits)
     torch.manual_seed(0)
@@ -62,7 +63,7 @@ def measure(data: str, device_name: str, updates: int) -> None:
     with distributed.processes():
         device = pick_device(distributed.device_name(device_name))
         found: dict[str, object] = {"machine": machine(device)}
-        for made in trainers(data, TrainConfig(encoder_warmup=0, std_slices=32), device):
+        for made in trainers(data, device):
             seconds = []
             for made.update in range(1, WARM_UP + updates + 1):
                 seconds.append(seconds_of(made.train_update, device))

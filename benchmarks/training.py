@@ -1,6 +1,6 @@
 """Seconds per update of our networks against the textbook's, at the published sizes: 64x32 codes of 4x4 pixels.
 
-    python benchmarks/training.py [--codes 512] [--device cuda] [--rounds 5] [--profile]
+    python benchmarks/training.py [--codes 512] [--device cuda] [--rounds 3] [--profile]
 
 Also the machine's rate in a 3x3 convolution of 128 channels on the code grid, and the share of it that our updates
 reach; pythae and MONAI, if they are installed; on a GPU the full preset's 5000 updates of the VQ-VAE by train.py.
@@ -139,7 +139,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--codes", type=int, default=512, help="K (default: 512, the paper's)")
     parser.add_argument("--device", default="auto", help="cpu, cuda ... (default: a GPU if there is one)")
-    parser.add_argument("--rounds", type=int, default=5, help="timed updates of each (default: 5)")
+    parser.add_argument("--rounds", type=int, default=3, help="timed updates of each (default: 3)")
     parser.add_argument("--profile", action="store_true", help="also print the operations that take most time")
     options = parser.parse_args()
     device = pick_device(options.device)

@@ -12,11 +12,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import commands
 import equal_time
+import growth
 import network_c2st
 import noise_floor
 import peers
 import sampling
 import scaling
+import table
 import training
 from reference import PaperPixelCNN, TextbookVQVAE, nats_per_code, sample_by_full_forwards
 
@@ -81,10 +83,16 @@ def lines(monkeypatch, capsys):
     return run
 
 
+def names_of(script):
+    """Return the names of the JSON lines that the table takes from a script, without optional ones."""
+    return {name for row in table.ROWS[script] for name in (*row.ours, row.ratio) if name}
+
+
 def test_updates_of_every_network_are_timed(lines, monkeypatch):
     for name, value in {"BATCH": 2, "SIZE": (32, 16), "GRID": (8, 4)}.items():
         monkeypatch.setattr(training, name, value)
     printed, sentence = lines(training, "--rounds", 1, "--codes", 16, "--device", "cpu")
+    assert names_of("training.py") <= printed.keys()
     for network in ("vqvae", "prior", "refiner"):
         line = printed[f"{network}_update_seconds"]
         assert 0 < line["value"] < 60
@@ -100,6 +108,7 @@ def test_sampling_is_timed_against_a_full_forward_per_code(lines, monkeypatch):
     for name, value in {"BATCH": 2, "GRID": (8, 4), "PLACES": [(2, 2)], "SLICES": {"cpu": (2, 2)}}.items():
         monkeypatch.setattr(sampling, name, value)
     printed, sentence = lines(sampling, "--rounds", 1, "--codes", 16, "--device", "cpu")
+    assert names_of("sampling.py") <= printed.keys()
     values = {name: line["value"] for name, line in printed.items()}
     assert min(values.values()) > 0
     forwards = values["sampling_by_full_forwards_seconds"]
@@ -213,18 +222,17 @@ def test_network_c2st_reports_all_comparisons(lines, trained, monkeypatch):
 
 @pytest.mark.slow
 def test_whole_commands_are_timed(trained, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["commands.py", "--run", str(trained.run), "--nums", "2", "--device", "cpu"])
+    given = ["--run", str(trained.run), "--nums", "2", "--rounds", "1", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["commands.py", *given])
+    monkeypatch.setenv("PROSTATEVQ_CACHE", "")  # main changes it: it is restored
     commands.main()
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [line["name"] for line in lines] == [
-        "train.py --help",
-        "predict.py --help",
-        "evaluate.py --help",
-        "predict.py",
-    ]
-    assert all(0.1 < line["value"] < 600 for line in lines)
-    assert lines[-1]["num"] == 2
-    assert 100 < lines[-1]["peak_mb"] < 4000
+    sampling = "predict.py --num 2"
+    helps = [f"{name}.py --help" for name in ("train", "predict", "evaluate")]
+    assert [line["name"] for line in lines] == [*helps, sampling, f"{sampling}, peak memory"]
+    *seconds, peak = (line["value"] for line in lines)
+    assert all(0.1 < value < 600 for value in seconds)
+    assert 100 < peak < 4000
 
 
 def test_a_command_that_fails_ends_the_benchmark(tmp_path):
@@ -254,3 +262,49 @@ def test_scaling_reports_medians_for_each_number_of_processes(monkeypatch, capsy
     printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     expected = [("prior_update_seconds", 1, 2), ("prior_update_seconds", 2, 1)]
     assert [(line["name"], line["processes"], line["value"]) for line in printed] == expected
+
+
+def test_table_has_every_row_and_the_alternatives_that_were_measured(monkeypatch, tmp_path, capsys):
+    def run_benchmark(script):
+        for name in sorted(names_of(script)):
+            unit = "times" if name.endswith("speedup") else "s"
+            yield {"name": name, "value": 1234.4 if "1000" in name else 0.5, "unit": unit, "machine": "a machine"}
+        if script == "training.py":
+            yield {"name": "vqvae_update_seconds_reference", "value": 2.25, "unit": "s"}
+
+    monkeypatch.setattr(table, "run_benchmark", run_benchmark)
+    monkeypatch.setattr(sys, "argv", ["table.py", "--out", str(tmp_path / "runs" / "bench.md")])
+    table.main()
+    heading, _, *rows = (tmp_path / "runs" / "bench.md").read_text().splitlines()
+    assert heading.startswith("a machine, PyTorch 2")
+    assert len(rows) == 2 + sum(map(len, table.ROWS.values()))
+    assert {row.count("|") for row in rows} == {5}
+    assert rows[2] == "| `predict.py --num 1000`, files written; peak memory | 1234 s, 1234 s |  |  |"
+    assert "| one update of the VQ-VAE | 0.5 s | 2.25 s (textbook) | 0.5 |" in rows
+    printed = [json.loads(line)["name"] for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert {name for script in table.ROWS for name in names_of(script)} < set(printed)
+
+
+def test_growth_is_measured_and_drawn(monkeypatch, tmp_path, capsys):
+    """With commands that take 2 s and 0.1 s a sample, and networks of the full preset on tiny slices."""
+    monkeypatch.setattr(growth, "LINKS", (60, 80))
+    monkeypatch.setattr(growth, "SIZES", ((32, 16), (64, 32)))
+    monkeypatch.setattr(growth, "SAMPLES", 2)
+    monkeypatch.setattr(growth, "train_briefly", lambda folder, device: folder)
+    monkeypatch.setattr(growth, "sample", lambda run, num, device: (2 + 0.1 * num, 500))
+    monkeypatch.setenv("PROSTATEVQ_CACHE", "")  # main changes it: it is restored
+    figure = tmp_path / "growth.png"
+    given = ["--nums", "10", "100", "--rounds", "1", "--device", "cpu", "--figure", str(figure)]
+    monkeypatch.setattr(sys, "argv", ["growth.py", *given])
+    growth.main()
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    per_sample = {line["samples"]: line["value"] for line in lines if line["name"] == "predict_seconds_per_sample"}
+    assert per_sample == {10: 0.3, 100: 0.12}
+    for stage in ("vqvae", "prior", "refiner"):
+        updates = [line for line in lines if line["name"] == f"{stage}_update_seconds"]
+        assert [line.get("slices") for line in updates] == [60, 80, None, None]
+        assert [line["slice_size"] for line in updates] == [[32, 32], [32, 32], [32, 16], [64, 32]]
+        assert all(0 < line["value"] < 60 for line in updates)
+    sizes = [line["slice_size"] for line in lines if line["name"] == "seconds_per_sample"]
+    assert sizes == [[32, 16], [64, 32]]
+    assert figure.read_bytes().startswith(b"\x89PNG")

@@ -6,6 +6,8 @@ import gc
 import json
 import re
 import shutil
+import subprocess
+import sys
 import weakref
 from collections import Counter
 from contextlib import nullcontext
@@ -23,6 +25,7 @@ from PIL import Image
 from tampering import judge_run, tamper
 from trainings import WEIGHTS, arguments
 
+import metrics
 import predict
 import samples
 from checkpoints import Run, lock_run, read_config, save_tensors, save_weights
@@ -590,6 +593,16 @@ def test_another_pixel_spacing_than_in_training_prints_a_warning(call, trained, 
     assert ("1 slices have another pixel spacing" in caplog.text) == warned
 
 
+def test_sampling_imports_nothing_slow_that_it_does_not_need(trained, tmp_path):
+    """TorchDynamo takes a second, torchmetrics some tenths."""
+    options = ["--run", trained.run, "--num", 1, "--batch-size", 1, "--out", tmp_path / "out", "--device", "cpu"]
+    given = [str(option) for option in (*options, "--images", tmp_path)]
+    slow = ("torch._dynamo", "torchmetrics", "matplotlib.pyplot")
+    code = f"import sys, predict; predict.main({given}); print([name for name in {slow} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
 def test_interrupted_sampling_keeps_the_files_of_an_earlier_call(call, trained, monkeypatch):
     """Earlier files are removed only once the new ones are computed."""
     folder = call(num=2)
@@ -600,7 +613,7 @@ def test_interrupted_sampling_keeps_the_files_of_an_earlier_call(call, trained, 
 
     with monkeypatch.context() as patch:
         patch.setattr(predict.Refiner, "sample", interrupted)
-        patch.setattr(predict, "reconstruction_metrics", interrupted)
+        patch.setattr(metrics, "reconstruction_metrics", interrupted)
         for task in ({"num": 3}, {"reconstruct": trained.data / "keras_slices_test"}):
             with pytest.raises(KeyboardInterrupt):
                 call(**task)
