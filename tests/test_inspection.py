@@ -116,18 +116,18 @@ def test_pixel_size_crop_intensity_and_slice_size_are_those_of_training(data, in
     write_mixture(data)
     lines, sheet, _ = inspect(data, "--pixel-size", "0.4", "--crop", "body", "--intensity", "zscore")
     assert "slice sizes with pixels of 0.4 mm: 16x13 (19 slices), 12x13 (2, as case_004)" in lines
-    assert "networks see 16x12 pixels of 0.4x0.4 mm about the middle of the body" in lines
+    assert "networks see 16x16 pixels of 0.4x0.4 mm about the middle of the body" in lines
     assert lines[-2].startswith("intensities: the mean of a volume's body minus 3 standard deviations, -")
     assert not any("pixel sizes differ" in line for line in caplog.messages)
     reading = Reading(pixel_size=0.4, crop="body", intensity="zscore")
-    loaded = dataset.load_dataset(str(data), multiple=(4, 4), reading=reading)
+    loaded = dataset.load_dataset(str(data), multiple=(8, 8), reading=reading)
     np.testing.assert_array_equal(sheet["case_008, test"], loaded.test.batch([2])[0, 0])
-    lines, sheet, _ = inspect(data, "--intensity", "window", "--window", "-5", "50", "--slice-size", "8", "12")
+    lines, sheet, _ = inspect(data, "--intensity", "window", "--window", "-5", "50", "--slice-size", "8", "16")
     assert lines[-3:-1] == [
-        "networks see 8x12 pixels of 0.8x0.9 mm about the middle of each slice",
+        "networks see 8x16 pixels of 0.8x0.9 mm about the middle of each slice",
         "intensities: -5 is black, 50 is white",
     ]
-    assert sheet["case_008, test"].shape == (8, 12)
+    assert sheet["case_008, test"].shape == (8, 16)
 
 
 def test_the_command_writes_a_sheet_and_fills_the_cache_of_a_training(data, tmp_path, monkeypatch):
@@ -142,7 +142,7 @@ def test_the_command_writes_a_sheet_and_fills_the_cache_of_a_training(data, tmp_
         raise AssertionError("decoded again")
 
     monkeypatch.setattr(dataset, "read_file", fail)
-    assert len(dataset.load_dataset(str(data), multiple=(4, 4)).train) == 11
+    assert len(dataset.load_dataset(str(data), multiple=(8, 8)).train) == 11
 
 
 def test_mistakes_are_one_line(data, tmp_path, error_line):

@@ -361,8 +361,8 @@ def test_animate_writes_a_gif_and_nothing_else(call, tmp_path, capsys):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["animated"]
     assert not folder.exists()
     with Image.open(path) as gif:
-        assert gif.n_frames == 16 + 8 + 1  # rows, steps of the refiner, the slices
-    assert capsys.readouterr().out.startswith("25 frames, ")
+        assert gif.n_frames == 16 + 4 + 1  # rows, steps of the refiner, the slices
+    assert capsys.readouterr().out.startswith("21 frames, ")
 
 
 def test_an_animation_ends_with_the_samples_of_its_seed_from_low_to_high(trained, tmp_path, monkeypatch):
