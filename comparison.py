@@ -1,5 +1,6 @@
 """What is measured of a set of slices: beside another set, beside the training slices, and of each slice alone."""
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -109,6 +110,20 @@ def slice_metrics(copies: Mapping[str, Copies], anatomy: Coherence) -> dict[str,
             "tail_p_value": anatomy.tails[name].p_value(anatomy.tails[name].share),
         }
         for name, own in copies.items()
+    }
+
+
+def incoherent_by_height(incoherent: np.ndarray, positions: np.ndarray) -> dict[str, float]:
+    """Return the share of incoherent anatomy in each third of the heights, NaN for a third without slices.
+
+    Args:
+        incoherent: (N,), of each slice, in [0, 1].
+        positions: (N,) in [0, 1], NaN for unknown.
+    """
+    thirds = np.minimum(3 * positions, 2) // 1
+    return {
+        name: float(incoherent[thirds == third].mean()) if (thirds == third).any() else math.nan
+        for third, name in enumerate(("low", "middle", "high"))
     }
 
 

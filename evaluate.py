@@ -29,6 +29,7 @@ from comparison import (
     copying_metrics,
     describe_copies,
     find_set_copies,
+    incoherent_by_height,
     judge_anatomy,
     slice_metrics,
 )
@@ -280,6 +281,7 @@ def evaluate(options: EvaluateOptions, config: RunConfig, networks: Networks, de
     results["slices"] = {
         name.replace(held_out_name, "heldout_slices"): of for name, of in slice_metrics(copies, anatomy).items()
     }
+    results["incoherent_by_height"] = incoherent_by_height(anatomy.tails["samples"].low, positions.numpy())
     results["called_copies"] = describe_copies(copies["samples"], data.train)
 
     print("asking whether training slices can be told from held-out ones")

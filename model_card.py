@@ -159,6 +159,10 @@ def describe_metrics(results: Mapping[str, Any]) -> Iterator[tuple[str, str, str
     yield "samples called copies of a training slice", called, expected
     reference = f"held-out slices {held_out['tail_share']:.1%} (p = {samples['tail_p_value']:.4f})"
     yield "samples with incoherent anatomy", f"{samples['tail_share']:.1%}", reference
+    by_height = [share for share in results["incoherent_by_height"].values() if not math.isnan(share)]
+    if len(by_height) == 3:
+        thirds = "in the lowest, the middle and the highest third of the heights"
+        yield "samples with incoherent anatomy, by height", ", ".join(f"{share:.1%}" for share in by_height), thirds
     for name, attack in results["membership"]["attacks"].items():
         low, high = attack["auc_interval"]
         found = f"{attack['tpr_at_1_percent_fpr']:.0%} found at 1 % wrongly accused"

@@ -326,8 +326,8 @@ def sample_sheet(samples: SampleSlices, config: RunConfig) -> list[Element]:
     marks = element(
         "p",
         element("b", "Incoherent anatomy"),
-        " fits together as badly as in the worst 2 % of slices of unseen patients, by at least one half of these: of a "
-        "hundred real slices, two to four would be marked, too. ",
+        " fits together as badly as in the worst 2 % of real slices, for at least half of the groups of unseen "
+        "patients that a slice is compared with: of a hundred real slices, two to four would be marked, too. ",
         element("b", "Called a copy"),
         ": it matches a training slice better than a new patient's slice would.",
         class_="muted",
@@ -366,7 +366,7 @@ def copy_pairs(samples: SampleSlices, config: RunConfig) -> list[Element]:
             for own, which in ((samples.slices, "sample"), (samples.nearest, "its nearest training slice"))
         )
         pairs.append(element("figure", *pictures, element("figcaption", f"{title}, {called}"), class_="pair"))
-    heading = element("h3", "Most similar samples, each above its nearest training slice")
+    heading = element("h3", "Most similar of the samples above, each above its nearest training slice")
     return [heading, element("div", *pairs, class_="sheet wide")]
 
 

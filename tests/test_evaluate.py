@@ -347,6 +347,14 @@ def test_copies_are_unknown_without_a_threshold():
     assert math.isnan(found["b"]["copied"])
 
 
+def test_incoherent_anatomy_is_counted_by_thirds_of_the_heights():
+    positions = np.array([0.0, 0.3, 0.4, 0.7, 1.0, 1.0, np.nan])
+    incoherent = np.array([1.0, 0.5, 0.0, 0.0, 1.0, 0.5, 1.0])
+    found = comparison.incoherent_by_height(incoherent, positions)
+    assert found == {"low": 0.75, "middle": 0.0, "high": 0.5}
+    assert math.isnan(comparison.incoherent_by_height(incoherent[:2], positions[:2])["high"])
+
+
 def test_each_comparison_uses_the_right_sets_of_slices(evaluated, trained, monkeypatch):
     """The sets passed to the C2ST and to the data-copying test, identified by the mean of each slice."""
     compared, copying, searched = [], [], []

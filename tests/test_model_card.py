@@ -31,6 +31,7 @@ RESULTS = {
     "prior_alone": {"samples": SAMPLES, "copying": COPYING},
     "baseline": {"samples": SAMPLES, "copying": COPYING},
     "slices": dict.fromkeys(("samples", "reconstructions", "heldout_slices"), JUDGED),
+    "incoherent_by_height": {"low": 0.0625, "middle": 0.0, "high": 0.25},
     "membership": {"attacks": {"likelihood": ATTACK, "neighbourhood": ATTACK, "samples": ATTACK}},
 }
 
@@ -63,6 +64,11 @@ def test_the_card_has_the_run_the_figures_and_the_questions(run_config):
     ):
         assert part in card
     assert card.count(model_card.BEGIN) == card.count(model_card.END) == 1
+
+
+def test_incoherent_anatomy_is_given_by_height_where_each_third_has_samples(run_config):
+    assert "| samples with incoherent anatomy, by height | 6.2%, 0.0%, 25.0% | in the lowest" in fill(run_config)
+    assert "by height" not in fill(run_config, with_value(math.nan, "incoherent_by_height", "low"))
 
 
 def test_a_later_evaluation_keeps_what_people_wrote(run_config):

@@ -100,6 +100,7 @@ def results():
         "slices": {
             name: section(SLICE_ROWS, numbers)["slices"] for name in ("samples", "reconstructions", "heldout_slices")
         },
+        "incoherent_by_height": {"low": 0.0625, "middle": 0.0, "high": 0.25},
         "called_copies": [{"sample": 3, "training_slice": "case_017/slice_3.nii.gz", "score": 9.0}],
         "membership": {
             "patients": 12,
