@@ -170,7 +170,7 @@ def draw_rows(figure: Figure | SubFigure, rows: Mapping[str, np.ndarray]) -> Non
     """Draw rows of slices (n, H, W), each with its label."""
     columns = len(next(iter(rows.values())))
     for row, (label, slices) in zip(figure.subplots(len(rows), columns, squeeze=False), rows.items()):
-        row[0].set_ylabel(label, fontsize=9)
+        row[0].set_ylabel(label.replace(" ", "\n"), fontsize=9)  # a slice is lower than a label is long
         for axes, image in zip(row, to_display(slices)):
             axes.imshow(image, cmap="gray", vmin=-1, vmax=1)
             axes.set(xticks=[], yticks=[])
