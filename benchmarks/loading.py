@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import interleave, machine, profile, report
+from common import ROOT, interleave, machine, profile, report
 from peers import monai_slices, optimiser_step
 from reference import NibabelSlices
 
@@ -72,7 +72,7 @@ def settle(folder: Path) -> None:
 
 def reopen(folder: Path, cache: Path, *options: str) -> dict[str, float]:
     """Return the seconds to the first batch, those of the processor, the megabytes beyond the imports, and in all."""
-    environment = os.environ | {"PROSTATEVQ_CACHE": str(cache), "PYTHONPATH": str(Path(__file__).parent.parent)}
+    environment = os.environ | {"PROSTATEVQ_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", OPEN, str(folder), *options]
     return json.loads(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
 
@@ -128,7 +128,7 @@ def measure_links(slices: int, workers: int, settings: dict[str, Any]) -> None:
         os.environ["PROSTATEVQ_CACHE"] = str(cache)
         start = time.perf_counter()
         code = "import sys, dataset; dataset.load_dataset(sys.argv[1], workers=int(sys.argv[2]))"
-        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
         subprocess.run([sys.executable, "-c", code, str(many), str(workers)], env=environment, check=True)
         first = time.perf_counter() - start
         opened = sorted((reopen(many, cache) for _ in range(3)), key=lambda one: one["seconds"])[1]
