@@ -21,7 +21,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from shutil import rmtree
-from threading import Lock
 from typing import Any, NamedTuple
 
 if sys.platform != "win32":  # on Windows, partial entries of killed processes stay in the cache
@@ -155,7 +154,7 @@ class PixelWriter:
         self.file = open(self.path, "r+b" if self.recorded else "wb")  # noqa: SIM115 - closed in __exit__
         self.journal = open(self.journal_path, "ab")  # noqa: SIM115
         self.journal.truncate(intact)
-        self.writing, self.pending, self.flushed = Lock(), list[bytes](), time.monotonic()
+        self.pending, self.flushed = list[bytes](), time.monotonic()
 
     def __enter__(self) -> PixelWriter:
         return self
@@ -180,10 +179,9 @@ class PixelWriter:
         return recorded, intact
 
     def store(self, row: int, pixels: np.ndarray) -> None:
-        """Write a slice's pixels (H, W) uint8; from several threads."""
-        with self.writing:
-            self.file.seek(row * self.slice_bytes)
-            self.file.write(pixels.data)
+        """Write a slice's pixels (H, W) uint8."""
+        self.file.seek(row * self.slice_bytes)
+        self.file.write(pixels.data)
 
     def record(self, slices: dict[int, list[Any]]) -> None:
         """Note what is known of stored slices, by row, as JSON can hold it."""
@@ -194,8 +192,7 @@ class PixelWriter:
 
     def flush(self) -> None:
         """Wait until all stored pixels are on the disk, and then the journal."""
-        with self.writing:
-            self.file.flush()
+        self.file.flush()
         os.fsync(self.file.fileno())
         self.journal.writelines(self.pending)
         self.journal.flush()

@@ -1,8 +1,7 @@
 """Load a data folder: find the slices, check them, split them by patient, scale their intensity and serve batches.
 
-A first pass decodes every file, scales intensity one volume at a time and stores the result in an on-disk cache
-(cache.py), which later runs map into memory. files.py finds the slices and interprets their names, nifti.py reads a
-single file.
+A first pass decodes every file (decoding.py) and stores the result in an on-disk cache (cache.py), which later runs map
+into memory. files.py finds the slices and interprets their names, nifti.py reads a single file.
 
 python dataset.py DIR      # prints what is in a folder, and writes contact_sheet.png (inspection.py)
 """
@@ -15,21 +14,18 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import nullcontext, suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from itertools import combinations, pairwise
 from pathlib import Path
 from shutil import rmtree
-from threading import Lock
 from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import phantom
 from cache import (
@@ -46,7 +42,7 @@ from cache import (
     write_listing,
 )
 from console import printable, run_command
-from containers import read_image
+from decoding import MIN_VALUES, THREADS, Decoded, decode_files, pixel_digests
 from files import (
     Reading,
     SliceFile,
@@ -55,7 +51,6 @@ from files import (
     compile_pattern,
     counted,
     describe_files,
-    file_name,
     find_slices,
     find_volumes,
     identify,
@@ -65,28 +60,19 @@ from files import (
     label_map_notices,
     no_slices_error,
     positions_of,
-    refuse_files,
     sort_key,
     with_forward_slashes,
 )
-from geometry import body_masks, body_middle, check_slice_size, crop_or_pad, resample
-from intensity import PERCENTILE, Limits, air_value, bright_values, to_grey, volume_limits
-from nifti import DataError, RawImage, describe_stats
+from geometry import check_slice_size
+from intensity import PERCENTILE
+from nifti import DataError, describe_stats
 from splits import SPLIT_TITLES, SPLITS, find_data
-from volumes import SAME_SPACING, cut_volume
+from volumes import SAME_SPACING
+from workers import map_threads
 
 CACHE_FORMAT = 6  # raise it when the same files would give other pixels or another index, notices included
-FAR_BELOW = -0.1  # relative to the percentile: interpolation undershoots 0 by less, normalised slices by more
-BLACK = 12  # grey levels of 255: all tissue is brighter
-MIN_BRIGHT = 0.02  # of a volume's pixels above that level: a body fills far more
-MIN_VALUES = 12  # distinct values of a slice of integers; HipMRI's label maps have 6
-SAMPLED = 300  # pixels of a slice that quick checks look at
 
-MAX_VOLUME = 1 << 28  # pixels that are scaled together, 1 GiB as float32; HipMRI's volumes have 5 million
 AS_NAMED = Reading()
-LARGE_VOLUME = 1 << 24  # pixels: larger volumes of one file are decoded one at a time, so that memory does not add up
-LARGE_VOLUME_LOCK = Lock()
-THREADS = 6  # that read files: more would wait for each other, and each holds its largest slice in memory
 INDEX_BYTES = 80  # per slice, the most that is read of a cache entry's index: an intact one has fewer
 
 
@@ -171,7 +157,8 @@ def load_dataset(
             rounded to a multiple.
         multiple: (H, W) in pixels: the network accepts multiples of it.
         seed: Of the random splits, which are drawn where no folders define them.
-        workers: Threads that read files; None for THREADS. For the phantom, also processes that draw it.
+        workers: Threads that read files, or processes, as `decode_volumes` takes them. For the phantom, also processes
+            that draw it.
         reading: How files become slices. With a table, `data` is where its paths may start; "phantom" stands for the
             table's folder.
         recheck: List the folder and look at every file, even where the cache knows them and no folder has changed.
@@ -553,8 +540,9 @@ def duplicate_notices(files: list[SliceFile], decoded: list[Decoded], workers: i
     for file, properties in zip(files, decoded):
         if properties.quick_digest and counts[properties.quick_digest] > 1:
             alike.setdefault(file.path, []).append(file)
-    with ThreadPoolExecutor(workers or THREADS) as pool:  # digests of all slices would cost the first pass 5 to 9 %
-        digests = {name: digest for part in pool.map(pixel_digests, alike.values()) for name, digest in part.items()}
+    # Digests of all slices would cost the first pass 5 to 9 %.
+    parts = map_threads(pixel_digests, list(alike.values()), workers or THREADS)
+    digests = {name: digest for part in parts for name, digest in part.items()}
     found: dict[str, dict[str | None, list[str]]] = {}  # digest, split, names
     for file in files:
         if file.name in digests:
@@ -617,227 +605,6 @@ def pixel_notices(files: list[SliceFile], decoded: list[Decoded], size: tuple[in
         slices = f"{counted(len(few), 'slice')} with fewer than {MIN_VALUES} distinct values, all integers"
         notices.append(f"warning: {slices}, as in label maps ({abbreviate(few, 2)})")
     return notices
-
-
-# ---------------------------------------------------------------- decoding
-
-
-class Decoded(NamedTuple):
-    """The properties of a decoded slice, besides its pixels."""
-
-    scale: float
-    low: float
-    affine: np.ndarray
-    shape: tuple[int, int]  # after resampling, before crop or pad
-    constant: bool
-    negative: bool  # further below 0 than interpolation undershoots
-    few_values: bool  # all integers, as in a label map
-    dark: bool  # in a volume that is nearly black at its scale
-    quick_digest: str  # equal for equal slices, seldom for others; "" for a constant slice
-    checksum: str  # of the uncompressed file
-
-
-def plain(one: Decoded) -> list[Any]:
-    """Return the properties of a slice as JSON can hold them."""
-    return list(one._replace(affine=one.affine.tolist()))
-
-
-def restore(values: list[Any]) -> Decoded:
-    """Return the properties of a slice that `plain` has converted."""
-    one = Decoded(*values)
-    height, width = one.shape
-    return one._replace(affine=np.array(one.affine), shape=(height, width))
-
-
-def decode_files(
-    files: list[SliceFile],
-    size: tuple[int, int],
-    store: Callable[[int, np.ndarray], None],
-    workers: int | None,
-    reading: Reading,
-    writer: PixelWriter | None = None,
-) -> list[Decoded]:
-    """Read, scale and store `files`, with volumes in parallel: decompression lets other threads run.
-
-    Args:
-        files: The slices; those of one volume are read and scaled together.
-        size: (H, W) in pixels, reached by crop or pad.
-        store: Called with a slice's index in `files` and its pixels (H, W) uint8, from several threads.
-        workers: Threads; None for THREADS.
-        reading: How slices are resampled, cropped and scaled.
-        writer: Records what was decoded, and knows what an earlier process has decoded of these files.
-
-    Raises:
-        DataError: If any file cannot be used. The message lists the first ten with their reasons.
-    """
-    decoded = {row: restore(values) for row, values in writer.recorded.items()} if writer else {}
-    volumes: dict[tuple[str, ...], list[int]] = {}
-    for row, file in enumerate(files):
-        if row not in decoded:
-            volumes.setdefault(file.volume, []).append(row)
-    bad: dict[int, str] = {}
-    bar = tqdm(total=len(files), initial=len(decoded), desc="reading slices", unit="slice", disable=None)
-    with bar, ThreadPoolExecutor(workers or THREADS) as pool:
-        jobs = [pool.submit(decode_volume, files, rows, size, store, reading) for rows in volumes.values()]
-        try:
-            for job in as_completed(jobs):
-                usable, unusable = job.result()
-                if writer and usable:
-                    writer.record({row: plain(one) for row, one in usable.items()})
-                decoded |= usable
-                bad |= unusable
-                bar.update(len(usable) + len(unusable))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)  # so that Ctrl-C does not wait for the rest
-            raise
-    reasons = {file_name(files[row]): reason for row, reason in bad.items()}
-    refuse_files(list(reasons.items()), len({file.path for file in files}))
-    return [decoded[row] for row in range(len(files))]
-
-
-def decode_volume(
-    files: list[SliceFile],
-    rows: list[int],
-    size: tuple[int, int],
-    store: Callable[[int, np.ndarray], None],
-    reading: Reading,
-) -> tuple[dict[int, Decoded], dict[int, str]]:
-    """Read the slices of one volume, scale them together and store their pixels.
-
-    Returns:
-        The result for each row. If any cannot be used, no results, and the reason for each such row.
-    """
-    with LARGE_VOLUME_LOCK if is_large(files[rows[0]], len(rows)) else nullcontext():
-        slices, bad = read_volume(files, rows)
-        return ({}, bad) if bad else scale_volume(slices, size, store, reading)
-
-
-def is_large(file: SliceFile, slices: int) -> bool:
-    """Return whether a volume file with a number of slices like this one is large."""
-    return file.axis is not None and file.shape is not None and slices * math.prod(file.shape) > LARGE_VOLUME
-
-
-def read_volume(files: list[SliceFile], rows: list[int]) -> tuple[dict[int, RawImage], dict[int, str]]:
-    """Read the slices of one volume: its only file once, or one file for each slice.
-
-    Returns:
-        The slices that can be used, and the reasons why others cannot, by row.
-    """
-    slices: dict[int, RawImage] = {}
-    bad: dict[int, str] = {}
-    held = 0  # pixels
-    if files[rows[0]].axis is not None:
-        try:
-            images = read_file(files[rows[0]])
-        except DataError as error:
-            return {}, {rows[0]: str(error)}
-        return {row: images[files[row].number or 0] for row in rows}, {}
-    for row in rows:
-        try:
-            (slices[row],) = read_file(files[row])
-            held += slices[row].image.size
-        except DataError as error:
-            bad[row] = str(error)  # the error itself would keep what was read in memory
-        if held > MAX_VOLUME:
-            bad[row] = f"its volume has more than {MAX_VOLUME} pixels up to this slice"
-            break
-    return slices, bad
-
-
-def scale_volume(
-    slices: dict[int, RawImage], size: tuple[int, int], store: Callable[[int, np.ndarray], None], reading: Reading
-) -> tuple[dict[int, Decoded], dict[int, str]]:
-    """Scale the slices of one volume together, resample and crop them and store their pixels, as `decode_volume` does.
-
-    The scale is that of the voxels as stored.
-    """
-    ranges = [(one.image.min(), one.image.max()) for one in slices.values()]
-    lowest, highest = min(low for low, _ in ranges), max(high for _, high in ranges)
-    by_percentile = reading.intensity == "percentile"
-    if by_percentile and lowest < highest <= 0:
-        return {}, dict.fromkeys(slices, "its volume has no values above 0: air should be 0, and tissue brighter")
-    limits, fill, middle = plan_volume(list(slices.values()), reading)
-    decoded, visible = {}, 0
-    for (row, given), (low, high) in zip(slices.items(), ranges):
-        image, affine, checksum = resample(given, reading.pixel_size) if reading.pixel_size else given
-        grey = to_grey(image, limits)
-        visible += int(np.count_nonzero(grey > BLACK))
-        pixels, corner = crop_or_pad(grey, size, fill, middle / np.linalg.norm(affine[:3, :2], axis=0))
-        store(row, pixels)
-        moved = affine.copy()
-        moved[:3, 3] += affine[:3, :2] @ corner
-        decoded[row] = Decoded(
-            scale=float(limits.high),
-            low=float(limits.low),
-            affine=moved,
-            shape=image.shape,
-            constant=bool(low == high),
-            negative=bool(by_percentile and low < FAR_BELOW * limits.high),
-            few_values=bool(low != high) and has_few_values(given.image),
-            dark=False,
-            quick_digest=digest_values(given.image.shape, sample_pixels(given.image)) if low != high else "",
-            checksum=checksum,
-        )
-    held = sum(math.prod(one.shape) for one in decoded.values())
-    if lowest != highest and visible < MIN_BRIGHT * held:
-        decoded = {row: one._replace(dark=True) for row, one in decoded.items()}
-    return decoded, {}
-
-
-def plan_volume(slices: Sequence[RawImage], reading: Reading) -> tuple[Limits, int, np.ndarray]:
-    """Return how a volume is scaled, padded and cropped.
-
-    Returns:
-        The limits of its values, the grey level of air, and the middle of the crop, (2,) mm from the slices' centre.
-    """
-    images, affines = [one.image for one in slices], [one.affine for one in slices]
-    bright, on_body, by_percentile = bright_values(images), reading.crop == "body", reading.intensity == "percentile"
-    if by_percentile and not on_body:  # the default, which needs neither air nor body
-        return volume_limits(images, [], bright, reading), 0, np.zeros(2)
-    air = air_value(images)
-    masks = body_masks(images, air, bright[0]) if on_body or reading.intensity == "zscore" else []
-    limits = volume_limits(images, masks, bright, reading)
-    fill = 0 if by_percentile else int(to_grey(np.array([air], np.float32), limits)[0])
-    return limits, fill, body_middle(masks, affines) if on_body else np.zeros(2)
-
-
-def read_file(file: SliceFile) -> list[RawImage]:
-    """Read one file as it was when it was found: its slice, or all slices of a volume."""
-    image = read_image(file.path, file.size, file.mtime_ns)
-    if (image.image.ndim == 3) != (file.axis is not None):
-        raise DataError("changed while it was being read: try again once it is complete")
-    return [image] if file.axis is None else cut_volume(image, file.axis)
-
-
-def has_few_values(image: np.ndarray) -> bool:
-    """Recognise label maps and the like: a few distinct values, all integers."""
-    # The sample alone rules out most slices, at almost no cost.
-    return all(
-        np.array_equal(values, np.rint(values)) and len(np.unique(values)) < MIN_VALUES
-        for values in (sample_pixels(image), image)
-    )
-
-
-def sample_pixels(image: np.ndarray) -> np.ndarray:
-    """Return some hundred pixels, without a copy."""
-    return image.ravel(order="F")[:: max(1, image.size // SAMPLED)]
-
-
-def pixel_digests(files: list[SliceFile]) -> dict[str, str]:
-    """Return a digest of shape and values, whatever the data type and the header, of slices of one file, by name."""
-    try:
-        images = [one.image for one in read_file(files[0])]
-    except DataError as error:
-        raise DataError(f"{file_name(files[0])}: {error}") from error
-    chosen = {file.name: images[0 if file.axis is None else file.number or 0] for file in files}
-    return {name: digest_values(image.shape, image.ravel(order="F")) for name, image in chosen.items()}
-
-
-def digest_values(shape: tuple[int, ...], values: np.ndarray) -> str:
-    """Return a digest of a shape and values."""
-    hashed = hashlib.blake2b(repr(shape).encode(), digest_size=16)
-    hashed.update((values + 0).data)  # the sum turns -0 into 0
-    return hashed.hexdigest()
 
 
 if __name__ == "__main__":

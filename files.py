@@ -10,8 +10,8 @@ import csv
 import io
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from stat import S_ISREG
@@ -23,6 +23,7 @@ from containers import DICOM, ENDINGS, KINDS, PICTURES, ending_of, parts_of, rea
 from geometry import resampled_size
 from nifti import MAX_SIDE, DataError, describe_stats, open_regular
 from volumes import affine_of_slices, plan_stack
+from workers import map_threads
 
 # Limits on a data folder, whoever made it. They bound memory and time.
 MAX_FILES = 1_000_000  # slices per folder: HipMRI has 12,660; records of a million take a gigabyte
@@ -233,8 +234,7 @@ def find_volumes(files: list[SliceFile], reading: Reading, workers: int) -> list
         DataError: If there are too many slices, two get the same name, or one would be resampled to too many pixels, or
             to none.
     """
-    with ThreadPoolExecutor(workers) as pool:
-        grids = list(pool.map(read_grid, [file.path for file in files]))
+    grids = map_threads(read_grid, [file.path for file in files], workers)
     found: list[SliceFile] = []
     bad: list[tuple[str, str]] = []
     for file, grid in zip(files, grids):
@@ -488,7 +488,7 @@ def parse_name(part: str) -> Identity:
     Numbers are compared by value: case_4 is case_004.
     """
     case, week, number = CASE.search(part) or BIDS_SUBJECT.search(part), WEEK.search(part), NUMBER.search(part)
-    patient = f"{case[1].lower()}_{DIGITS.sub(pad_number, case[2].lower())}" if case else None
+    patient = sys.intern(f"{case[1].lower()}_{DIGITS.sub(pad_number, case[2].lower())}") if case else None
     return Identity(patient, int(week[1]) if week else None, int(number[1]) if number else None)
 
 
@@ -624,6 +624,7 @@ def assign_volumes(files: list[SliceFile]) -> list[SliceFile]:
         series = series_folder(folder, base)
         groups.setdefault((splits_in_path(folder), file.case, file.week), []).append((row, series))
     volumes = [file.volume for file in files]
+    kept: dict[tuple[str, ...], tuple[str, ...]] = {}  # one object for each volume: a million would fill memory
     for (_, case, week), group in groups.items():
         numbers = [files[row].number for row, _ in group if files[row].number is not None]
         unnumbered = {series for row, series in group if files[row].number is None}
@@ -632,7 +633,7 @@ def assign_volumes(files: list[SliceFile]) -> list[SliceFile]:
         for row, series in group:
             alone = (series, files[row].name.rpartition("/")[2], files[row].name)
             shared = (first if one_series else series, case, "" if week is None else f"{week:03}")
-            volumes[row] = shared if case else alone
+            volumes[row] = kept.setdefault(shared, shared) if case else alone
     return [file._replace(volume=volume) for file, volume in zip(files, volumes)]
 
 

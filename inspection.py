@@ -9,7 +9,6 @@ import os
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
@@ -26,6 +25,7 @@ from plots import caption, contact_sheet_figure, evenly_spaced
 from splits import find_data
 from utils import check_folder
 from volumes import affine_of_slices
+from workers import map_threads
 
 DATA_OPTIONS = (*Reading._fields, "slice_size", "seed")  # of train.py, on which the slices and their splits depend
 MAX_SHOWN = 120  # cases on a contact sheet
@@ -103,8 +103,7 @@ def describe_files(files: list[SliceFile], folder: Path, pixel_size: float | Non
     splits = Counter(file.split for file in files)
     parts = ", ".join(f"{splits[split]} {title}" for split, title in SPLIT_TITLES.items())
     by_path = {file.path: file for file in files}
-    with ThreadPoolExecutor(THREADS) as pool:
-        geometries = dict(zip(by_path, pool.map(geometry_of, by_path.values())))
+    geometries = dict(zip(by_path, map_threads(geometry_of, list(by_path.values()), THREADS)))
     of_slices: list[tuple[str, Callable[[SliceFile], str]]] = [
         ("slice sizes", lambda file: "x".join(map(str, file.shape or ()))),
         ("pixel sizes and distances in mm", lambda file: geometries[file.path].spacing),

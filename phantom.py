@@ -12,19 +12,17 @@ columns (0 at the centre of the image, negative in front), z towards the head (0
 image always covers 410 x 205 mm. Slices are 3 mm apart and centred 3 mm above the centre of the prostate. About 90 mm
 of height, 30 slices, are modelled: a taller stack repeats the outermost anatomy.
 
-This module imports no other module of the project but tissues.py.
+This module imports no other module of the project but tissues.py and workers.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import multiprocessing
 import os
 import sys
 import zlib
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +31,7 @@ import numpy as np
 from tqdm import tqdm
 
 from tissues import SIGNAL, STRANDED_ALONG, TISSUES
+from workers import process_pool, usable_cores
 
 LABELS = ("background", "body", "bone", "bladder", "rectum", "prostate")
 BACKGROUND, BODY, BONE, BLADDER, RECTUM, PROSTATE = range(6)
@@ -766,8 +765,7 @@ def write_phantom(
         slices: Slices per volume, 3 mm apart.
         size: (H, W) in pixels, at least (16, 8).
         seed: Of the whole data set, 0 or more.
-        workers: Processes; None for one per core, at most 8. With more than one, the calling script needs the usual
-            `if __name__ == "__main__":`, since each process imports it.
+        workers: Processes; None for one per core, at most 8.
 
     Raises:
         ValueError: If a number is out of range.
@@ -787,18 +785,9 @@ def write_phantom(
         for key in bar(keys):
             write(key)
         return
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with process_pool(workers) as pool:
         for _ in bar(pool.map(write, keys)):
             pass
-
-
-def usable_cores() -> int:
-    """Return the number of cores this process may use, fewer on a cluster than the machine has.
-
-    At most 8, since each process takes time to start.
-    """
-    own = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    return min(len(own), 8)
 
 
 # ---------------------------------------------------------------- command line

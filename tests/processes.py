@@ -20,7 +20,7 @@ from trainings import arguments, at_updates
 import checkpoints
 import config
 import console
-import dataset
+import decoding
 import train
 import trainer
 
@@ -77,14 +77,14 @@ def record(path, decoded):
             real(run, tensors, **header)
 
         kind.save_checkpoint = save_checkpoint
-    read_file = dataset.read_file
+    read_file = decoding.read_file
 
     def counted(file):
         with open(decoded, "a") as count:
             count.write(".")
         return read_file(file)
 
-    dataset.read_file = counted
+    decoding.read_file = counted
 
 
 def run_process(number, count, port, folder, options, acts):

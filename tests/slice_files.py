@@ -7,7 +7,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-import dataset
+import decoding
 from dataset import DataError, denormalize
 
 AFFINE = np.array([[0.8, 0, 0, -10], [0, 0.9, 0, 20], [0, 0, 3, 5], [0, 0, 0, 1.0]])
@@ -91,7 +91,7 @@ def forbid_decoding(monkeypatch):
     def fail(*_):
         raise AssertionError("decoded again")
 
-    monkeypatch.setattr(dataset, "read_file", fail)
+    monkeypatch.setattr(decoding, "read_file", fail)
 
 
 def changed(path, **fields):

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from slice_files import entries, forbid_decoding, message, picture, write, write_cases, write_splits
 
-import dataset
+import decoding
 import files
 from cache import Listing, PixelWriter, cache_folder, index_checksum, new_cache_entry, read_listing, write_listing
 from dataset import DataError, load_dataset
@@ -118,7 +118,7 @@ def test_an_interrupt_stops_decoding_at_once(data, cache, monkeypatch):
         raise KeyboardInterrupt
 
     write_cases(data, range(50), slices=1)
-    monkeypatch.setattr(dataset, "read_file", interrupt)
+    monkeypatch.setattr(decoding, "read_file", interrupt)
     with pytest.raises(KeyboardInterrupt):
         load_dataset(str(data), workers=1)
     assert len(calls) < 40
@@ -126,8 +126,8 @@ def test_an_interrupt_stops_decoding_at_once(data, cache, monkeypatch):
 
 def count_decoded(monkeypatch):
     """Count the files that are decoded, in a list."""
-    read, original = [], dataset.read_file
-    monkeypatch.setattr(dataset, "read_file", lambda file: (read.append(file.name), original(file))[1])
+    read, original = [], decoding.read_file
+    monkeypatch.setattr(decoding, "read_file", lambda file: (read.append(file.name), original(file))[1])
     return read
 
 
@@ -135,7 +135,7 @@ def test_a_stopped_first_pass_is_continued(data, cache, monkeypatch):
     write_cases(data, range(30), slices=1)
     expected = load_dataset(str(data))
     shutil.rmtree(cache)
-    read, original = count_decoded(monkeypatch), dataset.read_file
+    read, original = count_decoded(monkeypatch), decoding.read_file
 
     def stop(file):
         if len(read) == 12:
@@ -143,7 +143,7 @@ def test_a_stopped_first_pass_is_continued(data, cache, monkeypatch):
         return original(file)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(dataset, "read_file", stop)
+        patch.setattr(decoding, "read_file", stop)
         load_dataset(str(data), workers=1)
     (partial,) = entries(cache)
     assert partial.name.startswith(".partial-") and len(read) == 12
@@ -155,9 +155,9 @@ def test_a_stopped_first_pass_is_continued(data, cache, monkeypatch):
 
 KILLED = """
 import os, signal, sys, time
-import cache, dataset
+import cache, dataset, decoding
 cache.JOURNAL_SECONDS = 0
-read, original = [], dataset.read_file
+read, original = [], decoding.read_file
 def kill(file):
     read.append(file)
     if len(read) == 13:
@@ -166,7 +166,7 @@ def kill(file):
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
     return original(file)
-dataset.read_file = kill
+decoding.read_file = kill
 dataset.load_dataset(sys.argv[1], workers=1)
 """
 
@@ -277,11 +277,13 @@ def test_a_file_size_limit_is_reported_on_one_line(data, cache, tmp_path):
 STALLED = """
 import sys, time
 import dataset
+import decoding
+import decoding
 import files
 def stall(file):
     print(file=sys.stderr, flush=True)
     time.sleep(600)
-dataset.read_file = stall
+decoding.read_file = stall
 dataset.load_dataset(sys.argv[1])
 """
 
@@ -408,7 +410,7 @@ def calls(data, monkeypatch):
     count(os, "scandir", "folders")
     count(os, "stat", "stats")
     count(files, "read_grid", "headers")
-    count(dataset, "read_file", "slices")
+    count(decoding, "read_file", "slices")
     return counted
 
 

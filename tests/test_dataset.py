@@ -33,6 +33,7 @@ from slice_files import (
 )
 
 import dataset
+import decoding
 from dataset import DataError, batch_indices, denormalize, describe_changes, load_dataset, read_slices
 from files import Reading
 from intensity import Limits, to_grey
@@ -425,7 +426,7 @@ def test_slices_with_equal_samples_are_not_duplicates(data):
     image[0] = 9
     images = [image.copy() for _ in range(3)]
     images[1][50, 41] = images[2][50, 42] = 1
-    assert len({dataset.sample_pixels(one).tobytes() for one in images}) == 1
+    assert len({decoding.sample_pixels(one).tobytes() for one in images}) == 1
     for number, one in enumerate(images):
         write(data / "train" / f"case_{number}_slice_0.nii", one)
     write_cases(data / "val", (100,))
@@ -700,7 +701,7 @@ def test_refused_files_are_freed_from_memory(data):
 
 
 def test_volumes_are_limited_in_size(data, monkeypatch):
-    monkeypatch.setattr(dataset, "MAX_VOLUME", 100)
+    monkeypatch.setattr(decoding, "MAX_VOLUME", 100)
     write_cases(data / "train", (1,), slices=2)
     write_cases(data / "val", (2,), slices=2)
     assert len(load_dataset(str(data)).train) == 2
@@ -769,13 +770,13 @@ def test_pixels_do_not_depend_on_the_number_of_workers(data, cache, workers):
 
 def record_reads(monkeypatch):
     """The paths of the files that are decoded from now on."""
-    read, original = [], dataset.read_file
+    read, original = [], decoding.read_file
 
     def record(file):
         read.append(file.path)
         return original(file)
 
-    monkeypatch.setattr(dataset, "read_file", record)
+    monkeypatch.setattr(decoding, "read_file", record)
     return read
 
 
@@ -897,10 +898,10 @@ def test_large_volumes_are_decoded_one_at_a_time(data, monkeypatch):
         inside.remove(file)
         return images
 
-    original = dataset.read_file
+    original = decoding.read_file
     write_volumes(data)
-    monkeypatch.setattr(dataset, "read_file", watch)
-    monkeypatch.setattr(dataset, "LARGE_VOLUME", 100)
+    monkeypatch.setattr(decoding, "read_file", watch)
+    monkeypatch.setattr(decoding, "LARGE_VOLUME", 100)
     load_dataset(str(data), workers=4)
     assert most == [1] * 5
 
@@ -1060,7 +1061,7 @@ def test_each_reading_has_its_own_cache_entry(data, monkeypatch):
     ]
     loaded = [load_dataset(str(data), (64, 64), reading=reading) for reading in readings]
     assert len({one.train.pixels.tobytes() for one in loaded}) == len(readings)
-    monkeypatch.setattr(dataset, "read_file", None)
+    monkeypatch.setattr(decoding, "read_file", None)
     for reading, first in zip(readings, loaded):
         again = load_dataset(str(data), (64, 64), reading=reading)
         np.testing.assert_array_equal(again.train.pixels, first.train.pixels)

@@ -10,6 +10,7 @@ import pytest
 from slice_files import AFFINE, picture, write, write_cases, write_volume
 
 import dataset
+import decoding
 import inspection
 from files import Reading
 
@@ -141,7 +142,7 @@ def test_the_command_writes_a_sheet_and_fills_the_cache_of_a_training(data, tmp_
     def fail(*_):
         raise AssertionError("decoded again")
 
-    monkeypatch.setattr(dataset, "read_file", fail)
+    monkeypatch.setattr(decoding, "read_file", fail)
     assert len(dataset.load_dataset(str(data), multiple=(8, 8)).train) == 11
 
 
