@@ -178,7 +178,7 @@ class TrainConfig(StrictModel):
     )
 
     updates: Updates = option(VQVAE, 5000, "updates of the VQ-VAE")
-    learning_rate: Rate = option(VQVAE, 1e-3, "peak learning rate")
+    learning_rate: Rate = option(VQVAE, 4e-3, "peak learning rate")
     encoder_warmup: Annotated[int, Ge(0), Le(MOST_UPDATES)] = option(
         VQVAE, 100, "updates without quantisation before k-means starts the codebook; at most a sixth of --updates"
     )

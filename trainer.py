@@ -25,6 +25,7 @@ from config import TrainConfig
 from console import RunError, say, write_line
 from dataset import SPLIT_TITLES, Slices, batch_indices, to_float
 from modules import AUGMENTATIONS, MICRO_BATCH_CODES, Share
+from optimiser import Muon
 from utils import autocast, seed_update, writing
 
 if TYPE_CHECKING:
@@ -43,10 +44,9 @@ COPIED_SLICES = 4096  # at a time to a GPU's memory: 128 MB of 256x128
 # ---------------------------------------------------------------- optimiser
 
 
-def make_optimiser(network: nn.Module, options: TrainConfig) -> torch.optim.Optimizer:
-    """Return the optimiser of all three networks: Adam with decoupled weight decay (arXiv:1711.05101, algorithm 2)."""
-    betas, decay = (options.adam_beta1, options.adam_beta2), options.weight_decay
-    return torch.optim.AdamW(network.parameters(), betas=betas, weight_decay=decay, fused=True)
+def make_optimiser(network: nn.Module, options: TrainConfig) -> Muon:
+    """Return the optimiser of any of the networks."""
+    return Muon(network, (options.adam_beta1, options.adam_beta2), options.weight_decay)
 
 
 def schedule(update: int, total: int, warmup: int) -> float:
@@ -255,12 +255,6 @@ class Trainer(Generic[Network]):
         self.run, self.stop, self.options, self.loader = run, stop, options, loader
         self.device, self.model, self.total, self.learning_rate = loader.device, model, updates, learning_rate
         self.optimiser = make_optimiser(model, options)
-        for weight in model.parameters():  # Adam makes these at its first step, but a checkpoint is restored before
-            self.optimiser.state[weight] = {
-                "step": torch.zeros((), device=weight.device),
-                "exp_avg": torch.zeros_like(weight),
-                "exp_avg_sq": torch.zeros_like(weight),
-            }
         self.ema = EMA(model, options.ema_decay) if with_ema else None
         self.saved_model = self.ema.network if self.ema else model
         self.batch_size = options.batch_size if self.stage == "vqvae" else options.small_batch_size

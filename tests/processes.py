@@ -99,7 +99,7 @@ def run_process(number, count, port, folder, options, acts):
     torch.set_num_threads(1)
     trainer.LOG_LINES, trainer.VALIDATIONS = 10**6, 10  # a line for each update
     # Parts of a batch are rounded differently from the whole: in bfloat16, too differently for a comparison.
-    for place in (train, trainer, sys.modules["validation"]):
+    for place in (train, trainer, *(sys.modules[name] for name in ("optimiser", "validation"))):
         place.autocast = lambda device: torch.autocast(device.type, enabled=False)
     config.PRESETS["tiny"] = TINY
     make_quick(pytest.MonkeyPatch())

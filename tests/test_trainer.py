@@ -92,7 +92,8 @@ def test_gradient_clipping_uses_the_norm_over_all_weights(length, kept):
 def test_weight_decay_shrinks_weights_by_its_share_of_the_learning_rate():
     layer = torch.nn.Linear(1, 1)
     optimiser = trainer.make_optimiser(layer, TrainConfig(weight_decay=0.3))
-    optimiser.param_groups[0]["lr"] = 0.01
+    for group in optimiser.param_groups:
+        group["lr"] = 0.01
     before = layer.weight.item()
     layer.weight.grad = torch.zeros(1, 1)
     optimiser.step()
