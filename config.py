@@ -199,7 +199,7 @@ class TrainConfig(StrictModel):
         VQVAE, 0.3, "codes used less than this share of the mean are replaced; 0 replaces none"
     )
 
-    prior_updates: Updates = option(PRIOR, 20_000, "updates of the prior")
+    prior_updates: Updates = option(PRIOR, 10_000, "updates of the prior")
     prior_learning_rate: Rate = option(PRIOR, 8e-3, "peak learning rate")
     prior_channels: Width = option(PRIOR, 64, "width of both stacks")
     prior_dilation_cycles: Layers = option(

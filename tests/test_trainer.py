@@ -16,6 +16,7 @@ from tqdm import tqdm
 from trainings import arguments, assert_same_run, at_updates, checkpoint_header, lines_of, same_weights, select, send
 
 import checkpoints
+import optimiser
 import train
 import trainer
 from augmentation import augment
@@ -477,7 +478,7 @@ def test_a_gpu_takes_a_batch_at_once_unless_told_otherwise(count, on_gpu, accumu
 
 def test_accumulation_changes_rounding_alone(options, monkeypatch):
     """Whole batches of five, two and two slices, and one slice at a time, in float32."""
-    for place in (train, trainer):
+    for place in (train, trainer, optimiser):
         monkeypatch.setattr(place, "autocast", lambda device: torch.autocast(device.type, enabled=False))
     whole = options | {"run": options["run"].with_name("whole")}
     train.main(arguments(**whole))
