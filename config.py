@@ -213,9 +213,9 @@ class TrainConfig(StrictModel):
     prior_position_frequencies: Layers = option(PRIOR, 4, "Fourier features of the slice position")
 
     refiner_updates: Updates = option(
-        REFINER, 20_000, "updates of the refiner; by default not more slices than the VQ-VAE sees"
+        REFINER, 10_000, "updates of the refiner; by default not more slices than the VQ-VAE sees"
     )
-    refiner_learning_rate: Rate = option(REFINER, 4e-3, "peak learning rate")
+    refiner_learning_rate: Rate = option(REFINER, 6e-3, "peak learning rate")
     refiner_channels: Width = option(REFINER, 16, "width of the layers on pixels, which doubles from level to level")
     refiner_levels: Annotated[int, Ge(1), Le(8)] = option(
         REFINER, 4, "levels of the U-Net; each has half the rows and columns of the one before"
