@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ThreadPoolExecutor, wait
+from concurrent.futures import BrokenExecutor, Executor, ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from itertools import islice
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +20,7 @@ from geometry import body_masks, body_middle, crop_or_pad, resample
 from intensity import Limits, air_value, bright_values, to_grey, volume_limits
 from nifti import DataError, RawImage
 from volumes import cut_volume
-from workers import process_pool, usable_cores
+from workers import as_computed, process_pool, usable_cores
 
 FAR_BELOW = -0.1  # relative to the percentile: interpolation undershoots 0 by less, normalised slices by more
 BLACK = 12  # grey levels of 255: all tissue is brighter
@@ -139,23 +139,12 @@ def decode_volumes(
     else:
         workers = workers or usable_cores()
         pool = process_pool(workers)
-    left = iter(others)
-    under_way: set[Future[Volume]] = set()
-    with pool as executor:
-        try:
-            # Not all at once: those that wait to be stored would hold the pixels of the whole data set.
-            while under_way := under_way | {
-                executor.submit(decode_volume, volume, size, reading)
-                for volume in islice(left, 4 * workers - len(under_way))
-            }:
-                done, under_way = wait(under_way, return_when=FIRST_COMPLETED)
-                for job in sorted(done, key=lambda job: job.exception() is not None):  # what others decoded is kept
-                    yield job.result()
-        except BrokenExecutor as error:
-            raise DataError("a process that decoded slices was killed: is there enough memory?") from error
-        finally:
-            for job in under_way:  # so that Ctrl-C does not wait for the rest
-                job.cancel()
+    decode = partial(decode_volume, size=size, reading=reading)
+    try:
+        with pool as executor:
+            yield from as_computed(executor, decode, others, most=4 * workers)
+    except BrokenExecutor as error:
+        raise DataError("a process that decoded slices was killed: is there enough memory?") from error
 
 
 def decode_volume(volume: dict[int, SliceFile], size: tuple[int, int], reading: Reading) -> Volume:

@@ -7,9 +7,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from itertools import islice
 from typing import TypeVar
 
 from loky import ProcessPoolExecutor
@@ -36,6 +37,29 @@ def map_threads(function: Callable[[S], T], items: Sequence[S], threads: int) ->
     parts = [items[start : start + size] for start in range(0, len(items), size)]
     with ThreadPoolExecutor(threads) as pool:
         return [value for part in pool.map(lambda part: [function(item) for item in part], parts) for value in part]
+
+
+def as_computed(executor: Executor, function: Callable[[S], T], items: Iterable[S], most: int) -> Iterator[T]:
+    """Yield what a function returns for each item, in the order in which an executor computes it.
+
+    At most so many calls wait, run, or have results that nobody took yet: those of all items could fill the memory. An
+    exception of a call is raised after the results of those that ended with it.
+    """
+    left = iter(items)
+    under_way: list[Future[T]] = []
+    try:
+        while under_way := [
+            *under_way,
+            *(executor.submit(function, item) for item in islice(left, most - len(under_way))),
+        ]:
+            ended, _ = wait(under_way, return_when=FIRST_COMPLETED)
+            results = [call for call in under_way if call in ended]
+            under_way = [call for call in under_way if call not in ended]
+            for call in sorted(results, key=lambda call: call.exception() is not None):
+                yield call.result()
+    finally:
+        for call in under_way:  # so that Ctrl-C does not wait for the rest
+            call.cancel()
 
 
 @contextmanager

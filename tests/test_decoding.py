@@ -21,11 +21,11 @@ SCRIPT = """
 import os, signal, sys, time
 import dataset, decoding
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell runs the tests in the background
-def decode(volume, *how, original=decoding.decode_volume):
+def decode(volume, original=decoding.decode_volume, **how):
     if any(file.case == "case_007" for file in volume.values()):
         os.write(2, f"{os.getpid()}\\n".encode())
         time.sleep(600)
-    return original(volume, *how)
+    return original(volume, **how)
 print("started", flush=True)
 decoding.PROCESS_SLICES, decoding.decode_volume = 1, decode
 print(len(dataset.load_dataset(sys.argv[1], workers=2).train))
