@@ -266,11 +266,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "demo": {
         "phantom_size": (128, 64),
         "augmentation": 0.0,
-        "updates": 1000,
+        "updates": 500,
         "downsampling": 4,
-        "prior_updates": 1600,
+        "prior_updates": 900,
         "prior_dilation_cycles": 1,
-        "refiner_updates": 1500,
+        "refiner_updates": 900,
     },
 }
 FREE_OPTIONS = {name for name, field in TrainConfig.model_fields.items() if group_and_free(field)[1]}

@@ -47,7 +47,7 @@ def start(data):
     for script in started:
         if script.poll() is None:
             os.killpg(script.pid, signal.SIGKILL)
-        script.wait()
+        script.communicate()  # closes the pipes
 
 
 def test_processes_decode_what_threads_do(data, cache, monkeypatch):
