@@ -131,6 +131,7 @@ def measure_links(slices: int, workers: int, settings: dict[str, Any]) -> None:
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         subprocess.run([sys.executable, "-c", code, str(many), str(workers)], env=environment, check=True)
         first = time.perf_counter() - start
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
         opened = sorted((reopen(many, cache) for _ in range(3)), key=lambda one: one["seconds"])[1]
         listed = reopen(many, cache, "recheck")
         load_few, update_few = updates_on(few)
@@ -140,6 +141,7 @@ def measure_links(slices: int, workers: int, settings: dict[str, Any]) -> None:
         )
     of_update = {name: value / UPDATES for name, value in seconds.items()}
     report("links_first_pass_seconds", first, "s", slices=slices, **settings)
+    report("links_first_pass_peak_megabytes", peak, "MB", slices=slices, **settings)
     for name, found in (("open", opened), ("recheck", listed)):
         report(f"links_{name}_seconds", found["seconds"], "s", slices=slices, **settings)
         report(f"links_{name}_cpu_seconds", found["cpu_seconds"], "s", slices=slices, **settings)
