@@ -13,8 +13,6 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import TypeVar
 
-from loky import ProcessPoolExecutor
-
 S = TypeVar("S")
 T = TypeVar("T")
 
@@ -63,8 +61,10 @@ def as_computed(executor: Executor, function: Callable[[S], T], items: Iterable[
 
 
 @contextmanager
-def process_pool(processes: int) -> Iterator[ProcessPoolExecutor]:
+def process_pool(processes: int) -> Iterator[Executor]:
     """Yield an executor of so many processes, which end with the block, at once if it is left by an exception."""
+    from loky import ProcessPoolExecutor  # here, because most commands start no processes
+
     pool = ProcessPoolExecutor(processes, initializer=begin, env={"OMP_NUM_THREADS": "1"})
     try:
         yield pool
