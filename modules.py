@@ -389,7 +389,9 @@ class GatedPixelCNN(nn.Module):
     augmentation, Karras et al. 2022, arXiv:2206.00364, appendix F.2).
 
     In training some of the previous codes are replaced at random, a share of them that differs from slice to slice: in
-    sampling, an unlikely code does not lead astray all that follow, and slices are not learned by heart.
+    sampling, an unlikely code does not lead astray all that follow, and slices are not learned by heart. The prior is
+    told that share, as it is told the augmentation, so that samples, drawn with a share of 0, are not as uncertain as
+    codes after wrong ones (conditioning augmentation, Ho et al. 2022, arXiv:2106.15282, section 3).
     """
 
     order: Tensor  # (rows,), the rows of the grid in the order in which they are drawn
@@ -406,7 +408,9 @@ class GatedPixelCNN(nn.Module):
         self.column_embedding = nn.Parameter(nn.init.normal_(torch.empty(c, 1, columns), std=0.1))
         self.position = nn.Linear(1 + 2 * config.position_frequencies, c, bias=False)
         self.augmentation = nn.Linear(AUGMENTATIONS, c, bias=False)
-        nn.init.zeros_(self.augmentation.weight)  # random weights would drown what the codes say
+        self.replaced_share = nn.Linear(1, c, bias=False)
+        for told in (self.augmentation, self.replaced_share):
+            nn.init.zeros_(told.weight)  # random weights would drown what the codes say
         # The inputs are already shifted by one row and one column (see `features`).
         up, left, sideways = dilations(rows - 2), dilations(columns - 2), dilations(columns - 1)
         depth = max(len(up), len(left), len(sideways), 1)
@@ -503,10 +507,12 @@ class GatedPixelCNN(nn.Module):
         """
         if self.training and noise is None:
             noise = self.draw_noise(len(codes))
-        if noise:
-            codes = torch.where(noise.replaced, noise.wrong_codes, codes)
-        x = self.embedding(codes).permute(0, 3, 1, 2)  # (N, C, rows, columns)
         conditioning = self.position_features(position)  # (N, C)
+        if noise and self.config.code_noise:
+            codes = torch.where(noise.replaced, noise.wrong_codes, codes)
+            share = noise.replaced.to(conditioning.dtype).mean((1, 2))[:, None]  # (N, 1)
+            conditioning = conditioning + self.replaced_share(share / self.config.code_noise)
+        x = self.embedding(codes).permute(0, 3, 1, 2)  # (N, C, rows, columns)
         if augmentation is not None:
             conditioning = conditioning + self.augmentation(augmentation)
         place_embedding = self.row_embedding + self.column_embedding + conditioning[:, :, None, None]
@@ -545,8 +551,8 @@ class GatedPixelCNN(nn.Module):
         """Draw code grids.
 
         Each sample has its own random stream, seeded by (seed, its id), so it does not depend on the samples beside it.
-        Codes are drawn by the Gumbel-max rule, which is batch-invariant: unlike sampling from the inverse CDF, rounding
-        in a cumulative sum cannot change the draw.
+        A code is drawn as the first of exponential clocks, whose rates are the probabilities, to ring. This is
+        batch-invariant: unlike sampling from the inverse CDF, rounding in a cumulative sum cannot change the draw.
 
         Args:
             sample_ids: N integers.
@@ -576,10 +582,10 @@ class GatedPixelCNN(nn.Module):
             for own, stream in zip(noise, streams):
                 own.uniform_(generator=stream)
             noise.clamp_(min=torch.finfo(noise.dtype).tiny)  # uniform_ draws 0 too, whose logarithm is infinite
-            noise.log_().neg_().log_()  # Gumbel noise, its sign reversed
+            noise.log_().neg_()  # exponential noise
 
         def draw(logits: Tensor, column: int) -> Tensor:
-            return argmax_in_nucleus(logits / temperature, noise[:, column], top_p)
+            return first_in_nucleus(logits / temperature, noise[:, column], top_p)
 
         return self.generate(position, start_row, draw)
 
@@ -624,12 +630,15 @@ class RowSampler:
         self.layers = cast(list[GatedLayer], list(prior.layers))
         self.head = cast(nn.Conv2d, prior.head[1]), cast(nn.Conv2d, prior.head[3])
         self.matrices = [horizontal_matrices(layer) for layer in self.layers]
+        self.vertical_matrices = [vertical_matrices(layer) for layer in self.layers]
         self.conditioning = prior.position_features(position)  # (N, C)
         n, c, columns = *self.conditioning.shape, prior.columns
         self.row = torch.zeros(1, dtype=torch.int64, device=position.device)
         self.codes = self.row.new_zeros(n, columns)
-        self.previous_row = self.conditioning.new_zeros(n, c, columns)  # embedded
-        self.row_caches = [self.conditioning.new_zeros(layer.rows, n, c, columns) for layer in self.layers]
+        self.previous_row = self.conditioning.new_zeros(columns, n, c)  # embedded
+        self.row_caches = [  # padded
+            self.conditioning.new_zeros(layer.rows, columns + 2 * layer.columns, n, c) for layer in self.layers
+        ]
 
     def sample_row(self) -> None:
         """Draw the next row of codes into `codes` (N, w)."""
@@ -637,13 +646,13 @@ class RowSampler:
         first, last = self.head
         place_embedding = prior.row_embedding.index_select(1, self.row) + prior.column_embedding  # (C, 1, w)
         place_embedding = place_embedding.permute(2, 1, 0) + self.conditioning  # (w, N, C)
-        links = self.vertical_row(self.previous_row + place_embedding.permute(1, 2, 0))
+        links = self.vertical_row(self.previous_row + place_embedding)
         past_inputs: list[list[Tensor]] = [[] for _ in self.layers]
         x = self.conditioning.new_zeros(self.conditioning.shape)
         for column in range(prior.columns):
             h = x + place_embedding[column]
             for layer, link, inputs, (present, past, output) in zip(self.layers, links, past_inputs, self.matrices):
-                gates = torch.addmm(link[column], h, present)  # (N, 2C)
+                gates = link[column].addmm_(h, present)  # (N, 2C)
                 if column >= layer.left:
                     gates.addmm_(inputs[column - layer.left], past)
                 inputs.append(h)
@@ -652,20 +661,22 @@ class RowSampler:
             codes = self.draw(F.linear(hidden, last.weight[:, :, 0, 0], last.bias), column)
             self.codes[:, column] = codes
             x = prior.embedding(codes)
-        self.previous_row.copy_(prior.embedding(self.codes).transpose(1, 2))
+        self.previous_row.copy_(prior.embedding(self.codes).transpose(0, 1))
         self.row += 1
 
     def vertical_row(self, v: Tensor) -> list[Tensor]:
-        """Run the vertical stack on one row (N, C, w); return its links to the horizontal stack, each (w, N, 2C)."""
-        links = []
-        for layer, cache in zip(self.layers, self.row_caches):
+        """Run the vertical stack on one row (w, N, C); return its links to the horizontal stack, each (w, N, 2C)."""
+        columns, links = len(v), []
+        for layer, cache, matrices in zip(self.layers, self.row_caches, self.vertical_matrices):
             oldest = self.row % layer.rows  # holds row - dilation, and gives way to this row
-            pair = torch.stack([cache.index_select(0, oldest)[0], v], 2)  # (N, C, 2, w)
-            cache.index_copy_(0, oldest, v[None])
-            conv = layer.vertical
-            gates = F.conv2d(pair, conv.weight, conv.bias, padding=(0, layer.columns), dilation=(1, layer.columns))
-            v = v + F.glu(gates[:, :, 0], 1)
-            links.append(F.linear(v.permute(2, 0, 1), layer.link.weight[:, :, 0, 0], layer.link.bias))
+            rows = cache.index_select(0, oldest)[0], F.pad(v, (0, 0, 0, 0, layer.columns, layer.columns))
+            cache.index_copy_(0, oldest, rows[1][None])
+            taps = [row[tap * layer.columns :][:columns].flatten(0, 1) for row in rows for tap in range(3)]
+            gates = torch.addmm(cast(Tensor, layer.vertical.bias), taps[0], matrices[0])  # (w * N, 2C)
+            for tap, matrix in zip(taps[1:], matrices[1:]):
+                gates.addmm_(tap, matrix)
+            v = v + F.glu(gates.unflatten(0, (columns, -1)), 2)
+            links.append(F.linear(v, layer.link.weight[:, :, 0, 0], layer.link.bias))
         return links
 
     def capture_graph(self) -> Callable[[], None]:
@@ -693,30 +704,36 @@ def horizontal_matrices(layer: GatedLayer) -> tuple[Tensor, Tensor, Tensor]:
     return present.T.contiguous(), past.T.contiguous(), layer.output.weight[:, :, 0, 0].T.contiguous()
 
 
-def argmax_in_nucleus(logits: Tensor, noise: Tensor, top_p: float) -> Tensor:
-    """Return the code (N,) with the largest logits - noise, (N, K) both, in the nucleus: of all codes if top_p is 1.
+def vertical_matrices(layer: GatedLayer) -> Tensor:
+    """Return the vertical stack's weights as matrices (6, C, 2C): of the row above from left to right, then its own."""
+    return layer.vertical.weight.permute(2, 3, 1, 0).flatten(0, 1).contiguous()
 
-    The nucleus is the fewest codes of probability top_p, with ties: a code is inside if the more likely ones together
-    have a probability below top_p. Only the code that would be drawn is tested, so that nothing needs to be sorted.
+
+def first_in_nucleus(logits: Tensor, noise: Tensor, top_p: float) -> Tensor:
+    """Return the code (N,) that is drawn by exponential noise (N, K), in the nucleus: of all codes if top_p is 1.
+
+    A clock rings first, in noise / probability, with its share of all rates. The nucleus is the fewest codes of
+    probability top_p, with ties: a code is inside if the more likely ones together have a probability below top_p. Only
+    the code that would be drawn is tested, so that nothing needs to be sorted.
     """
-    scores = logits - noise
-    if top_p == 1:
-        return scores.argmax(1)
-    if logits.is_cuda:  # a captured graph has no loop that ends when a condition holds, and a GPU sorts fast
-        return scores.masked_fill(outside_nucleus(logits, top_p), -torch.inf).argmax(1)
     probabilities = logits.softmax(1)
+    speeds = probabilities / noise
+    if top_p == 1:
+        return speeds.argmax(1)
+    if logits.is_cuda:  # a captured graph has no loop that ends when a condition holds, and a GPU sorts fast
+        return speeds.masked_fill(outside_nucleus(logits, top_p), -1).argmax(1)
     while True:
-        drawn = scores.argmax(1, keepdim=True)
+        drawn = speeds.argmax(1, keepdim=True)
         own = probabilities.gather(1, drawn)
         outside = (probabilities * (probabilities > own)).sum(1, keepdim=True) >= top_p
         if not outside.any():
             return drawn[:, 0]
         # With this code, all codes that are as likely or less likely lie outside.
-        scores = scores.masked_fill(outside & (probabilities <= own), -torch.inf)
+        speeds = speeds.masked_fill(outside & (probabilities <= own), -1)
 
 
 def outside_nucleus(logits: Tensor, top_p: float) -> Tensor:
-    """Return which of the codes (N, K) lie outside the nucleus, see `argmax_in_nucleus`."""
+    """Return which of the codes (N, K) lie outside the nucleus, see `first_in_nucleus`."""
     ordered = logits.sort(1, descending=True).values
     probabilities = ordered.softmax(1)
     kept = (probabilities.cumsum(1) - probabilities < top_p).sum(1, keepdim=True)

@@ -15,11 +15,12 @@ from modules import (
     Codebook,
     GatedPixelCNN,
     PriorConfig,
+    PriorNoise,
     RowSampler,
     Share,
     VQVAEConfig,
-    argmax_in_nucleus,
     dilations,
+    first_in_nucleus,
     outside_nucleus,
     stream_seed,
 )
@@ -377,6 +378,21 @@ def test_code_noise_changes_training_alone():
     assert torch.equal(prior.code_nll(codes, position)[:, 2, 0], before[:, 2, 0])  # it has no previous codes
 
 
+def test_prior_is_told_which_share_is_replaced():
+    """Told of a share by codes that are replaced by themselves; without it, nothing differs from sampling."""
+    prior, position, codes = small_prior((6, 4), code_noise=0.5), torch.rand(2), torch.randint(11, (2, 6, 4))
+    torch.nn.init.normal_(prior.replaced_share.weight)
+    none = PriorNoise(torch.zeros(2, 6, 4, dtype=torch.bool), codes, torch.ones(2, len(prior.layers), 20).double())
+    quarter = none._replace(replaced=torch.arange(4).expand(2, 6, 4) == 1)
+    told = [prior.features(codes, position, None, noise) for noise in (None, none, quarter)]
+    assert torch.equal(told[0], told[1])
+    prior.position_features = lambda own: (
+        GatedPixelCNN.position_features(prior, own) + prior.replaced_share.weight[:, 0] / 2
+    )
+    assert torch.equal(prior.features(codes, position, None), told[2])
+    assert not torch.equal(told[0], told[2])
+
+
 def test_dropout_is_off_while_sampling():
     prior, position = small_prior((6, 4), dropout=0.5), torch.rand(4)
     expected = prior.sample(range(4), position)
@@ -515,16 +531,17 @@ def test_nucleus_is_the_fewest_codes_of_probability_top_p():
 def test_drawn_code_is_the_best_of_the_nucleus(top_p):
     """Without sorting, as with it; ties included."""
     logits = (3 * torch.randn(500, 40)).round(decimals=1)
-    noise = -torch.log(-torch.log(torch.rand(500, 40)))
-    expected = (logits - noise).masked_fill(outside_nucleus(logits, top_p), -torch.inf).argmax(1)
-    assert torch.equal(argmax_in_nucleus(logits, noise, top_p), expected)
-    assert torch.equal(argmax_in_nucleus(logits, noise, 1.0), (logits - noise).argmax(1))
+    noise = -torch.rand(500, 40).log()
+    speeds = logits.softmax(1) / noise
+    expected = speeds.masked_fill(outside_nucleus(logits, top_p), 0).argmax(1)
+    assert torch.equal(first_in_nucleus(logits, noise, top_p), expected)
+    assert torch.equal(first_in_nucleus(logits, noise, 1.0), speeds.argmax(1))
 
 
 def test_drawn_codes_have_the_probabilities_of_the_nucleus():
     """Codes of probability 0.5, 0.3, 0.15 and 0.05: top_p 0.9 keeps three; 5 standard deviations of 20,000 draws."""
     probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
-    noise = torch.rand(20_000, 4).log().neg().log()
-    drawn = argmax_in_nucleus(probabilities.log().expand(20_000, 4), noise, 0.9).bincount(minlength=4) / 20_000
+    noise = -torch.rand(20_000, 4).log()
+    drawn = first_in_nucleus(probabilities.log().expand(20_000, 4), noise, 0.9).bincount(minlength=4) / 20_000
     expected = torch.tensor([0.5, 0.3, 0.15, 0.0]) / 0.95
     assert ((drawn - expected).abs() <= 5 * (expected * (1 - expected) / 20_000).sqrt()).all()
