@@ -263,10 +263,12 @@ def batch_indices(count: int, batch_size: int, seed: int, update: int) -> np.nda
     Returns:
         (batch_size,) int64 in [0, count).
     """
-    start = update * batch_size
-    first, last = start // count, (start + batch_size - 1) // count
-    epochs = [epoch_permutation(count, seed, epoch) for epoch in range(first, last + 1)]
-    return np.concatenate(epochs)[start - first * count :][:batch_size]
+    start, stop = update * batch_size, (update + 1) * batch_size
+    parts = []
+    for epoch in range(start // count, (stop - 1) // count + 1):
+        first = epoch * count
+        parts.append(epoch_permutation(count, seed, epoch)[max(start - first, 0) : stop - first])
+    return np.concatenate(parts)
 
 
 @lru_cache(maxsize=2)  # an update may take the end of one epoch and the beginning of the next
