@@ -10,6 +10,7 @@ command again to resume a stopped run.
 import math
 import shlex
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -47,6 +48,7 @@ from validation import evaluate_prior, evaluate_refiner, evaluate_vqvae, extract
 COLLAPSE_SHARE, COLLAPSE_UPDATES = 0.1, 500  # codebook collapse: a smaller share of codes used for so many updates
 AUGMENTED_SHARE = 0.5  # of the refiner's slices: it learns detail from the others, as interpolation blurs
 DRIFT = 0.1  # share of nats per code that validation slices need more than training slices when a warning is due
+VALIDATION_SLICES = 1000  # at most, drawn by patient: of a large split all would take longer than training
 UNIGRAM_SHARE = 0.95  # of the entropy of the code frequencies, the loss of a unigram model: a prior must reach less
 
 
@@ -394,6 +396,10 @@ def train_stages(
     if stage == "done":
         say(f"{options.run} is complete: nothing to do")
         return
+    held_out = len(data.validate)
+    data = replace(data, validate=data.validate.draw_patients(VALIDATION_SLICES))
+    if len(data.validate) < held_out:
+        say(f"{len(data.validate)} of {held_out} validation slices are used, of patients drawn at random")
     distributed.from_first(partial(make_folder, options.images))
     left_right = left_right_axis(data.affine)
     say(describe_flip(left_right))

@@ -240,6 +240,24 @@ def test_the_best_weights_survive_a_stop(options, monkeypatch, stage, evaluate, 
     assert same_weights(load_file(options["run"] / f"{stage}.safetensors"), measured[2])
 
 
+def test_a_large_validation_split_is_drawn_from(options, monkeypatch, capsys):
+    given = []
+    for kind in (train.PriorTrainer, train.RefinerTrainer):
+        real = kind.__init__
+
+        def remember(self, run, stop, options, loader, data, vqvae, real=real):
+            given.append(data.validate.names)
+            real(self, run, stop, options, loader, data, vqvae)
+
+        monkeypatch.setattr(kind, "__init__", remember)
+    whole = load_dataset(str(options["data"]), multiple=(4, 4)).validate
+    monkeypatch.setattr(train, "VALIDATION_SLICES", 3)
+    train.main(arguments(**options))
+    assert given == [whole.draw_patients(3).names] * 2
+    assert len(given[0]) == 3 < len(whole)
+    assert f"3 of {len(whole)} validation slices are used, of patients drawn at random" in capsys.readouterr().out
+
+
 def test_prior_and_refiner_train_on_the_best_vqvae(options, monkeypatch):
     """Not on the VQ-VAE of the last update."""
     measured, given = make_the_third_best(monkeypatch, "evaluate_vqvae"), []
