@@ -123,7 +123,10 @@ class TrainConfig(StrictModel):
         DATA, "phantom", "folder of slices or volumes, as docs/data.md says, or 'phantom', the embedded data", free=True
     )
     slice_size: Pair | None = option(
-        DATA, None, "rows and columns in pixels, to which slices are cropped or padded; without it the most common size"
+        DATA,
+        None,
+        "pixels along a slice's first and second axis, in axial slices left-right and front-back, to which slices are "
+        "cropped or padded; without it the most common size",
     )
     phantom_size: Pair = option(DATA, (256, 128), "slice size of the phantom, where --slice-size is not given")
     axis: Annotated[int, Ge(0), Le(2)] | None = option(
@@ -256,7 +259,7 @@ class TrainConfig(StrictModel):
     def check_window(self) -> "TrainConfig":
         low, high = self.window or (0, 1)
         if (self.intensity == "window") != (self.window is not None) or np.float32(low) >= np.float32(high):
-            raise ValueError("--intensity window needs --window LOW HIGH, and no other --intensity has a window")
+            raise ValueError("--intensity window needs --window LOW HIGH, LOW below HIGH, and --window needs it")
         return self
 
 

@@ -114,8 +114,10 @@ def open_picture(path: str) -> Iterator[Image.Image]:
     with open_regular(path) as file:
         try:
             with Image.open(file, formats=("PNG", "TIFF")) as picture:
-                if picture.mode not in GREY_MODES or getattr(picture, "n_frames", 1) != 1:
-                    raise DataError(f"has mode {picture.mode}: only single grey pictures of 8 or 16 bits are supported")
+                if (pages := getattr(picture, "n_frames", 1)) != 1:
+                    raise DataError(f"has {pages} pages: only single pictures are supported")
+                if picture.mode not in GREY_MODES:
+                    raise DataError(f"has mode {picture.mode}: only grey pictures of 8 or 16 bits are supported")
                 yield picture
         except DataError:
             raise

@@ -70,7 +70,7 @@ from splits import SPLIT_TITLES, SPLITS, find_data
 from volumes import SAME_SPACING
 from workers import map_threads
 
-CACHE_FORMAT = 6  # raise it when the same files would give other pixels or another index, notices included
+CACHE_FORMAT = 7  # raise it when the same files would give other pixels or another index, notices included
 
 AS_NAMED = Reading()
 INDEX_BYTES = 80  # per slice, the most that is read of a cache entry's index: an intact one has fewer
@@ -221,7 +221,7 @@ def read_slices(
     label_maps: list[str] = []
     for place, path in enumerate(map(Path, paths)):
         if os.path.isdir(path):
-            below, left_out = find_slices(path)
+            below, left_out, _ = find_slices(path)
             own = [(at, (path / name).as_posix()) for at, name in below]
             label_maps += [(path / name).as_posix() for name in left_out]
         elif os.path.exists(path) and (not is_slice(name := with_forward_slashes(path.name)) or is_label_map(name)):

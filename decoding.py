@@ -193,7 +193,7 @@ def scale_volume(slices: dict[int, RawImage], size: tuple[int, int], reading: Re
     lowest, highest = min(low for low, _ in ranges), max(high for _, high in ranges)
     by_percentile = reading.intensity == "percentile"
     if by_percentile and lowest < highest <= 0:
-        reason = "its volume has no values above 0: air should be 0, and tissue brighter"
+        reason = "its volume has no values above 0, where tissue should be: try --intensity zscore, or window for CT"
         return Volume({}, {}, dict.fromkeys(slices, reason))
     limits, fill, middle = plan_volume(list(slices.values()), reading)
     decoded: dict[int, Decoded] = {}

@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from stat import S_ISREG
 from typing import Any, NamedTuple
 
@@ -100,7 +100,7 @@ class SliceFile(NamedTuple):
 # ---------------------------------------------------------------- finding files
 
 
-def find_slices(root: Path, times: dict[str, int] | None = None) -> tuple[list[tuple[str, str]], list[str]]:
+def find_slices(root: Path, times: dict[str, int] | None = None) -> tuple[list[tuple[str, str]], list[str], list[str]]:
     """Find the slices at any depth below a folder, of the first kind of container that it contains.
 
     Args:
@@ -108,7 +108,8 @@ def find_slices(root: Path, times: dict[str, int] | None = None) -> tuple[list[t
         times: As `walk_files` fills it.
 
     Returns:
-        The path and the name of each slice, and the names of label maps. Names are relative to `root`.
+        The path and the name of each slice, the names of label maps, and those of other kinds. Names are relative to
+        `root`.
 
     Raises:
         DataError: If two slices get the same name, there are too many, or a folder cannot be read.
@@ -136,7 +137,8 @@ def find_slices(root: Path, times: dict[str, int] | None = None) -> tuple[list[t
         if sum(map(len, kinds)) + sum(map(len, label_maps)) > MAX_FILES:
             raise DataError(f"{root} contains more than {MAX_FILES} slices, including label maps")
     chosen = next((i for i, found in enumerate(kinds) if found), 0)
-    return [(path, name) for name, path in kinds[chosen].items()], sorted(set(label_maps[chosen]))
+    others = sorted(name for found in kinds[chosen + 1 :] for name in found)
+    return [(path, name) for name, path in kinds[chosen].items()], sorted(set(label_maps[chosen])), others
 
 
 def search_folder(folder: Path, pattern: str | None, times: dict[str, int]) -> tuple[Path, list[SliceFile], list[str]]:
@@ -146,11 +148,14 @@ def search_folder(folder: Path, pattern: str | None, times: dict[str, int]) -> t
     """
     if os.path.isdir(folder / "keras_slices_data"):
         folder = folder / "keras_slices_data"
-    found, label_maps = find_slices(folder, times)
+    found, label_maps, other_kinds = find_slices(folder, times)
     if not found:
         raise no_slices_error(str(folder), label_maps)
     identities: dict[str, Identity] = {}
     notices: list[str] = []
+    if other_kinds:
+        unread = f"{counted(len(other_kinds), 'file')} of other kinds not read ({abbreviate(other_kinds, 2)})"
+        notices.append(f"{unread}: all slices of a folder have one kind of container")
     if found[0][1].lower().endswith(PICTURES):
         assumed = "1 mm is assumed, the front on top, and the patient's left at the right"
         notices.append(f"warning: pictures tell neither the size of a pixel nor the side: {assumed}")
@@ -300,11 +305,11 @@ def refuse_files(bad: list[tuple[str, str]], count: int) -> None:
 
 def no_slices_error(where: str, label_maps: list[str]) -> DataError:
     """Make the error for a place without slices, which mentions the label maps in it."""
-    reason = ""
+    reason = f": no file ends in {' '.join(ENDINGS)}"
     if label_maps:
         ignored = f"{counted(len(label_maps), 'file')} named like label maps ({abbreviate(sorted(label_maps), 1)})"
         reason = f": ignored {ignored}; names above the given folder do not count"
-    return DataError(f"no .nii or .nii.gz slices in {where}{reason}")
+    return DataError(f"no slices or volumes in {where}{reason}")
 
 
 def label_map_notices(names: list[str]) -> list[str]:
@@ -333,7 +338,7 @@ def name_notices(files: list[SliceFile]) -> list[str]:
         notices.append(f"{counted(unnamed, 'file name')} without a case {example}: {unknown}")
     if alone:
         volumes = f"{counted(len(alone), 'volume')} without a case in the name ({abbreviate(sorted(alone), 1)})"
-        notices.append(f"{volumes}: each is taken for a patient of its own")
+        notices.append(f"{volumes}: each is taken for a patient of its own; --pattern can find patients in paths")
     if unnumbered:
         unknown = "the positions of such slices are unknown"
         notices.append(f"{counted(unnumbered, 'file name')} without a slice number {example}: {unknown}")
@@ -523,6 +528,7 @@ def make_identity(name: str, fields: dict[str, str | None]) -> Identity:
     numbers = []
     for field in ("week", "slice"):
         text = (fields.get(field) or "").strip()
+        text = text.removesuffix(".0")  # as pandas writes whole numbers beside missing ones
         if text and not re.fullmatch("[0-9]{1,9}", text):
             raise DataError(f"{name}: its {field} is {text:.20}, where a whole number is needed")
         numbers.append(int(text) if text else None)
@@ -564,9 +570,14 @@ def read_table(table: Path, folder: Path) -> list[SliceFile]:
     identities, splits = {}, {}
     for number, row in enumerate(rows, 2):
         place = f"{table}, row {number}"
-        name = with_forward_slashes((row["path"] or "").strip())
-        if not name or "\0" in name or name in found:
-            raise DataError(f"{place}: {f'{name} is listed twice' if name in found else 'it has no path'}")
+        if not any(row.values()):  # spreadsheets write such rows at the end
+            continue
+        path = with_forward_slashes((row["path"] or "").strip())
+        if not path or "\0" in path:
+            raise DataError(f"{place}: it has no path")
+        name = PurePosixPath(path).as_posix()  # of ./a and a//b, which are a and a/b
+        if name in found:
+            raise DataError(f"{place}: {name} is listed twice")
         if not name.lower().endswith(ENDINGS):
             raise DataError(f"{place}: {name} is none of {' '.join(ENDINGS)}")
         found[name] = str(
@@ -575,7 +586,7 @@ def read_table(table: Path, folder: Path) -> list[SliceFile]:
         identities[name] = make_identity(place, row)
         splits[name] = split_of((row.get("split") or "").strip())
         if "split" in row and not splits[name]:
-            raise DataError(f"{place}: its split is {row['split']}, not train, validate or test")
+            raise DataError(f"{place}: its split is {row['split'] or 'empty'}, not train, validate or test")
     if any(splits.values()) and "train" not in splits.values():
         raise DataError(f"{table} has no row with split train")
     files = describe_files([(path, name) for name, path in found.items()], identities.__getitem__)
@@ -591,17 +602,21 @@ def table_rows(table: Path) -> list[dict[str, str | None]]:
     except OSError as error:
         raise DataError(f"--table {table} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError:
-        raise DataError(f"--table {table} is no CSV file in UTF-8") from None
+        raise DataError(f"--table {table} is no CSV file in UTF-8: save it as such") from None
     header = text.partition("\n")[0]
     try:
-        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count), strict=True)
+        delimiter = max(",;\t", key=header.count)
+        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
         rows = [row for row, _ in zip(reader, range(MAX_FILES + 1))]
     except csv.Error as error:
         raise DataError(f"--table {table} is no CSV file: {error}") from None
     if len(content) > MAX_TABLE_BYTES or len(rows) > MAX_FILES:
         raise DataError(f"--table {table} has more than {MAX_FILES} rows or {MAX_TABLE_BYTES} bytes")
     if not {"path", "case"} <= set(reader.fieldnames or ()):
-        raise DataError(f"--table {table} needs the columns path and case, and may have week, slice and split")
+        raise DataError(
+            f"--table {table} needs the columns path and case, and may have week, slice and split; it has "
+            f"{abbreviate(list(reader.fieldnames or ()), 5) or 'none'}"
+        )
     if not rows:
         raise DataError(f"--table {table} lists no files")
     return rows

@@ -29,7 +29,7 @@ from checkpoints import is_complete, load_weights, read_config
 from config import MAX_BATCH_SIZE, MAX_SEED, Positions, RunConfig
 from console import Parser, RunError, log_notices, logger, nonempty, number, printable, run_command, say
 from dataset import SAME_SPACING, denormalize, read_slices
-from files import Reading
+from files import Reading, counted
 from modules import MIN_TEMPERATURE, VQVAE, GatedPixelCNN, PriorConfig, VQVAEConfig
 from nifti import encode_slice
 from plots import caption, evenly_spaced, reconstructions_figure, samples_figure
@@ -398,13 +398,13 @@ def warn_of_geometry(affines: Sequence[np.ndarray], training_affine: np.ndarray)
     if ratios.max() > SAME_SPACING:
         height, width = spacings[ratios.argmax()]
         logger.warning(
-            f"{(ratios > SAME_SPACING).sum()} slices have another pixel spacing ({height:.3g}x{width:.3g} mm) than "
-            f"training slices ({expected[0]:.3g}x{expected[1]:.3g} mm): they are not resampled"
+            f"{counted(int((ratios > SAME_SPACING).sum()), 'slice')} with another pixel spacing ({height:.3g}x"
+            f"{width:.3g} mm) than training slices ({expected[0]:.3g}x{expected[1]:.3g} mm), not resampled"
         )
     orientation = nib.aff2axcodes(training_affine)[:2]
     others = sum(nib.aff2axcodes(affine)[:2] != orientation for affine in affines)
     if others:
-        logger.warning(f"{others} slices have another orientation than training slices: they are not reoriented")
+        logger.warning(f"{counted(others, 'slice')} with another orientation than training slices, not reoriented")
 
 
 def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -451,7 +451,7 @@ def reconstruct(options: PredictOptions, config: RunConfig, vqvae: VQVAE, device
     titles = [f"{caption(slices.names[i])}\nSSIM {rows[i]['ssim']:.3f}" for i in shown]
     reconstructions_figure(options.images / "reconstructions.png", originals[shown], reconstructions[shown], titles)
     means = {name: value.item() for name, value in overall.compute().items()}
-    say(f"{len(slices)} slices: SSIM {means['ssim']:.3f}, PSNR {means['psnr']:.2f} dB: {options.out}")
+    say(f"{counted(len(slices), 'slice')}: SSIM {means['ssim']:.3f}, PSNR {means['psnr']:.2f} dB: {options.out}")
 
 
 # ---------------------------------------------------------------- command

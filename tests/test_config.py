@@ -113,7 +113,7 @@ def test_train_config_is_immutable_and_refuses_unknown_options():
     ],
 )
 def test_a_window_needs_its_intensity_and_two_limits_in_order(options, error_line):
-    message = "--intensity window needs --window LOW HIGH, and no other --intensity has a window"
+    message = "--intensity window needs --window LOW HIGH, LOW below HIGH, and --window needs it"
     with pytest.raises(RunError, match=message):
         configure(options)
     given = [text for name, value in options.items() for text in (flag(name), *str(value).strip("()").split(", "))]

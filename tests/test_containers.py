@@ -313,7 +313,7 @@ def test_grey_pictures_are_slices_that_are_shown_as_they_are(data, ending, dtype
 def test_pictures_in_colour_or_of_other_depth_are_refused(tmp_path, mode):
     path = tmp_path / ("a.tif" if mode in "FI" else "a.png")
     Image.new(mode, (8, 6)).save(path)
-    assert f"has mode {mode}: only single grey pictures" in message(read, str(path))
+    assert f"has mode {mode}: only grey pictures" in message(read, str(path))
 
 
 def test_bad_pictures_are_refused(tmp_path):
@@ -328,7 +328,7 @@ def test_bad_pictures_are_refused(tmp_path):
     assert "each side must be 1 to 2048" in message(read, str(path))
     pages = [Image.new("L", (8, 6)), Image.new("L", (8, 6))]
     pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
-    assert "only single grey pictures" in message(read, str(tmp_path / "a.tif"))
+    assert "has 2 pages: only single pictures" in message(read, str(tmp_path / "a.tif"))
 
 
 def test_pictures_beside_nifti_files_are_not_read(data):

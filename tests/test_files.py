@@ -164,7 +164,7 @@ def test_pipes_devices_and_broken_links_are_refused(data, monkeypatch):
     }.items():
         assert words in message(read_slices, [data / f"{name}.nii"], (8, 6))
     assert message(load_dataset, str(data)).startswith("7 of 7 files")
-    assert "no .nii or .nii.gz slices" in message(read_slices, [data / "folder.nii"], (8, 6))
+    assert "no slices or volumes in" in message(read_slices, [data / "folder.nii"], (8, 6))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
@@ -315,7 +315,7 @@ def test_a_folder_of_label_maps_alone_is_refused(data):
     write_cases(data / "labels", (1, 2))
     text = message(load_dataset, str(data))
     said = "ignored 4 files named like label maps (labels/case_001_week_0_slice_0.nii and 3 more)"
-    assert text == f"no .nii or .nii.gz slices in {data}: {said}; names above the given folder do not count"
+    assert text == f"no slices or volumes in {data}: {said}; names above the given folder do not count"
     assert "ignored 4 files" in message(read_slices, [data], (8, 6))
     path = data / "labels" / "case_001_week_0_slice_0.nii"
     assert len(read_slices([path], (8, 6))[0]) == 1  # a folder above says nothing
@@ -638,7 +638,10 @@ def test_a_table_without_splits_is_split_by_case(data, separator):
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
-        (["file,case", "a.nii,1"], "needs the columns path and case"),
+        (
+            ["file,case", "a.nii,1"],
+            "needs the columns path and case, and may have week, slice and split; it has file",
+        ),
         (["path,case"], "lists no files"),
         ([""], "needs the columns path and case"),
         (["path,case", "a.nii,1", "a.nii,2"], "row 3: a.nii is listed twice"),
@@ -646,7 +649,9 @@ def test_a_table_without_splits_is_split_by_case(data, separator):
         (["path,case", "a.nii,1", "b.nii,1"], "b.nii: No such file"),
         (["path,case", "a.txt,1"], "row 2: a.txt is none of .nii .nii.gz .hdr .mha"),
         (["path,case,slice", "a.nii,1,3.5"], "row 2: its slice is 3.5, where a whole number is needed"),
-        (["path,case,split", "a.nii,1,train", "c.nii,2,"], "row 3: its split is , not train, validate or test"),
+        (["path,case,split", "a.nii,1,train", "c.nii,2,"], "row 3: its split is empty, not train, validate or test"),
+        (["path,case,split", "a.nii,1,train", "c.nii,2"], "row 3: its split is empty, not train, validate or test"),
+        (["path,case", "a.nii,1", "./a.nii,2"], "row 3: a.nii is listed twice"),
         (["path,case,split", "a.nii,1,test"], "has no row with split train"),
         (["path,case", 'a.nii,"1'], "is no CSV file: "),
     ],
@@ -655,6 +660,34 @@ def test_a_bad_table_is_refused(data, rows, words):
     write(data / "a.nii")
     write(data / "c.nii")
     assert words in message(load_dataset, str(data), reading=Reading(table=write_table(data / "t.csv", *rows)))
+
+
+def test_a_table_may_be_written_by_a_spreadsheet_or_by_pandas(data):
+    """With spaces after the commas, a dot for the folder, an empty row at the end, and whole numbers as floats."""
+    for number in range(4):
+        write(data / f"{number}.nii")
+    rows = [f"./{number}.nii, a, {number}.0, train" for number in range(3)]
+    table = write_table(data / "t.csv", "path, case, slice, split", *rows, "3.nii, b, , validate", ",,,")
+    loaded = load_dataset(str(data), reading=Reading(table=table))
+    assert loaded.train.names == ["0.nii", "1.nii", "2.nii"]
+    assert loaded.train.cases == ["a"] * 3
+    assert loaded.train.positions.tolist() == [0, 0.5, 1]
+
+
+def test_files_of_other_kinds_are_named(data):
+    """All slices of a folder have one kind of container: the others are left out, and the user is told."""
+    write_cases(data, (1, 2))
+    for name in ("case_003_week_0_slice_0.png", "case_004.nrrd"):
+        (data / name).write_bytes(b"")
+    unread = "2 files of other kinds not read (case_003_week_0_slice_0.png, case_004.nrrd)"
+    assert f"{unread}: all slices of a folder have one kind of container" in load_dataset(str(data)).notices
+
+
+def test_a_folder_without_slices_says_which_endings_are_read(data):
+    (data / "series").mkdir(parents=True)
+    (data / "series" / "IM0000").write_bytes(b"DICM")
+    endings = ".nii .nii.gz .hdr .mha .mhd .nrrd .dcm .png .tif .tiff"
+    assert message(load_dataset, str(data)) == f"no slices or volumes in {data}: no file ends in {endings}"
 
 
 def test_a_table_is_read_within_bounds(data, monkeypatch):

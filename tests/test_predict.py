@@ -590,7 +590,7 @@ def test_another_pixel_spacing_than_in_training_prints_a_warning(call, trained, 
         affine = image.affine @ np.diag([scale, scale, 1, 1])
         nib.save(nib.Nifti1Image(image.get_fdata(), affine), own / f"case_004_week_0_slice_{number}.nii.gz")
     call("out", reconstruct=own)
-    assert ("1 slices have another pixel spacing" in caplog.text) == warned
+    assert ("1 slice with another pixel spacing" in caplog.text) == warned
 
 
 def test_sampling_imports_nothing_slow_that_it_does_not_need(trained, tmp_path):
@@ -643,7 +643,7 @@ def test_another_orientation_than_in_training_prints_a_warning(call, trained, tm
         flipped = nib.Nifti1Image(image.get_fdata(), image.affine @ np.diag([sign, 1, 1, 1]))
         nib.save(flipped, own / f"case_004_week_0_slice_{number}.nii.gz")
     call("out", reconstruct=own)
-    assert "2 slices have another orientation than training slices" in caplog.text
+    assert "2 slices with another orientation than training slices" in caplog.text
 
 
 def test_a_run_with_an_unusual_name_is_sampled(trained, tmp_path, capsys):

@@ -187,7 +187,8 @@ def test_the_slices_of_a_volume_stay_together(data):
     assert [len(part) for part in (loaded.train, loaded.validate, loaded.test)] == [10, 5, 5]
     assert all(len(set(part.cases)) == len(part) // 5 for part in (loaded.train, loaded.validate, loaded.test))
     assert not set(loaded.train.cases) & {*loaded.validate.cases, *loaded.test.cases}
-    notice = "4 volumes without a case in the name (four.nii.gz and 3 more): each is taken for a patient of its own"
+    notice = "4 volumes without a case in the name (four.nii.gz and 3 more): each is taken for a patient of its own; "
+    notice += "--pattern can find patients in paths"
     assert notice in loaded.notices
 
 
