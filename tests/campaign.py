@@ -579,6 +579,7 @@ def main() -> int:
     options = parser.parse_args()
     if unknown := set(options.campaigns) - set(CAMPAIGNS):
         parser.error(f"no campaign is called {', '.join(sorted(unknown))}")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, and what it starts, ignore it
     failed = 0
     for name in options.campaigns or CAMPAIGNS:
         totals = CAMPAIGNS[name](options.count, options.seed)
