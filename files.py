@@ -527,8 +527,7 @@ def make_identity(name: str, fields: dict[str, str | None]) -> Identity:
     """Make an identity of the texts of case, week and slice. Raises DataError if a number is none."""
     numbers = []
     for field in ("week", "slice"):
-        text = (fields.get(field) or "").strip()
-        text = text.removesuffix(".0")  # as pandas writes whole numbers beside missing ones
+        text = (fields.get(field) or "").strip().removesuffix(".0")  # pandas writes 3.0 beside missing numbers
         if text and not re.fullmatch("[0-9]{1,9}", text):
             raise DataError(f"{name}: its {field} is {text:.20}, where a whole number is needed")
         numbers.append(int(text) if text else None)
@@ -570,8 +569,6 @@ def read_table(table: Path, folder: Path) -> list[SliceFile]:
     identities, splits = {}, {}
     for number, row in enumerate(rows, 2):
         place = f"{table}, row {number}"
-        if not any(row.values()):  # spreadsheets write such rows at the end
-            continue
         path = with_forward_slashes((row["path"] or "").strip())
         if not path or "\0" in path:
             raise DataError(f"{place}: it has no path")
@@ -607,7 +604,7 @@ def table_rows(table: Path) -> list[dict[str, str | None]]:
     try:
         delimiter = max(",;\t", key=header.count)
         reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
-        rows = [row for row, _ in zip(reader, range(MAX_FILES + 1))]
+        rows = [row for row, _ in zip(reader, range(MAX_FILES + 1)) if any(row.values())]  # spreadsheets add empty ones
     except csv.Error as error:
         raise DataError(f"--table {table} is no CSV file: {error}") from None
     if len(content) > MAX_TABLE_BYTES or len(rows) > MAX_FILES:

@@ -643,6 +643,7 @@ def test_a_table_without_splits_is_split_by_case(data, separator):
             "needs the columns path and case, and may have week, slice and split; it has file",
         ),
         (["path,case"], "lists no files"),
+        (["path,case", ","], "lists no files"),
         ([""], "needs the columns path and case"),
         (["path,case", "a.nii,1", "a.nii,2"], "row 3: a.nii is listed twice"),
         (["path,case", ",1"], "row 2: it has no path"),
