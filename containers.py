@@ -48,6 +48,11 @@ def ending_of(path: str) -> str:
     return max((ending for ending in ENDINGS if path.lower().endswith(ending)), key=len, default="")
 
 
+def without_ending(name: str) -> str:
+    """Return a file's name without the ending that tells its container."""
+    return name[: len(name) - len(ending_of(name))]
+
+
 def parts_of(path: str) -> list[str]:
     """Return the files that hold an image: one, a header and its pixels, or those of a DICOM series' folder.
 

@@ -59,6 +59,7 @@ from files import (
     is_slice,
     label_map_notices,
     no_slices_error,
+    other_kind_notices,
     positions_of,
     sort_key,
     with_forward_slashes,
@@ -219,11 +220,13 @@ def read_slices(
     found: list[tuple[str, str]] = []  # path, name
     places: dict[str, int] = {}  # index in `paths` by path
     label_maps: list[str] = []
+    other_kinds: list[str] = []
     for place, path in enumerate(map(Path, paths)):
         if os.path.isdir(path):
-            below, left_out, _ = find_slices(path)
+            below, *left_out = find_slices(path)
             own = [(at, (path / name).as_posix()) for at, name in below]
-            label_maps += [(path / name).as_posix() for name in left_out]
+            for names, of_folder in zip((label_maps, other_kinds), left_out):
+                names += [(path / name).as_posix() for name in of_folder]
         elif os.path.exists(path) and (not is_slice(name := with_forward_slashes(path.name)) or is_label_map(name)):
             raise DataError(f"{path} is not a .nii or .nii.gz slice (files with the name of a label map are not read)")
         else:
@@ -244,7 +247,8 @@ def read_slices(
     scales, lows = (np.array([getattr(one, name) for one in decoded], np.float32) for name in ("scale", "low"))
     names, cases = [file.name for file in files], [file.case for file in files]
     slices = Slices(pixels, names, cases, positions_of(files), scales, lows)
-    notices = label_map_notices(label_maps) + pixel_notices(files, decoded, slice_size, reading)
+    notices = other_kind_notices(other_kinds) + label_map_notices(label_maps)
+    notices += pixel_notices(files, decoded, slice_size, reading)
     return slices, [one.affine for one in decoded], notices
 
 

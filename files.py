@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from containers import DICOM, ENDINGS, KINDS, PICTURES, ending_of, parts_of, read_grid
+from containers import DICOM, ENDINGS, KINDS, PICTURES, parts_of, read_grid, without_ending
 from geometry import resampled_size
 from nifti import MAX_SIDE, DataError, describe_stats, open_regular
 from volumes import affine_of_slices, plan_stack
@@ -152,10 +152,7 @@ def search_folder(folder: Path, pattern: str | None, times: dict[str, int]) -> t
     if not found:
         raise no_slices_error(str(folder), label_maps)
     identities: dict[str, Identity] = {}
-    notices: list[str] = []
-    if other_kinds:
-        unread = f"{counted(len(other_kinds), 'file')} of other kinds not read ({abbreviate(other_kinds, 2)})"
-        notices.append(f"{unread}: all slices of a folder have one kind of container")
+    notices = other_kind_notices(other_kinds)
     if found[0][1].lower().endswith(PICTURES):
         assumed = "1 mm is assumed, the front on top, and the patient's left at the right"
         notices.append(f"warning: pictures tell neither the size of a pixel nor the side: {assumed}")
@@ -273,12 +270,11 @@ def slices_of_volume(
     stack = plan_stack(shape, affine, reading.axis)
     file = with_size(file, stack.size, affine_of_slices(shape, affine, stack.axis), reading.pixel_size)
     folder, slash, base = file.name.rpartition("/")
-    ending = ending_of(base)
-    stem = base[: -len(ending)]
+    stem = without_ending(base)
     case = file.case or f"{folder}{slash}{stem}"
     volume = (folder, file.case or "", "" if file.week is None else f"{file.week:03}", base)
     for index in range(stack.slices):
-        name = f"{folder}{slash}{stem}_slice_{index:03}{base[-len(ending) :]}"
+        name = f"{folder}{slash}{stem}_slice_{index:03}{base[len(stem) :]}"
         yield file._replace(name=name, case=case, number=index, volume=volume, axis=stack.axis)
 
 
@@ -310,6 +306,12 @@ def no_slices_error(where: str, label_maps: list[str]) -> DataError:
         ignored = f"{counted(len(label_maps), 'file')} named like label maps ({abbreviate(sorted(label_maps), 1)})"
         reason = f": ignored {ignored}; names above the given folder do not count"
     return DataError(f"no slices or volumes in {where}{reason}")
+
+
+def other_kind_notices(names: list[str]) -> list[str]:
+    """Report the files that were left out because the folder holds files of an earlier one of KINDS."""
+    unread = f"{counted(len(names), 'file')} of other kinds not read ({abbreviate(names, 2)})"
+    return [f"{unread}: all slices of a folder have one kind of container"] if names else []
 
 
 def label_map_notices(names: list[str]) -> list[str]:
@@ -669,7 +671,7 @@ def without_slice_folders(folder: str) -> str:
 
 def lower_stem(name: str) -> str:
     """Return a file's name in lower case and without its ending."""
-    return name.lower().removesuffix(ending_of(name))
+    return without_ending(name).lower()
 
 
 def sort_key(file: SliceFile) -> tuple:

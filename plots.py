@@ -17,6 +17,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import PercentFormatter
 
 from console import RunError, logger, printable
+from containers import without_ending
 from utils import make_folder, write_file
 
 Curves = Mapping[tuple[str, str], tuple[Sequence[int], Sequence[float]]]
@@ -48,7 +49,7 @@ def evenly_spaced(count: int, most: int = 6) -> np.ndarray:
 
 def caption(name: str) -> str:
     """Shorten a slice's name for a figure: no folder, no extension. Draw it with parse_math=False: it may hold a $."""
-    name = printable(name.rpartition("/")[2].removesuffix(".gz").removesuffix(".nii"))
+    name = printable(without_ending(name.rpartition("/")[2]))
     return name if len(name) <= MAX_CAPTION_LENGTH else f"{name[: MAX_CAPTION_LENGTH - 3]}..."
 
 

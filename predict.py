@@ -28,6 +28,7 @@ from animation import sampling_frames, write_animation
 from checkpoints import is_complete, load_weights, read_config
 from config import MAX_BATCH_SIZE, MAX_SEED, Positions, RunConfig
 from console import Parser, RunError, log_notices, logger, nonempty, number, printable, run_command, say
+from containers import without_ending
 from dataset import SAME_SPACING, denormalize, read_slices
 from files import Reading, counted
 from modules import MIN_TEMPERATURE, VQVAE, GatedPixelCNN, PriorConfig, VQVAEConfig
@@ -442,7 +443,7 @@ def reconstruct(options: PredictOptions, config: RunConfig, vqvae: VQVAE, device
     names = (f"{SIX_DIGITS}_*_original.nii.gz", f"{SIX_DIGITS}_*_reconstruction.nii.gz", "reconstructions.csv")
     prepare_folder(options.out, names)
     for i, affine in enumerate(affines):
-        name = f"{i:06d}_{truncate_name(Path(slices.names[i]).name.removesuffix('.gz').removesuffix('.nii'))}"
+        name = f"{i:06d}_{truncate_name(without_ending(Path(slices.names[i]).name))}"
         for kind, pixels in (("original", originals[i]), ("reconstruction", reconstructions[i])):
             content = encode_slice(denormalize(pixels, slices.scales[i], slices.lows[i]), affine)
             write_file(options.out / f"{name}_{kind}.nii.gz", partial(Path.write_bytes, data=content))

@@ -431,6 +431,25 @@ def test_reconstruction_of_a_folder_keeps_scale_and_geometry(call, trained, tmp_
     assert f"{len(sources)} slices" in capsys.readouterr().out
 
 
+def test_reconstructed_pictures_are_named_without_their_ending(call, tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    Image.fromarray(np.arange(64 * 32, dtype=np.uint16).reshape(32, 64) * 20).save(folder / "case_001_slice_0.png")
+    names = {path.name for path in call("out", reconstruct=[folder]).glob("*.nii.gz")}
+    assert names == {f"000000_case_001_slice_0_{kind}.nii.gz" for kind in ("original", "reconstruction")}
+
+
+def test_files_of_other_kinds_are_named_before_reconstructions(call, trained, tmp_path, caplog):
+    source = min((trained.data / "keras_slices_test").iterdir())
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    shutil.copy(source, folder)
+    (folder / "figure.png").write_bytes(b"")
+    with caplog.at_level("INFO"):
+        call("out", reconstruct=[folder])
+    assert f"1 file of other kinds not read ({folder.as_posix()}/figure.png)" in caplog.text
+
+
 def test_reported_ssim_and_psnr_agree_with_the_written_slices(call, trained, capsys):
     """Per slice in the table, and over all slices in the output."""
     data = trained.data / "keras_slices_test"
