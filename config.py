@@ -211,7 +211,7 @@ class TrainConfig(StrictModel):
     prior_head_channels: Width = option(PRIOR, 256, "width of the layer before the logits")
     prior_dropout: Annotated[float, Ge(0), Le(0.99)] = option(PRIOR, 0.1, "share of channels dropped")
     prior_code_noise: Annotated[float, Ge(0), Le(1)] = option(
-        PRIOR, 0.2, "largest share of the previous codes of a slice that are replaced at random in training"
+        PRIOR, 0.1, "largest share of the previous codes of a slice that are replaced at random in training"
     )
     prior_position_frequencies: Layers = option(PRIOR, 4, "Fourier features of the slice position")
 
@@ -242,7 +242,7 @@ class TrainConfig(StrictModel):
     )
     ema_decay: Decay = option(OPTIMISER, 0.99, "decay per update of the EMA of the prior's and the refiner's weights")
     patience: Annotated[int, Ge(0), Le(MOST_UPDATES)] = option(
-        OPTIMISER, 0, "validations, 20 per stage, without a lower loss after which the stage ends; 0 ends none"
+        OPTIMISER, 0, "validations, 10 per stage, without a lower loss after which the stage ends; 0 ends none"
     )
 
     @property

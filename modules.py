@@ -80,7 +80,7 @@ class PriorConfig:
     dilation_cycles: int = 2
     head_channels: int = 256
     dropout: float = 0.1
-    code_noise: float = 0.2
+    code_noise: float = 0.1
     position_frequencies: int = 4
 
 

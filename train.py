@@ -198,7 +198,7 @@ class PriorTrainer(Trainer[GatedPixelCNN]):
             self.warned = True
             logger.warning(
                 f"the prior needs {more:.0%} more bits for validation than for training slices: weights and samples "
-                "may give patients away; try --patience 3, a higher --augmentation or --prior-dropout, or fewer "
+                "may give patients away; try --patience 2, a higher --augmentation or --prior-dropout, or fewer "
                 "--prior-updates"
             )
 

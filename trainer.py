@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 Network = TypeVar("Network", bound=nn.Module)
 T = TypeVar("T")
 
-VALIDATIONS = 20  # per stage
+VALIDATIONS = 10  # per stage
 LOG_LINES = 250  # of the training losses, per stage
 INTERVAL_SECONDS = 60  # between checkpoints, and between figures
 LINE_SECONDS = 300  # between lines on the progress where there is no terminal
