@@ -97,7 +97,7 @@ def run_process(number, count, port, folder, options, acts):
     os.environ["PROSTATEVQ_CACHE"] = str(folder / "cache")
     sys.stdout, sys.stderr = (open(folder / f"{name}-{number}", "w") for name in ("stdout", "stderr"))  # noqa: SIM115
     torch.set_num_threads(1)
-    trainer.LOG_LINES, trainer.VALIDATIONS = 10**6, 10  # a line for each update
+    trainer.LOG_LINES = 10**6  # a line for each update
     # Parts of a batch are rounded differently from the whole: in bfloat16, too differently for a comparison.
     for place in (train, trainer, *(sys.modules[name] for name in ("optimiser", "validation"))):
         place.autocast = lambda device: torch.autocast(device.type, enabled=False)

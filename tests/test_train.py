@@ -227,7 +227,7 @@ def test_weights_with_the_lowest_validation_loss_are_kept(options, monkeypatch, 
     assert [same_weights(weights, kept) for weights in measured] == [n == 2 for n in range(len(measured))]
 
 
-@pytest.mark.parametrize(("stage", "evaluate", "update"), [("vqvae", 0, 7), ("prior", 1, 5), ("refiner", 2, 5)])
+@pytest.mark.parametrize(("stage", "evaluate", "update"), [("vqvae", 0, 8), ("prior", 1, 5), ("refiner", 2, 5)])
 def test_the_best_weights_survive_a_stop(options, monkeypatch, stage, evaluate, update):
     """A run that is stopped in the fifth validation of a stage keeps the weights of the third."""
     measured = make_the_third_best(monkeypatch, BEST[evaluate][1])
@@ -497,7 +497,7 @@ WITHOUT_VALIDATION = {("vqvae", 1), ("vqvae", 2)}  # k-means initialises the cod
 STOPS = [
     [("vqvae", 1, signal.SIGTERM)],  # in the encoder's warm-up
     [("vqvae", 2, signal.SIGINT)],  # just before k-means initialises the codebook
-    [("vqvae", 7, signal.SIGTERM), ("prior", 4, signal.SIGINT)],
+    [("vqvae", 8, signal.SIGTERM), ("prior", 4, signal.SIGINT)],
     [("refiner", 1, signal.SIGINT), ("refiner", 4, signal.SIGTERM)],
     [(stage, last, signal.SIGTERM) for stage, last in UPDATES.items()],
     [("vqvae", n, signal.SIGINT) for n in (3, 4, 8)]
