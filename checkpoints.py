@@ -47,7 +47,6 @@ from config import (
     validate,
 )
 from console import RunError, logger, run_command, say, summarise
-from files import MAX_FILES
 from utils import flush, make_folder, write_file, writing
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -56,6 +55,7 @@ Curves = dict[tuple[str, str], tuple[list[int], list[float]]]  # (split, name) t
 # The largest files that are read: they bound memory and time.
 MAX_CONFIG = 1 << 20  # bytes: a config takes 5 kB
 MAX_DATA = 1 << 28  # bytes of data.json: HipMRI's 12,660 files take 0.7 MB, a million 70
+MAX_DATA_LINES = 1_000_000  # of data.json, one a slice: as many as a data folder may have
 MAX_DATA_LINE = 1 << 15  # bytes: a path has 4096, and JSON may need six for each
 MAX_LOG = 1 << 24  # bytes: three stages of 270 lines take 0.1 MB
 MAX_TENSORS = 1 << 30  # bytes of weights or a checkpoint: fifty times the largest preset's
@@ -305,8 +305,8 @@ def parse_data_files(content: bytes) -> dict[str, str]:
     if not (content.startswith(b"{") and content.endswith(b"}")):
         raise ValueError("it is no JSON object")
     lines = content[1:-1].strip().split(b"\n")
-    if len(lines) > MAX_FILES or max(map(len, lines)) > MAX_DATA_LINE:
-        raise ValueError(f"it has more than {MAX_FILES} lines, or one of more than {MAX_DATA_LINE} bytes")
+    if len(lines) > MAX_DATA_LINES or max(map(len, lines)) > MAX_DATA_LINE:
+        raise ValueError(f"it has more than {MAX_DATA_LINES} lines, or one of more than {MAX_DATA_LINE} bytes")
     files: dict[str, str] = {}
     for start in range(0, len(lines), 100):
         part = b"\n".join(lines[start : start + 100]).removesuffix(b",")

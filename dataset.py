@@ -223,10 +223,10 @@ def read_slices(
     other_kinds: list[str] = []
     for place, path in enumerate(map(Path, paths)):
         if os.path.isdir(path):
-            below, *left_out = find_slices(path)
+            below, labels, others = find_slices(path)
             own = [(at, (path / name).as_posix()) for at, name in below]
-            for names, of_folder in zip((label_maps, other_kinds), left_out):
-                names += [(path / name).as_posix() for name in of_folder]
+            label_maps += [(path / name).as_posix() for name in labels]
+            other_kinds += [(path / name).as_posix() for name in others]
         elif os.path.exists(path) and (not is_slice(name := with_forward_slashes(path.name)) or is_label_map(name)):
             raise DataError(f"{path} is not a .nii or .nii.gz slice (files with the name of a label map are not read)")
         else:

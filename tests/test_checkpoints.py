@@ -249,7 +249,7 @@ def test_reading_data_json_takes_memory_in_proportion(tmp_path, monkeypatch):
         assert tracemalloc.get_traced_memory()[1] < 20 << 20
     finally:
         tracemalloc.stop()
-    monkeypatch.setattr(checkpoints, "MAX_FILES", 2)
+    monkeypatch.setattr(checkpoints, "MAX_DATA_LINES", 2)
     (tmp_path / "data.json").write_bytes(b'{\n"a": "1",\n"b": "2",\n"c": "3"\n}')
     with pytest.raises(RunError, match="more than 2 lines"):
         checkpoints.read_data_files(tmp_path)
