@@ -82,6 +82,11 @@ def smooth_noise(
     return out
 
 
+def exp(x: np.ndarray) -> np.ndarray:
+    """Return the exponential of x, float32, computed in float64: the last bit of NumPy's depends on the processor."""
+    return np.exp(x, dtype=np.float64).astype(np.float32)
+
+
 def spline_taps(step: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the first grid point (N,) and the weights (4, N) of a cubic B-spline at places given in grid steps (N,).
 
@@ -89,7 +94,8 @@ def spline_taps(step: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     first = step.astype(int)
     t = (step - first).astype(np.float32)
-    taps = np.stack([(1 - t) ** 3, 3 * t**3 - 6 * t**2 + 4, 3 * t * (1 + t - t * t) + 1, t**3]) / 6
+    cubes = [s * s * s for s in (1 - t, t)]  # a power's last bit depends on the processor
+    taps = np.stack([cubes[0], 3 * cubes[1] - 6 * t * t + 4, 3 * t * (1 + t - t * t) + 1, cubes[1]]) / 6
     return first, taps / np.float32(np.sqrt(151 / 315))  # the mean of the sum of squared weights
 
 
@@ -376,7 +382,7 @@ def paint_body(canvas: Canvas, patient: Patient) -> None:
         window = (slice(n, n + 1), slice(None), slice(None))
         x, y = canvas.x[window], canvas.y[window]
         half = np.float32(160 + patient.fat_side - 0.0012 * (height - 2) ** 2)
-        belly = np.float32(2.5 + height / 12) * np.exp(np.float32(-1 / 55**2) * x * x)
+        belly = np.float32(2.5 + height / 12) * exp(np.float32(-1 / 55**2) * x * x)
         u, v = (x / half) ** 2, ((y + belly - np.float32(middle)) / np.float32(depth)) ** 2
         # Between an ellipse and a rounded box: the back is flat on the table, the hips are round.
         r = np.float32(0.6) * np.sqrt(u + v) + np.float32(0.4) * np.sqrt(np.sqrt(u * u + v * v))
@@ -685,7 +691,7 @@ def expose(canvas: Canvas, rng: np.random.Generator, exposure: int | None) -> np
     Rician noise is the magnitude of a complex signal with normal noise in both parts (Gudbjartsson and Patz 1995, Magn
     Reson Med 34:910). Its sigma is 0.8 to 1.6 % of the 99.5th percentile.
     """
-    coil = np.exp(np.float32(0.1) * smooth_noise(rng, canvas.axes, (90, 110, 90)))
+    coil = exp(np.float32(0.1) * smooth_noise(rng, canvas.axes, (90, 110, 90)))
     coil *= np.float32(0.85) + np.float32(2e-5) * canvas.axes[2] ** 2
     image = canvas.signal * coil
     bright = np.percentile(image[::2, ::2, ::2], 99.5)
