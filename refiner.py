@@ -59,7 +59,10 @@ def gaussian_rate(time: Tensor, std: float = 1.0) -> Tensor:
 
 
 def solver_times(steps: int) -> list[float]:
-    """Return the times at which the solver's steps begin, and 1. Steps are shorter near 0 and 1, where paths bend."""
+    """Return the times at which the solver's steps begin, and 1. Steps are shorter near 0 and 1, where paths bend.
+
+    0.07 and SOLVER_STD are those with which four steps come closest to 64 in the strength of fine detail.
+    """
     even = (step / steps for step in range(steps + 1))
     return [time - 0.07 * math.sin(2 * math.pi * time) for time in even]
 
@@ -232,7 +235,7 @@ class Refiner(nn.Module):
         Integrates the ODE in `ode_steps` steps, each one pass of the network. The velocity of Gaussian residuals of
         standard deviation SOLVER_STD, which is linear in x, is integrated exactly; the rest by the two-step
         Adams-Bashforth method (an exponential integrator, Hochbruck and Ostermann 2010, Acta Numer. 19:209, section
-        2.5). What the network says of smooth places, where the residual is weak, is then nearly integrated exactly too.
+        2.5).
 
         Args:
             sample_ids: N integers; each sample has its own random stream, as in `GatedPixelCNN.sample`.
