@@ -52,6 +52,12 @@ def noise_of(sample_ids, given, seed=0):
     return refiner.sample(sample_ids, *given, seed) / (0.1 * std)
 
 
+def stream_noise(sample_id):
+    """The noise (1, 16, 8) of a sample's own random stream."""
+    stream = torch.Generator().manual_seed(stream_seed(refiner_module.SEED_OFFSET, sample_id))
+    return torch.empty(1, 16, 8).normal_(generator=stream)
+
+
 def some_codes(count, size=(16, 8)):
     """Codes drawn at random, and a VQ-VAE that decodes them."""
     return torch.randint(20, (count, size[0] // 4, size[1] // 4)), VQVAE(SMALL).eval()
@@ -282,21 +288,28 @@ def test_ode_solver_takes_the_steps_of_the_scalar_one(velocity):
 
 @pytest.mark.parametrize("std", [1.0, 0.3])
 def test_gaussian_rate_is_the_slope_of_the_spread(std):
-    time = torch.linspace(0, 1, 1001, dtype=torch.float64)
-    slope = refiner_module.spread(time, std).log().diff() * 1000
+    time = torch.linspace(0, 1, 10001, dtype=torch.float64)
+    slope = refiner_module.spread(time, std).log().diff() * 10000
     middle = (time[1:] + time[:-1]) / 2
-    torch.testing.assert_close(slope, refiner_module.gaussian_rate(middle, std), atol=1e-4, rtol=0)
+    torch.testing.assert_close(slope, refiner_module.gaussian_rate(middle, std), atol=1e-5, rtol=0)
 
 
 def test_the_flow_of_gaussian_residuals_of_the_solver_std_is_integrated_exactly():
     """Each noise ends where it began, times the standard deviation."""
+    for own, noise in zip(range(64), noise_of(range(64), grey_codes(64))):
+        torch.testing.assert_close(noise, stream_noise(own), rtol=0, atol=1e-5)
+
+
+def test_an_untrained_refiner_adds_noise_of_the_residual_std():
+    """Its velocity is that of Gaussian residuals, which the default steps lengthen a little."""
     codes, vqvae = some_codes(64)
-    decoded, drawn = vqvae.decode(codes), noise_of(range(64), (codes, vqvae))
-    for own, one in zip(range(64), drawn):
-        stream = torch.Generator().manual_seed(stream_seed(refiner_module.SEED_OFFSET, own))
-        noise = torch.empty(1, 16, 8).normal_(generator=stream)
-        added = one - decoded[own] / (0.1 * refiner_module.SOLVER_STD)
-        torch.testing.assert_close(added, noise, rtol=0, atol=1e-4)
+    decoded, untrained = vqvae.decode(codes), Refiner(SMALL_REFINER)
+    untrained.residual_std.copy_(0.02 + 0.05 * torch.rand(20, 16))
+    factor = solve_scalar(gaussian_velocity, 1.0, RefinerConfig().ode_steps)
+    assert factor == pytest.approx(1, abs=0.05)
+    for own, drawn in zip(range(64), untrained.sample(range(64), codes, vqvae)):
+        expected = decoded[own] + untrained.pixel_std(codes)[own] * factor * stream_noise(own)
+        torch.testing.assert_close(drawn, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("std", [0.3, 0.5, 1.0])
@@ -416,7 +429,7 @@ def test_refiner_learns_a_bimodal_distribution():
 
 
 def test_noise_scale_scales_the_initial_noise():
-    """An untrained refiner returns its noise, scaled by residual_std."""
+    """What an untrained refiner adds is its noise, scaled by residual_std, and linear in it."""
     vqvae, refiner = (
         VQVAE(SMALL).eval(),
         Refiner(SMALL_REFINER),
