@@ -25,6 +25,9 @@ SEED_OFFSET = 2**32  # added to a seed, which is smaller: the refiner's random s
 MICRO_BATCH_PIXELS = 2**17  # per forward pass on a CPU, so that its activations stay in the caches
 SOLVER_STD = 0.6  # between residuals as strong as their code's (1) and those in smooth places, which are weaker
 PRIOR_COUNT = 10  # pseudo-observations: rare codes take the standard deviation of all codes
+GREY_LEVEL = 2 / 255  # of the 256 of a slice
+GRAIN = 2  # numbers that tell how strong a slice's grain is
+GRAIN_JITTER = 1e-6  # added to their variances, which are 0 for equal slices
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,32 @@ class RefinerConfig:
     levels: int = 4
     time_frequencies: int = 8
     ode_steps: int = 4
+
+
+def to_roots(slices: Tensor) -> Tensor:
+    """Return the square roots of intensities, in [0.09, 1.42], of slices in [-1, 1].
+
+    Where there is no signal, the noise of magnitude images is one-sided (Gudbjartsson and Patz 1995, Magn. Reson. Med.
+    34:910, eq. 2); its square root is nearly Gaussian. One grey level is added, so that black has a finite slope.
+    """
+    return (slices + 1 + GREY_LEVEL).sqrt()
+
+
+def from_roots(roots: Tensor) -> Tensor:
+    """Return the slices in [-1, 1] of square roots, clipped: the inverse of `to_roots`."""
+    return (roots.clamp(min=0).square() - 1 - GREY_LEVEL).clamp(-1, 1)
+
+
+def grain_strength(residual: Tensor) -> Tensor:
+    """Return the strength of the grain, (N, GRAIN), in residuals (N, 1, H, W) of unit variance; sides of at least 2.
+
+    The logarithms of the finest contrast, below which a fifth of all blocks of 4x4 pixels are, and of the root mean
+    square. The contrast is that of a pixel's diagonals; of white noise, its root mean square is the standard deviation.
+    """
+    contrast = residual.diff(dim=2).diff(dim=3) / 2
+    blocks = F.avg_pool2d(contrast.square(), 4, ceil_mode=True).flatten(1)
+    strengths = torch.stack([blocks.quantile(0.2, dim=1), residual.square().mean((1, 2, 3))], 1)
+    return strengths.clamp(min=1e-6).log() / 2
 
 
 def spread(time: Tensor, std: float = 1.0) -> Tensor:
@@ -78,7 +107,7 @@ class Conditioning(NamedTuple):
     """What the refiner is given beside x and the time."""
 
     pictures: Tensor  # (N, 2, H, W): the decoded slices, and half the logarithm of the residual's standard deviation
-    augmentation: Tensor  # (N, 1 + AUGMENTATIONS): whether a slice was augmented, and how
+    slice_wide: Tensor  # (N, 1 + AUGMENTATIONS + GRAIN): whether a slice was augmented, how, and its grain
 
 
 class ModulatedBlock(nn.Module):
@@ -106,25 +135,33 @@ class Refiner(nn.Module):
     """Flow-matching network for p(slice | codes): samples the detail that codes leave open (arXiv:2210.02747).
 
     Many slices share one code grid, and the MSE decoder returns their mean, which is blurred. The refiner samples the
-    standardised residual x_1 = (slice - decoded) / residual_std: it transports noise x_0 along the ODE dx/dt = v(x, t)
-    from t = 0 to 1. It is trained to predict x_1 - x_0 at x = (1 - t) x_0 + t x_1 (there, eq. 23 with sigma_min = 0).
+    standardised residual x_1 = (sqrt(slice) - sqrt(decoded)) / residual_std, of square roots as in `to_roots`: it
+    transports noise x_0 along the ODE dx/dt = v(x, t) from t = 0 to 1. It is trained to predict x_1 - x_0 at
+    x = (1 - t) x_0 + t x_1 (there, eq. 23 with sigma_min = 0).
 
     The residual's standard deviation is estimated for each pixel of each code's square in the training slices, so that
     x_1 has unit variance in air as in muscle. If x_1 were Gaussian noise, v would be `gaussian_rate`(t) x; the network
     learns the rest. It is a U-Net (Ronneberger et al. 2015, arXiv:1505.04597) that begins on pixels: thin lines and
-    grain are as fine as those, and do not depend on where in a code's square they lie. As the prior, the refiner is
-    told in training how a slice was augmented.
+    grain are as fine as those, and do not depend on where in a code's square they lie.
+
+    As the prior, the refiner is told in training how a slice was augmented. It is also told how strong the slice's
+    grain is, which differs between patients and which codes do not tell; in sampling that is drawn once for each slice.
     """
 
-    residual_std: Tensor  # (K, downsampling^2)
+    residual_std: Tensor  # (K, downsampling^2), of square roots
+    grain_mean: Tensor  # (GRAIN,), over the training slices
+    grain_factor: Tensor  # (GRAIN, GRAIN), the Cholesky factor of their covariance
 
     def __init__(self, config: RefinerConfig):
         super().__init__()
         self.config = config
         self.register_buffer("residual_std", torch.ones(config.codebook_size, config.downsampling**2))
+        self.register_buffer("grain_mean", torch.zeros(GRAIN))
+        self.register_buffer("grain_factor", torch.eye(GRAIN))
         *finer, coarsest = [config.channels * 2**level for level in range(config.levels)]
         self.modulation_widths = [2 * width for width in (*finer, coarsest, coarsest, *reversed(finer))]
-        self.modulation = nn.Linear(1 + 2 * config.time_frequencies + 1 + AUGMENTATIONS, sum(self.modulation_widths))
+        told = 1 + 2 * config.time_frequencies + 1 + AUGMENTATIONS + GRAIN
+        self.modulation = nn.Linear(told, sum(self.modulation_widths))
         self.stem = nn.Conv2d(3, config.channels, 3, padding=1)
         self.down = nn.ModuleList(map(ModulatedBlock, finer))
         self.shrink = nn.ModuleList(nn.Conv2d(fine, 2 * fine, 2, stride=2) for fine in finer)
@@ -136,33 +173,60 @@ class Refiner(nn.Module):
             nn.init.zeros_(parameter)
 
     @torch.no_grad()
-    def fit_residual_std(self, slices: Tensor, decoded: Tensor, codes: Tensor) -> None:
-        """Estimate residual_std from training slices, their decodings (N, 1, H, W), and their codes (N, h, w)."""
-        squares = F.pixel_unshuffle((slices - decoded).square(), self.config.downsampling)  # (N, s*s, h, w)
+    def fit_residuals(self, slices: Tensor, decoded: Tensor, codes: Tensor) -> None:
+        """Estimate residual_std and the grain's distribution.
+
+        Args:
+            slices: Training slices (N, 1, H, W) in [-1, 1].
+            decoded: Their decodings (N, 1, H, W).
+            codes: Their codes (N, h, w).
+        """
+        squares = F.pixel_unshuffle((to_roots(slices) - to_roots(decoded)).square(), self.config.downsampling)
         squares = squares.permute(0, 2, 3, 1).flatten(0, 2)
         sums = torch.zeros_like(self.residual_std).index_add_(0, codes.flatten(), squares)
         counts = torch.bincount(codes.flatten(), minlength=len(sums))[:, None]
         variances = (sums + PRIOR_COUNT * squares.mean(0)) / (counts + PRIOR_COUNT)
-        self.residual_std.copy_(variances.sqrt().clamp(min=1e-3))  # half a grey level of 256 is 4e-3
+        self.residual_std.copy_(variances.sqrt().clamp(min=1e-3))  # half a grey level is 1.4e-3 or more
+        grains = grain_strength(self.linear_residual(slices, decoded, codes))
+        covariance = grains.T.cov(correction=0) + GRAIN_JITTER * torch.eye(GRAIN, device=grains.device)
+        self.grain_mean.copy_(grains.mean(0))
+        self.grain_factor.copy_(torch.linalg.cholesky(covariance))
 
     def pixel_std(self, codes: Tensor) -> Tensor:
         """Return the residual's standard deviation at each pixel (N, 1, H, W) for codes (N, h, w)."""
         return F.pixel_shuffle(F.embedding(codes, self.residual_std).permute(0, 3, 1, 2), self.config.downsampling)
 
-    def condition(self, codes: Tensor, decoded: Tensor, augmentation: Tensor | None = None) -> Conditioning:
+    def linear_residual(self, slices: Tensor, decoded: Tensor, codes: Tensor) -> Tensor:
+        """Return the residual of intensities (N, 1, H, W), over its standard deviation to first order.
+
+        Noise is as strong in bright tissue as in dark tissue, while its square root is not.
+        """
+        return (slices - decoded) / (2 * to_roots(decoded) * self.pixel_std(codes))
+
+    def standard_grain(self, slices: Tensor, decoded: Tensor, codes: Tensor) -> Tensor:
+        """Return the grain of slices (N, 1, H, W), (N, GRAIN): of mean 0 and covariance 1 over the training slices."""
+        deviations = grain_strength(self.linear_residual(slices, decoded, codes)) - self.grain_mean
+        return torch.linalg.solve_triangular(self.grain_factor, deviations.T, upper=False).T
+
+    def condition(
+        self, codes: Tensor, decoded: Tensor, augmentation: Tensor | None = None, grain: Tensor | None = None
+    ) -> Conditioning:
         """Return the conditioning, which does not depend on time.
 
         Args:
             codes: (N, h, w).
             decoded: Their decoded slices (N, 1, H, W).
             augmentation: (N, AUGMENTATIONS), 0 for a slice that was not augmented; None if none was.
+            grain: (N, GRAIN), `standard_grain`; None for the mean.
         """
         if augmentation is None:
             augmentation = decoded.new_zeros(len(decoded), AUGMENTATIONS)
+        if grain is None:
+            grain = decoded.new_zeros(len(decoded), GRAIN)
         # Interpolation blurs however little it turns: so the network is also told whether a slice was augmented.
         augmented = augmentation.any(1, keepdim=True).to(augmentation)
         pictures = torch.cat([decoded, self.pixel_std(codes).log() / 2], 1)  # both about in [-2, 1]
-        return Conditioning(pictures, torch.cat([augmented, augmentation], 1))
+        return Conditioning(pictures, torch.cat([augmented, augmentation, grain], 1))
 
     def forward(self, x: Tensor, time: Tensor, given: Conditioning) -> Tensor:
         """Return the velocity (N, 1, H, W) at x (N, 1, H, W), times (N,) in [0, 1] and `condition`'s conditioning."""
@@ -170,7 +234,7 @@ class Refiner(nn.Module):
         pictures = torch.cat([x, given.pictures], 1)
         pictures = F.pad(pictures, (0, -columns % coarsest, 0, -rows % coarsest), mode="replicate")
         h = self.stem(pictures.contiguous(memory_format=torch.channels_last))
-        modulations = iter(self.modulate(time, given.augmentation).to(h.dtype).split(self.modulation_widths, 1))
+        modulations = iter(self.modulate(time, given.slice_wide).to(h.dtype).split(self.modulation_widths, 1))
         skips = []
         for block, shrink in zip(self.down, self.shrink):
             h = block(h, next(modulations))
@@ -183,10 +247,10 @@ class Refiner(nn.Module):
         velocity = self.output(F.relu(h))[..., :rows, :columns]
         return velocity.float() + gaussian_rate(time[:, None, None, None]) * x
 
-    def modulate(self, time: Tensor, augmentation: Tensor) -> Tensor:
+    def modulate(self, time: Tensor, slice_wide: Tensor) -> Tensor:
         """Return the modulation of all blocks, side by side, (N, 2C, 1, 1)."""
         phases = time[:, None] * torch.arange(1, self.config.time_frequencies + 1, device=time.device) * torch.pi
-        return self.modulation(torch.cat([time[:, None], phases.sin(), phases.cos(), augmentation], 1))[..., None, None]
+        return self.modulation(torch.cat([time[:, None], phases.sin(), phases.cos(), slice_wide], 1))[..., None, None]
 
     def draw_noise(self, size: Sequence[int]) -> RefinerNoise:
         """Return the noise of a training pass over slices of `size` (N, 1, H, W)."""
@@ -214,10 +278,10 @@ class Refiner(nn.Module):
             noise: Drawn if it is None.
         """
         decoded = vqvae.decode(codes)
-        residual = (slices - decoded) / self.pixel_std(codes)
+        residual = (to_roots(slices) - to_roots(decoded)) / self.pixel_std(codes)
         start, time = noise or self.draw_noise(slices.shape)
         x = torch.lerp(start, residual, time[:, None, None, None])
-        given = self.condition(codes, decoded, augmentation)
+        given = self.condition(codes, decoded, augmentation, self.standard_grain(slices, decoded, codes))
         return F.mse_loss(self(x, time, given), residual - start)
 
     @torch.no_grad()
@@ -242,7 +306,7 @@ class Refiner(nn.Module):
             codes: (N, h, w); their device computes.
             vqvae: The VQ-VAE that the codes belong to.
             seed: Of all samples, in [0, 2^32).
-            noise_scale: Scale of the initial noise, in [0, 1]. Below 1 the detail is smoother; at 0 it is
+            noise_scale: Scale of all that is random, in [0, 1]. Below 1 the detail is smoother; at 0 it is
                 deterministic.
             progress: Called at each step with the slices (N, 1, H, W) that the network expects at the end: x_1 at the
                 end of a straight line of the present velocity.
@@ -252,11 +316,13 @@ class Refiner(nn.Module):
         """
         with torch.autocast(codes.device.type, enabled=False):  # bfloat16 would round the result to half a grey level
             decoded = vqvae.decode(codes)
-        conditioning = self.condition(codes, decoded)
-        x = torch.empty_like(decoded)
-        for own, sample_id in zip(x, sample_ids):
+        x, grains = torch.empty_like(decoded), decoded.new_empty(len(decoded), GRAIN)
+        for own, own_grain, sample_id in zip(x, grains, sample_ids):
             stream = torch.Generator(x.device).manual_seed(stream_seed(seed + SEED_OFFSET, sample_id))
             own.normal_(generator=stream)
+            own_grain.normal_(generator=stream)
+        conditioning = self.condition(codes, decoded, grain=noise_scale * grains)
+        roots, std = to_roots(decoded), self.pixel_std(codes)
         y, step = noise_scale * x, 0.0  # x = spread(t) y
         slope: Tensor | None = None
         for begin, end in pairwise(solver_times(self.config.ode_steps)):
@@ -265,10 +331,10 @@ class Refiner(nn.Module):
             x = spread(t, SOLVER_STD) * y
             velocity = self(x, time, conditioning)
             if progress:
-                progress((decoded + self.pixel_std(codes) * (x + (1 - t) * velocity)).clamp(-1, 1))
+                progress(from_roots(roots + std * (x + (1 - t) * velocity)))
             before, slope = slope, (velocity - gaussian_rate(t, SOLVER_STD) * x) / spread(t, SOLVER_STD)
             step_before, step = step, end - begin
             y = y + step * slope
             if before is not None:
                 y = y + step**2 / (2 * step_before) * (slope - before)
-        return (decoded + self.pixel_std(codes) * SOLVER_STD * y).clamp(-1, 1)
+        return from_roots(roots + std * SOLVER_STD * y)

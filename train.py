@@ -224,7 +224,7 @@ class RefinerTrainer(Trainer[Refiner]):
     """Train the refiner on training slices and their reconstructions; its EMA is validated and saved."""
 
     stage, objective, criterion = "refiner", "flow_loss", "flow_loss"
-    fitted = ("residual_std",)
+    fitted = ("residual_std", "grain_mean", "grain_factor")
 
     def __init__(
         self, run: Run, stop: StopSignals, options: TrainConfig, loader: BatchLoader, data: DataSplits, vqvae: VQVAE
@@ -233,7 +233,7 @@ class RefinerTrainer(Trainer[Refiner]):
         seed_update(options.seed, self.stage, 0)
         shared = {name: getattr(options, name) for name in ("downsampling", "codebook_size")}
         model = channels_last(Refiner(network_config(RefinerConfig, options, "refiner_", **shared)), loader.device)
-        model.fit_residual_std(*reconstruct_subset(vqvae, data.train, options, loader.device))
+        model.fit_residuals(*reconstruct_subset(vqvae, data.train, options, loader.device))
         super().__init__(run, stop, options, loader, model, options.refiner_updates, options.refiner_learning_rate)
 
     def compute_losses(self) -> Iterator[dict[str, Tensor]]:

@@ -368,7 +368,7 @@ def test_residual_std_is_fitted_on_decoded_training_slices(trained, monkeypatch)
         torch.testing.assert_close(decoded, vqvae.decode(codes), rtol=0, atol=0.02)
     refiner = load_weights(trained.run / "refiner.safetensors", Refiner, RefinerConfig, "refiner_")
     saved = refiner.residual_std.clone()
-    refiner.fit_residual_std(
+    refiner.fit_residuals(
         *train.reconstruct_subset(
             vqvae, data.train, train.parse_options(["--batch-size", "5", "--std-slices", "16"]), cpu
         )
@@ -529,7 +529,7 @@ def test_resuming_restores_residual_std(options, trained, monkeypatch):
     at_updates(monkeypatch, {("refiner", 2): send(signal.SIGTERM)})
     with pytest.raises(SystemExit):
         train.main(arguments(**options))
-    monkeypatch.setattr(Refiner, "fit_residual_std", lambda self, *_: self.residual_std.fill_(9))
+    monkeypatch.setattr(Refiner, "fit_residuals", lambda self, *_: self.residual_std.fill_(9))
     train.main(arguments(**options))
     assert_same_run(options["run"], trained.run)
 
