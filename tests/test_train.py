@@ -353,7 +353,7 @@ def test_validation_flow_loss_is_the_mean_over_slices_and_not_over_batches(train
     assert loss == pytest.approx((5 * 1 + 5 * 2 + 2 * 3) / 12)
 
 
-def test_residual_std_is_fitted_on_decoded_training_slices(trained, monkeypatch):
+def test_residuals_are_fitted_on_decoded_training_slices(trained, monkeypatch):
     """24 draws are each of the 12 slices twice. Slices, codes and decoded slices agree up to bfloat16."""
     vqvae = load_weights(trained.run / "vqvae.safetensors", VQVAE, VQVAEConfig)
     data, cpu = load_dataset(str(trained.data), None, (4, 4), 0), torch.device("cpu")
@@ -367,13 +367,15 @@ def test_residual_std_is_fitted_on_decoded_training_slices(trained, monkeypatch)
         assert (vqvae.encode(slices) == codes).float().mean() > 0.98
         torch.testing.assert_close(decoded, vqvae.decode(codes), rtol=0, atol=0.02)
     refiner = load_weights(trained.run / "refiner.safetensors", Refiner, RefinerConfig, "refiner_")
-    saved = refiner.residual_std.clone()
+    saved, grain_mean = refiner.residual_std.clone(), refiner.grain_mean.clone()
     refiner.fit_residuals(
         *train.reconstruct_subset(
             vqvae, data.train, train.parse_options(["--batch-size", "5", "--std-slices", "16"]), cpu
         )
     )
     torch.testing.assert_close(refiner.residual_std, saved, rtol=1e-4, atol=0)
+    torch.testing.assert_close(refiner.grain_mean, grain_mean, rtol=1e-3, atol=0)
+    assert grain_mean.abs().min() > 1e-3
     assert saved.std() > 0.1 * saved.mean() > 0  # codes differ
 
 
@@ -524,7 +526,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(options, trained, monkeypatch
     assert_same_run(options["run"], trained.run)
 
 
-def test_resuming_restores_residual_std(options, trained, monkeypatch):
+def test_resuming_restores_what_was_fitted(options, trained, monkeypatch):
     """It is not fitted again."""
     at_updates(monkeypatch, {("refiner", 2): send(signal.SIGTERM)})
     with pytest.raises(SystemExit):
