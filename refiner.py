@@ -73,7 +73,8 @@ def grain_strength(residual: Tensor) -> Tensor:
     """
     contrast = residual.diff(dim=2).diff(dim=3) / 2
     blocks = F.avg_pool2d(contrast.square(), 4, ceil_mode=True).flatten(1)
-    strengths = torch.stack([blocks.quantile(0.2, dim=1), residual.square().mean((1, 2, 3))], 1)
+    smoothest = blocks.sort(1).values[:, blocks.shape[1] // 5]
+    strengths = torch.stack([smoothest, residual.square().mean((1, 2, 3))], 1)
     return strengths.clamp(min=1e-6).log() / 2
 
 
