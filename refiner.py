@@ -158,7 +158,8 @@ class Refiner(nn.Module):
         self.config = config
         self.register_buffer("residual_std", torch.ones(config.codebook_size, config.downsampling**2))
         self.register_buffer("grain_mean", torch.zeros(GRAIN))
-        self.register_buffer("grain_factor", torch.eye(GRAIN))
+        identity = torch.zeros(GRAIN, GRAIN).fill_diagonal_(1)  # eye() on the meta device imports TorchDynamo
+        self.register_buffer("grain_factor", identity)
         *finer, coarsest = [config.channels * 2**level for level in range(config.levels)]
         self.modulation_widths = [2 * width for width in (*finer, coarsest, coarsest, *reversed(finer))]
         told = 1 + 2 * config.time_frequencies + 1 + AUGMENTATIONS + GRAIN
