@@ -79,7 +79,7 @@ def grey_codes(count, size=(16, 8)):
 
 def test_fit_residuals_equals_brute_force():
     """Per code and pixel of its square, with 10 pseudo-observations of the mean; the first pixel has no residual."""
-    std = 0.01 * torch.arange(16.0).view(1, 1, 4, 4).repeat(1, 1, 2, 3)
+    std = 0.05 * torch.arange(16.0).view(1, 1, 4, 4).repeat(1, 1, 2, 3)
     decoded, codes = torch.rand(30, 1, 8, 12) - 0.5, torch.randint(12, (30, 2, 3)) ** 2 // 12  # uneven frequencies
     slices = (decoded + std * torch.randn(30, 1, 8, 12)).clamp(-1, 1)
     refiner = small_refiner()
@@ -102,7 +102,7 @@ def test_fit_residuals_equals_brute_force():
             expected = max(1e-3, np.sqrt((sum(own) + 10 * mean) / (len(own) + 10)))
             assert refiner.residual_std[code, pixel].item() == pytest.approx(expected, rel=1e-5)
     assert (refiner.residual_std[:, 0] == 1e-3).all()
-    assert (refiner.residual_std[:, 1:] > 0.003).all()
+    assert (refiner.residual_std[:, 1:] > 0.01).all()
 
 
 @pytest.mark.parametrize("level", [0, 1, 40, 255])
@@ -322,7 +322,7 @@ def test_flow_loss_of_the_exact_velocity_is_0():
     refiner.forward = lambda x, time, conditioning: (scaled - x) / (1 - time[:, None, None, None])
     assert refiner.loss(slices, codes, vqvae) < 1e-6
     refiner.forward = lambda x, time, conditioning: scaled - x
-    assert refiner.loss(slices, codes, vqvae) > 1e-3
+    assert refiner.loss(slices, codes, vqvae) > 0.1
 
 
 def test_training_times_are_logit_normal():
@@ -366,7 +366,7 @@ def test_ode_solver_takes_the_steps_of_the_scalar_one(velocity):
     refiner, given = small_refiner(velocity, std=0.02), grey_codes(3)
     factor = solve_scalar(velocity, 1.0, steps)
     expected = factor * 0.02 * noise_of(range(3), given)
-    torch.testing.assert_close(added(refiner.sample(range(3), *given), given), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(added(refiner.sample(range(3), *given), given), expected, rtol=0, atol=2e-7)
     exact = np.exp(np.mean([velocity(1.0, (i + 0.5) / 1000) for i in range(1000)]))
     assert solve_scalar(velocity, 1.0, 24) == pytest.approx(exact, rel=0.01)
 
@@ -448,10 +448,10 @@ def test_sampling_a_normal_distribution_has_its_mean_and_variance():
 
 
 def test_residual_std_scales_the_residual():
-    given, std = grey_codes(3), 0.01 + 0.05 * torch.rand(20, 16)
-    drawn = [small_refiner(lambda x, time: x.sin(), scale).sample(range(3), *given) for scale in (0.02, std)]
+    given, std = grey_codes(3), 0.05 + 0.05 * torch.rand(20, 16)
+    drawn = [small_refiner(lambda x, time: x.sin(), scale).sample(range(3), *given) for scale in (0.1, std)]
     first, second = (added(slices, given) for slices in drawn)
-    torch.testing.assert_close(second / small_refiner(std=std).pixel_std(given[0]), first / 0.02, rtol=0, atol=1e-4)
+    torch.testing.assert_close(second / small_refiner(std=std).pixel_std(given[0]), first / 0.1)
     assert first.std() > 0.01
 
 
@@ -519,8 +519,9 @@ def test_noise_scale_scales_the_initial_noise():
     """What an untrained refiner adds is its noise, scaled by residual_std, and linear in it."""
     given, refiner = some_codes(2, (12, 20)), Refiner(SMALL_REFINER)
     refiner.residual_std.fill_(0.01)
-    full, half, none = (added(refiner.sample([0, 1], *given, noise_scale=scale), given) for scale in (1, 0.5, 0))
-    assert none.abs().max() < 1e-6
+    drawn = [refiner.sample([0, 1], *given, noise_scale=scale) for scale in (1, 0.5, 0)]
+    full, half, _ = (added(slices, given) for slices in drawn)
+    assert torch.equal(drawn[2], from_roots(to_roots(given[1].decode(given[0]))))
     assert full.std() > 0.005
     torch.testing.assert_close(half, full / 2, rtol=0, atol=1e-6)
 
@@ -532,9 +533,8 @@ def test_progress_sees_the_slices_that_each_step_predicts():
     drawn = refiner.sample(range(2), codes, vqvae, seed=3, progress=seen.append)
     assert torch.equal(drawn, refiner.sample(range(2), codes, vqvae, seed=3))
     assert len(seen) == refiner.config.ode_steps
-    torch.testing.assert_close(
-        seen[0], torch.zeros_like(drawn), rtol=0, atol=1e-6
-    )  # at t = 0 the velocity is -x, which ends at 0
+    # At t = 0 the velocity is -x, which ends at 0.
+    torch.testing.assert_close(seen[0], torch.zeros_like(drawn), rtol=0, atol=1e-6)
     t = 1 / 2
     share = ((std * t) ** 2 + (1 - t) ** 2) ** 0.5 * (1 + (1 - t) * gaussian_velocity(1.0, t, std)) / std
     predicted, drawn = (added(slices, (codes, vqvae)) for slices in (seen[refiner.config.ode_steps // 2], drawn))
