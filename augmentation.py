@@ -33,6 +33,7 @@ def augment(slices: Tensor, parameters: Tensor) -> Tensor:
     row_x = torch.stack([cos * scale[:, 0], -sin * scale[:, 0] * height / width, shift[:, 0]], 1)
     row_y = torch.stack([sin * scale[:, 1] * width / height, cos * scale[:, 1], shift[:, 1]], 1)
     grid = F.affine_grid(torch.stack([row_x, row_y], 1), list(slices.shape), align_corners=False)
-    brightness = F.grid_sample((slices + 1) / 2, grid, padding_mode="reflection", align_corners=False).clamp(0, 1)
+    # Bicubic: linear interpolation would blur, and samples with it.
+    moved = F.grid_sample((slices + 1) / 2, grid, mode="bicubic", padding_mode="reflection", align_corners=False)
     gamma = (LOG_GAMMA * parameters[:, 5]).exp()[:, None, None, None]
-    return 2 * brightness**gamma - 1
+    return 2 * moved.clamp(0, 1) ** gamma - 1
