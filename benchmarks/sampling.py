@@ -22,7 +22,7 @@ from utils import channels_last, pick_device
 BATCH, DOWNSAMPLING, GRID = 32, 4, (64, 32)  # the published sizes
 FULL = VQVAEConfig()  # of the full preset
 PLACES = [(16, 8), (48, 24)]  # where full forwards are timed
-SLICES = {"cpu": (64, 32), "cuda": (1024, 512)}  # slices sampled and decoded; batch size
+SLICES = {"cpu": 128, "cuda": 1024}  # sampled and decoded
 
 
 def make_networks(config: VQVAEConfig, grid: tuple[int, int], device: torch.device) -> predict.Networks:
@@ -65,12 +65,16 @@ def main() -> None:
     positions = torch.rand(BATCH, device=device)
     codes = torch.randint(size, (BATCH, *GRID), device=device)
     full_codes = torch.randint(FULL.codebook_size, (BATCH, *full_grid), device=device)
-    count, batch = SLICES[device.type]
+    count, batch = SLICES[device.type], predict.BATCH_SIZES[device.type]
+    more_positions, more_codes = torch.rand(batch), torch.randint(FULL.codebook_size, (batch, *full_grid))
+    more = [(c.to(device), p.to(device)) for c, p in zip(more_codes.split(BATCH), more_positions.split(BATCH))]
     steps = sampling_steps(GRID, size, device)
     seconds = interleave(
         {
             "batch": lambda: prior.sample(range(BATCH), positions, top_p=predict.TOP_P),
             "all_codes": lambda: prior.sample(range(BATCH), positions),
+            "full_batch": lambda: full.prior.sample(range(batch), more_positions.to(device), top_p=predict.TOP_P),
+            "full_forward": lambda: [full.prior(c, p) for c, p in more],
             "one": lambda: prior.sample(range(1), positions[:1], top_p=predict.TOP_P),
             "forwards": lambda: sample_by_full_forwards(lambda c: prior(c, positions), codes, PLACES),
             "slices": lambda: sample_and_decode(networks, count, batch, device),
@@ -98,6 +102,8 @@ def main() -> None:
     report("refiner_seconds", seconds["refiner"], "s", **settings)
     report("refiner_at_once_seconds", seconds["refiner_at_once"], "s", **settings)
     in_full = settings | {"grid": list(full_grid), "codes": FULL.codebook_size}
+    over_forward = seconds["full_batch"] / seconds["full_forward"]
+    report("full_sampling_over_one_forward", over_forward, "times", **in_full | {"batch": batch})
     report("full_refiner_passes", full.refiner.config.ode_steps, "passes", **in_full)
     report("full_refiner_seconds_per_slice", seconds["full_refiner"] / BATCH, "s", **in_full)
     for name in steps:

@@ -43,6 +43,10 @@ ROWS = {  # by the script that measures them
             "refiner of the full preset, per slice, including decoding",
             ("full_refiner_passes", "full_refiner_seconds_per_slice"),
         ),
+        Row(
+            f"sampling {predict.BATCH_SIZES['cpu']} code grids of the full preset over one forward pass over them",
+            ratio="full_sampling_over_one_forward",
+        ),
         Row("sampling 32 code grids over one forward pass over them", ratio="sampling_over_one_forward"),
         Row(
             f"sampling 32 code grids with top-p {predict.TOP_P:g} over sampling them from all codes",
@@ -65,7 +69,7 @@ ROWS = {  # by the script that measures them
         Row("decoding 32 code grids", ("decoding_seconds",)),
         Row("decoding and refining 32 code grids, in batches of 4 as in `predict.py`", ("refiner_seconds",)),
         Row("decoding and refining 32 code grids at once", ("refiner_at_once_seconds",)),
-        Row("64 slices as in `predict.py`: codes, decoding, refining", ("sampled_and_decoded_seconds",)),
+        Row("128 slices as in `predict.py`: codes, decoding, refining", ("sampled_and_decoded_seconds",)),
     ),
     "training.py": (
         Row(

@@ -105,8 +105,9 @@ def test_updates_of_every_network_are_timed(lines, monkeypatch):
 
 def test_sampling_is_timed_against_a_full_forward_per_code(lines, monkeypatch):
     """Grids of 32 codes; one of the 32 full forward passes is timed."""
-    for name, value in {"BATCH": 2, "GRID": (8, 4), "PLACES": [(2, 2)], "SLICES": {"cpu": (2, 2)}}.items():
+    for name, value in {"BATCH": 2, "GRID": (8, 4), "PLACES": [(2, 2)], "SLICES": {"cpu": 2}}.items():
         monkeypatch.setattr(sampling, name, value)
+    monkeypatch.setitem(sampling.predict.BATCH_SIZES, "cpu", 3)
     printed, sentence = lines(sampling, "--rounds", 1, "--codes", 16, "--device", "cpu")
     assert names_of("sampling.py") <= printed.keys()
     values = {name: line["value"] for name, line in printed.items()}
