@@ -76,7 +76,7 @@ class VQVAETrainer(Trainer[VQVAE]):
         if self.update == self.encoder_warmup + 1 and not self.options.init:
             self.model.codebook.kmeans_init(encode_latents(self.model, self.data.train, self.options, self.device))
             distributed.take_from_first(list(self.model.codebook.buffers()))
-        slices, _, _ = self.loader(self.update)  # not augmented: interpolation blurs, which lowered SSIM
+        slices, _, _ = self.loader(self.update)  # not augmented: with linear interpolation that lowered SSIM
         quantise, found = self.update > self.encoder_warmup, []
         for micro_batch in slices.split(-(-len(slices) // self.options.accumulate)):
             with autocast(self.device):
