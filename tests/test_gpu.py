@@ -235,7 +235,7 @@ def short_of_memory(real, most):
 
 
 def test_sampling_halves_the_batch_size_when_memory_runs_out(trained, tmp_path, monkeypatch):
-    given = {"run": trained.run, "num": 11, "images": tmp_path, "device": "cpu"}
+    given = {"run": trained.run, "num": 11, "images": tmp_path, "device": "cpu", "batch_size": 32}
     call(predict, **given, out=tmp_path / "all")
     for network in (predict.GatedPixelCNN, predict.Refiner):
         monkeypatch.setattr(network, "sample", short_of_memory(network.sample, 3))
@@ -251,7 +251,7 @@ def test_too_little_memory_for_one_slice_is_an_error(trained, tmp_path, monkeypa
     kind = getattr(predict, network)
     monkeypatch.setattr(kind, "sample", short_of_memory(kind.sample, 0))
     with pytest.raises(RunError, match="does not suffice for a single slice"):
-        call(predict, run=trained.run, num=5, out=tmp_path, images=tmp_path, device="cpu")
+        call(predict, run=trained.run, num=5, batch_size=32, out=tmp_path, images=tmp_path, device="cpu")
     assert kind.sample.sizes == [32, 16, 8, 4, 2, 1]
 
 
