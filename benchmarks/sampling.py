@@ -15,7 +15,7 @@ from peers import sampling_steps
 from reference import sample_by_full_forwards
 
 import predict
-from modules import VQVAE, GatedPixelCNN, PriorConfig, VQVAEConfig
+from modules import MICRO_BATCH_CODES, VQVAE, GatedPixelCNN, PriorConfig, VQVAEConfig
 from refiner import Refiner, RefinerConfig
 from utils import channels_last, pick_device
 
@@ -48,8 +48,9 @@ def refine_in_batches(networks: predict.Networks, codes: torch.Tensor, device: t
 
 @torch.inference_mode()
 def pass_forward(prior: GatedPixelCNN, codes: torch.Tensor, positions: torch.Tensor) -> None:
-    """Compute the logits of finished grids of codes (N, h, w), in parts as large as the caches."""
-    for part in zip(codes.split(BATCH // 2), positions.split(BATCH // 2)):
+    """Compute the logits of finished grids of codes (N, h, w): on a CPU in parts that fit its caches."""
+    size = len(codes) if codes.is_cuda else max(1, MICRO_BATCH_CODES // codes[0].numel())
+    for part in zip(codes.split(size), positions.split(size)):
         prior(*part)
 
 
@@ -104,7 +105,7 @@ def main() -> None:
     report("sampling_speedup", speedup, "times", **settings)
     report("sampling_over_one_forward", seconds["batch"] / forward, "times", **settings)
     report("top_p_over_all_codes", seconds["batch"] / seconds["all_codes"], "times", **settings)
-    report("sampled_and_decoded_seconds", seconds["slices"], "s", **settings, slices=count)
+    report("sampled_and_decoded_seconds", seconds["slices"], "s", **settings | {"batch": batch}, slices=count)
     report("decoding_seconds", seconds["decoding"], "s", **settings)
     report("refiner_seconds", seconds["refiner"], "s", **settings)
     report("refiner_at_once_seconds", seconds["refiner_at_once"], "s", **settings)
