@@ -64,6 +64,10 @@ def processes() -> Iterator[None]:
     if not dist.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1":
         yield
         return
+    # A default argument there would keep the group if it is imported later, as an optimiser does. Then a thread of the
+    # group may want the interpreter while that ends, and the process aborts.
+    import torch.distributed.nn.functional
+
     with_gpus = torch.cuda.is_available() and dist.is_nccl_available()
     dist.init_process_group("cpu:gloo,cuda:nccl" if with_gpus else "gloo", timeout=TIMEOUT)
     if not is_first():
@@ -75,7 +79,8 @@ def processes() -> Iterator[None]:
         if is_first():
             raise
         raise SystemExit(2) from None
-    dist.destroy_process_group()
+    finally:
+        dist.destroy_process_group()
 
 
 def device_name(name: str) -> str:

@@ -37,6 +37,7 @@ class Ended:
     stderr: str
     states: str  # a line for each checkpoint: a hash of its tensors
     decoded: int  # files that it read
+    threads: str  # the names of those it had left at the end, on Linux
 
     @property
     def errors(self) -> list[str]:
@@ -109,7 +110,11 @@ def run_process(number, count, port, folder, options, acts):
             at_updates(pytest.MonkeyPatch(), {(stage, update): lambda: kill(number, rank, *kinds)})  # noqa: B023
         else:
             in_validation(stage, update, lambda: kill(number, rank, *kinds))  # noqa: B023
-    console.run_command(lambda: train.main(arguments(**options)))
+    try:
+        console.run_command(lambda: train.main(arguments(**options)))
+    finally:
+        names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+        (folder / f"threads-{number}").write_text("".join(names))
 
 
 class Processes:
@@ -150,7 +155,7 @@ class Processes:
 
 
 def texts(folder, number):
-    """Return what a process left: stdout, stderr, states, and the number of files that it decoded."""
-    paths = [folder / f"{name}-{number}" for name in ("stdout", "stderr", "states", "decoded")]
-    *printed, decoded = (path.read_text() if path.exists() else "" for path in paths)
-    return *printed, len(decoded)
+    """Return what a process left: stdout, stderr, states, the number of files that it decoded, and its threads."""
+    paths = [folder / f"{name}-{number}" for name in ("stdout", "stderr", "states", "decoded", "threads")]
+    *printed, decoded, threads = (path.read_text() if path.exists() else "" for path in paths)
+    return *printed, len(decoded), threads

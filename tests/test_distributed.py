@@ -86,6 +86,7 @@ def test_several_processes_train_as_one_does(processes, options, alone, count):
         assert process.states == ended[0].states  # weights, averages and moments, bit for bit
         assert (process.stdout, process.stderr) == ("", "")
     assert "is complete" in ended[0].stdout
+    assert not any("gloo_runloop" in process.threads for process in ended)
 
 
 @pytest.mark.slow
@@ -102,6 +103,7 @@ def test_a_stopped_training_goes_on_with_another_number_of_processes(processes, 
     for count, act, place in stops:
         ended = processes.train(count, options, act)
         assert [process.status for process in ended] == [143] * count
+        assert not any("gloo_runloop" in process.threads for process in ended)
         header = checkpoint_header(options["run"])
         assert (header.stage, header.update, header.validation_pending) == place
     assert [process.status for process in processes.train(1, options)] == [0]
@@ -112,6 +114,7 @@ def test_the_death_of_a_process_ends_all_and_the_next_start_goes_on(processes, o
     options |= {"updates": 12, "prior_updates": 12, "refiner_updates": 2}
     first, second = processes.train(2, options, ("update", "prior", 12, 1, signal.SIGKILL))
     assert (first.status, second.status) == (2, -signal.SIGKILL)
+    assert "gloo_runloop" not in first.threads
     assert first.seconds < 30
     (error,) = first.errors
     assert error.startswith("error: another process has ended")
