@@ -285,7 +285,7 @@ def evaluate(options: EvaluateOptions, config: RunConfig, networks: Networks, de
     results["called_copies"] = describe_copies(copies["samples"], data.train)
 
     print("asking whether training slices can be told from held-out ones")
-    scores, results["membership"] = infer_membership(networks, data.train, held_out, samples, flip_axis)
+    scores, results["membership"] = infer_membership(networks, data.train, held_out, samples, drawn.codes, flip_axis)
     print_table(results)
     write_file(options.run / "evaluation.json", lambda part: part.write_text(strict_json(results)))
     write_model_card(options.run / "MODEL_CARD.md", config, results)
@@ -393,9 +393,9 @@ def network_metrics(
 
 
 def infer_membership(
-    networks: Networks, train: Slices, held_out: Slices, samples: SliceSet, flip_axis: int | None
+    networks: Networks, train: Slices, held_out: Slices, samples: SliceSet, codes: Tensor, flip_axis: int | None
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Any]]:
-    """Attack the run: which slices was it trained on?
+    """Attack the run, given its samples and their codes: which slices was it trained on?
 
     Besides the attacks on the networks (`attack_scores`), one on samples alone: how near the nearest sample is
     (Chen et al. 2020, arXiv:1909.03935, section 4.1).
@@ -409,7 +409,7 @@ def infer_membership(
     slices = torch.cat([train.batch(pairs.members.ravel()), held_out.batch(pairs.non_members.ravel())]).to(device)
     positions = np.concatenate([train.positions[pairs.members.ravel()], held_out.positions[pairs.non_members.ravel()]])
     with autocast(device):
-        found = attack_scores(slices, torch.from_numpy(positions).to(device), *networks, augment)
+        found = attack_scores(slices, torch.from_numpy(positions).to(device), *networks, augment, codes)
     found["samples"] = -nearest_distances(slices, samples.slices, flip_axis)
     scores = {name: tuple(own.cpu().view(2, *shape)) for name, own in found.items()}
     attacks = {name: attack_metrics(*own) for name, own in scores.items()}

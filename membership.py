@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from metrics import code_counts
 from modules import VQVAE, GatedPixelCNN
 from refiner import Refiner
 
@@ -103,15 +104,19 @@ def attack_scores(
     prior: GatedPixelCNN,
     refiner: Refiner,
     augment: Callable[[Tensor, Tensor], Tensor],
+    sampled_codes: Tensor,
     seed: int = 0,
 ) -> dict[str, Tensor]:
     """Score slices by what the networks say of them; higher for members.
 
     likelihood       Of the codes under the prior (Yeom et al. 2018, arXiv:1709.01604): minus the mean nats per code.
-    min_k            The same of the least likely MIN_K of the codes (Min-K % Prob, Shi et al. 2024, arXiv:2310.16789).
-    neighbourhood    The calibrated attack: nats per code of NEIGHBOURS slightly augmented copies of the slice, divided
-                     by those of the slice itself (Mattern et al. 2023, arXiv:2305.18462). The copies are as difficult
-                     as the slice, but were not trained on.
+    calibrated       The same, compared with the frequencies of codes, which tell how difficult a slice is (difficulty
+                     calibration, Watson et al. 2022, arXiv:2111.08440): nats per code under these minus the prior's.
+    min_k            Minus the mean nats of the least likely MIN_K of the codes (Min-K % Prob, Shi et al. 2024,
+                     arXiv:2310.16789).
+    neighbourhood    Nats per code of NEIGHBOURS slightly augmented copies of the slice, divided by those of the slice
+                     itself (Mattern et al. 2023, arXiv:2305.18462). The copies are as difficult as the slice, but were
+                     not trained on.
     reconstruction   Minus the squared error of the VQ-VAE.
     refiner          Minus the flow-matching loss, for fixed noises and times.
 
@@ -122,6 +127,7 @@ def attack_scores(
         prior: The prior.
         refiner: The refiner.
         augment: Maps slices and parameters (N, 6) to augmented slices, as training does.
+        sampled_codes: Codes of samples, of any shape, for the frequencies: who has the weights can draw them.
         seed: Of copies and noises.
 
     Returns:
@@ -131,12 +137,15 @@ def attack_scores(
     codes = encode(vqvae, slices)
     nll = code_nll(prior, codes, positions)
     nats = nll.mean(1)
+    frequencies = code_counts(sampled_codes, prior.config.codebook_size).to(slices.device) + 1
+    rarity = -(frequencies / frequencies.sum()).log()
     neighbours = torch.zeros_like(nats)
     for _ in range(NEIGHBOURS):
         parameters = NEIGHBOUR_STRENGTH * torch.randn(len(slices), 6, generator=random).to(slices.device)
         neighbours += code_nll(prior, encode(vqvae, augment(slices, parameters)), positions).mean(1) / NEIGHBOURS
     return {
         "likelihood": -nats,
+        "calibrated": rarity[codes].flatten(1).mean(1) - nats,
         "min_k": -nll.topk(max(1, int(MIN_K * nll.shape[1])), 1).values.mean(1),
         "neighbourhood": neighbours / nats,
         "reconstruction": torch.cat(

@@ -173,7 +173,7 @@ def test_single_slices_are_judged(evaluation):
 def test_membership_is_inferred_from_networks_and_samples(evaluation):
     _, results, printed = evaluation
     assert (results["membership"]["patients"], results["membership"]["slices"]) == (1, 4)
-    attacks = {"likelihood", "min_k", "neighbourhood", "reconstruction", "refiner", "samples"}
+    attacks = {"likelihood", "calibrated", "min_k", "neighbourhood", "reconstruction", "refiner", "samples"}
     assert results["membership"]["attacks"].keys() == attacks
     for values in results["membership"]["attacks"].values():
         assert values.keys() == {
@@ -186,7 +186,7 @@ def test_membership_is_inferred_from_networks_and_samples(evaluation):
         }
         assert 0 <= values["auc"] <= 1
     lines = {line[:32].strip(): line[32:].split() for line in printed.splitlines()}
-    assert lines["AUC"][:6] == [f"{values['auc']:.3f}" for values in results["membership"]["attacks"].values()]
+    assert lines["AUC"][:7] == [f"{values['auc']:.3f}" for values in results["membership"]["attacks"].values()]
 
 
 def test_evaluation_writes_its_figures(evaluation):

@@ -64,12 +64,22 @@ def test_scores_are_higher_for_slices_that_were_learned(networks):
         optimiser.zero_grad()
         prior.nll(codes[:12], positions[:12]).backward()
         optimiser.step()
-    scores = membership.attack_scores(slices, positions, vqvae, prior, refiner, augment)
+    scores = membership.attack_scores(slices, positions, vqvae, prior, refiner, augment, codes)
     areas = {name: membership.attack_metrics(own[:12, None], own[12:, None])["auc"] for name, own in scores.items()}
-    assert min(areas[name] for name in ("likelihood", "min_k", "neighbourhood")) > 0.95
+    assert min(areas[name] for name in ("likelihood", "calibrated", "min_k", "neighbourhood")) > 0.95
     assert max(abs(areas[name] - 0.5) for name in ("reconstruction", "refiner")) < 0.35
-    again = membership.attack_scores(slices, positions, vqvae, prior, refiner, augment)
+    again = membership.attack_scores(slices, positions, vqvae, prior, refiner, augment, codes)
     assert all(torch.equal(scores[name], again[name]) for name in scores)
+
+
+def test_calibration_adds_how_rare_the_codes_are_in_samples(networks):
+    slices, positions = torch.rand(5, 1, 32, 16) * 2 - 1, torch.rand(5)
+    sampled = torch.tensor([[0, 0, 3], [5, 0, 3]])
+    scores = membership.attack_scores(slices, positions, *networks, augment, sampled)
+    frequencies = torch.ones(16)  # once more than they occur: a code that no sample has is not impossible
+    frequencies[[0, 3, 5]] = torch.tensor([4.0, 3.0, 2.0])
+    rarity = [-(frequencies / 22).log()[codes].mean() for codes in networks[0].encode(slices)]
+    torch.testing.assert_close(scores["calibrated"] - scores["likelihood"], torch.stack(rarity))
 
 
 def test_refiner_losses_do_not_depend_on_the_other_slices(networks):

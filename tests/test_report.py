@@ -18,7 +18,7 @@ from checkpoints import describe_code
 from report import Evidence, HeldOutSlices, SampleSlices
 from tables import MEMBERSHIP_ROWS, NETWORK_ROWS, SAMPLE_ROWS, SLICE_ROWS
 
-ATTACKS = ("likelihood", "min_k", "neighbourhood", "reconstruction", "refiner", "samples")
+ATTACKS = ("likelihood", "calibrated", "min_k", "neighbourhood", "reconstruction", "refiner", "samples")
 HOSTILE = "<script>alert(1)</script>\"'&"
 
 
