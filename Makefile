@@ -18,11 +18,12 @@ sample: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python predict.py --run weights/phantom --num 16 --batch-size 16 --out samples/phantom
 	@echo "Open images/samples.png: 16 new slices of the phantom. As NIfTI they are in samples/phantom."
 
+# Up to four tests at once, with a thread each: their networks are too small for more.
 test: $(INSTALLED_FOR_TESTS)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 # Thousands of kills, full disks, and hostile files and run directories: some 20 minutes. Prints totals.
 campaign: $(INSTALLED)
