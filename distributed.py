@@ -64,8 +64,8 @@ def processes() -> Iterator[None]:
     if not dist.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1":
         yield
         return
-    # A default argument there would keep the group if it is imported later, as an optimiser does. Then a thread of the
-    # group may want the interpreter while that ends, and the process aborts.
+    # Before there is a group, which its default arguments would keep if an optimiser imported it later. A thread of a
+    # group that is left at the end may call the interpreter while that is closing, which aborts the process.
     import torch.distributed.nn.functional
 
     with_gpus = torch.cuda.is_available() and dist.is_nccl_available()
@@ -73,14 +73,17 @@ def processes() -> Iterator[None]:
     if not is_first():
         sys.stdout, logger.disabled = io.StringIO(), True
         warnings.simplefilter("ignore")
+    complete = False
     try:
         yield
+        complete = True
     except UserError:
         if is_first():
             raise
         raise SystemExit(2) from None
     finally:
-        dist.destroy_process_group()
+        if complete or not with_gpus:  # NCCL may wait for processes that have not failed
+            dist.destroy_process_group()
 
 
 def device_name(name: str) -> str:
