@@ -37,7 +37,7 @@ $(INSTALLED_FOR_TESTS): $(INSTALLED) requirements-test.txt requirements-containe
 	scripts/install.sh $(VENV) $(PYTHON) requirements-test.txt
 	touch $@
 
-# Speeds, in 8 minutes on two cores, as a table in runs/bench.md; quality at equal updates, in half an hour.
+# Speeds, in 8 to 14 minutes on two cores, as a table in runs/bench.md; quality at equal updates, in half an hour.
 DATA ?= phantom
 
 bench: $(INSTALLED)

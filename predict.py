@@ -46,7 +46,7 @@ TOP_P = 0.995  # with 1, one of 30 samples has a broken outline; with 0.95, thre
 MAX_NAME_BYTES = 200  # of a slice's name within a file name, which may have 255
 READ_FILES = ("config.json", "vqvae.safetensors", "prior.safetensors", "refiner.safetensors")
 WRITERS = 2  # threads that write slices while the next ones are computed
-BATCH_SIZES = {"cpu": 128, "cuda": 512}  # of codes: the more grids, the less each step of the sampler costs a grid
+BATCH_SIZES = {"cpu": 64, "cuda": 512}  # of codes: larger ones take less time a grid, but small calls fill one up too
 REFINER_BATCH_SIZE = 64  # slices refined at a time on a GPU: 0.9 GB for 256x128
 
 
