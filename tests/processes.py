@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,6 +66,13 @@ def in_validation(stage, update, act):
     trainer.Trainer.until_stopped = until_stopped
 
 
+def thread_names():
+    """Yield the names of this process's threads, on Linux."""
+    for path in Path("/proc/self/task").glob("*/comm"):
+        with suppress(OSError):  # the thread has ended
+            yield path.read_text()
+
+
 def record(path, decoded):
     """Write a hash of each checkpoint's tensors to a file, in the processes without a run directory too."""
     for kind in (checkpoints.Run, checkpoints.NoRun):
@@ -113,8 +121,7 @@ def run_process(number, count, port, folder, options, acts):
     try:
         console.run_command(lambda: train.main(arguments(**options)))
     finally:
-        names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
-        (folder / f"threads-{number}").write_text("".join(names))
+        (folder / f"threads-{number}").write_text("".join(thread_names()))
 
 
 class Processes:
