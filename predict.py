@@ -159,7 +159,8 @@ def add_sampling_options(parser: ArgumentParser) -> None:
         type=number(int, 1, MAX_BATCH_SIZE),
         default=0,
         metavar="N",
-        help="slices per batch (default: 128, on a GPU 512; halved if its memory runs out)",
+        help=f"slices per batch (default: {BATCH_SIZES['cpu']}, on a GPU {BATCH_SIZES['cuda']}; halved if its memory "
+        "runs out)",
     )
     add(
         "--seed",
