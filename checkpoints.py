@@ -330,7 +330,8 @@ def write_data_files(path: Path, files: dict[str, str]) -> None:
 
 # The first three are written in this order, so that a run with a config was created completely.
 FILES = ["lock", "data.json", "config.json", "metrics.jsonl", "checkpoint.safetensors"]
-FILES += ["checkpoint.previous.safetensors", "vqvae.safetensors", "prior.safetensors", "refiner.safetensors"]
+FILES += ["checkpoint.previous.safetensors", "vqvae.safetensors", "prior.safetensors", "guide.safetensors"]
+FILES += ["refiner.safetensors"]
 
 
 class CheckpointHeader(StrictModel):

@@ -320,7 +320,7 @@ def network_model(kind: type, prefix: str = "") -> type[StrictModel]:
 
 # ---------------------------------------------------------------- config.json
 
-FORMAT = 7  # of a run directory; increment it when this version and an older one would misread each other's files
+FORMAT = 8  # of a run directory; increment it when this version and an older one would misread each other's files
 FLOAT32 = np.finfo(np.float32)
 Text = Annotated[str, MaxLen(4096)]
 Row = Annotated[tuple[float, float, float, float], Strict(False)]

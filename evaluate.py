@@ -239,6 +239,7 @@ def evaluate(options: EvaluateOptions, config: RunConfig, networks: Networks, de
             "seed": options.seed,
             "temperature": options.temperature,
             "top_p": options.top_p,
+            "guidance": options.guidance,
             "refiner_noise": options.refiner_noise,
         },
         **network_metrics(networks, real, decoded, codes, held_out.positions, options.batch_size),

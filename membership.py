@@ -102,6 +102,7 @@ def attack_scores(
     positions: Tensor,
     vqvae: VQVAE,
     prior: GatedPixelCNN,
+    guide: GatedPixelCNN,
     refiner: Refiner,
     augment: Callable[[Tensor, Tensor], Tensor],
     sampled_codes: Tensor,
@@ -112,6 +113,8 @@ def attack_scores(
     likelihood       Of the codes under the prior (Yeom et al. 2018, arXiv:1709.01604): minus the mean nats per code.
     calibrated       The same, compared with the frequencies of codes, which tell how difficult a slice is (difficulty
                      calibration, Watson et al. 2022, arXiv:2111.08440): nats per code under these minus the prior's.
+    guide            Nats per code under the guide, the prior early in its training, divided by the prior's: what it has
+                     learned of the slice since (loss trajectories, Liu et al. 2022, arXiv:2208.14933).
     min_k            Minus the mean nats of the least likely MIN_K of the codes (Min-K % Prob, Shi et al. 2024,
                      arXiv:2310.16789).
     neighbourhood    Nats per code of NEIGHBOURS slightly augmented copies of the slice, divided by those of the slice
@@ -125,6 +128,7 @@ def attack_scores(
         positions: (N,) in [0, 1], NaN for unknown.
         vqvae: In evaluation mode, as the other networks.
         prior: The prior.
+        guide: Its guide.
         refiner: The refiner.
         augment: Maps slices and parameters (N, 6) to augmented slices, as training does.
         sampled_codes: Codes of samples, of any shape, for the frequencies: who has the weights can draw them.
@@ -146,6 +150,7 @@ def attack_scores(
     return {
         "likelihood": -nats,
         "calibrated": rarity[codes].flatten(1).mean(1) - nats,
+        "guide": code_nll(guide, codes, positions).mean(1) / nats,
         "min_k": -nll.topk(max(1, int(MIN_K * nll.shape[1])), 1).values.mean(1),
         "neighbourhood": neighbours / nats,
         "reconstruction": torch.cat(

@@ -546,9 +546,16 @@ class GatedPixelCNN(nn.Module):
         seed: int = 0,
         temperature: float = 1.0,
         top_p: float = 1.0,
+        guide: "GatedPixelCNN | None" = None,
+        guidance: float = 1.0,
         progress: Callable[[int], None] = lambda row: None,
     ) -> Tensor:
         """Draw code grids.
+
+        A guide, this prior at an early stage of its training, makes the same mistakes, but more of them. Codes are
+        drawn with a probability proportional to prior^(1 + guidance) / guide^guidance: further away from those mistakes
+        than the prior got by training (autoguidance, Karras et al. 2024, arXiv:2406.02507, section 3). The nucleus
+        remains that of the prior, so that no code is drawn only because the guide thinks even less of it.
 
         Each sample has its own random stream, seeded by (seed, its id), so it does not depend on the samples beside it.
         A code is drawn as the first of exponential clocks, whose rates are the probabilities, to ring. This is
@@ -561,6 +568,8 @@ class GatedPixelCNN(nn.Module):
             temperature: Divides the logits; at least MIN_TEMPERATURE.
             top_p: In (0, 1]. Nucleus sampling: keeps the fewest codes that together have at least this probability
                 (Holtzman et al. 2020, arXiv:1904.09751, section 3.1).
+            guide: Of the same configuration; None for the prior's own probabilities.
+            guidance: At least 0, which is as without a guide.
             progress: Called with the number of each row, in drawing order, as it begins.
 
         Returns:
@@ -584,14 +593,19 @@ class GatedPixelCNN(nn.Module):
             noise.clamp_(min=torch.finfo(noise.dtype).tiny)  # uniform_ draws 0 too, whose logarithm is infinite
             noise.log_().neg_()  # exponential noise
 
-        def draw(logits: Tensor, column: int) -> Tensor:
-            return first_in_nucleus(logits / temperature, noise[:, column], top_p)
+        def draw(column: int, logits: Tensor, guide_logits: Tensor | None = None) -> Tensor:
+            guided = logits if guide_logits is None else (1 + guidance) * logits - guidance * guide_logits
+            return first_in_nucleus(guided / temperature, logits / temperature, noise[:, column], top_p)
 
-        return self.generate(position, start_row, draw)
+        return self.generate(position, start_row, draw, guide if guidance else None)
 
     @torch.inference_mode()
     def generate(
-        self, position: Tensor, start_row: Callable[[int], None], draw: Callable[[Tensor, int], Tensor]
+        self,
+        position: Tensor,
+        start_row: Callable[[int], None],
+        draw: Callable[..., Tensor],
+        guide: "GatedPixelCNN | None" = None,
     ) -> Tensor:
         """Return code grids (N, h, w), generated code by code.
 
@@ -601,9 +615,10 @@ class GatedPixelCNN(nn.Module):
         Args:
             position: (N,), as in `sample`.
             start_row: Called with the number of each row, in drawing order, before it is drawn.
-            draw: Maps logits (N, K) and a column to codes (N,).
+            draw: Maps a column, this prior's logits (N, K) and, if there is a guide, its logits to codes (N,).
+            guide: As in `sample`.
         """
-        sampler = RowSampler(self, position, draw)
+        sampler = RowSampler([self] if guide is None else [self, guide], position, draw)
         rows = []
         with torch.cuda.device_of(position):  # does nothing on a CPU
             sample_row = sampler.capture_graph() if position.is_cuda else sampler.sample_row
@@ -618,66 +633,30 @@ class GatedPixelCNN(nn.Module):
 
 
 class RowSampler:
-    """Incremental sampling, row by row: the vertical stack runs once per row, the horizontal stack once per code.
+    """Incremental sampling, row by row, from one prior or from several that condition on the same codes.
 
-    Caches what later steps need: `dilation` rows of each vertical layer, one row of each horizontal layer (Ramachandran
-    et al. 2017, arXiv:1704.06001). Memory grows with N, not with the grid squared. All state that passes from row to
-    row, including the row's number, stays at fixed addresses, so that a captured row can be replayed.
+    All state that passes from row to row, including the row's number, stays at fixed addresses, so that a captured row
+    can be replayed.
     """
 
-    def __init__(self, prior: GatedPixelCNN, position: Tensor, draw: Callable[[Tensor, int], Tensor]):
-        self.prior, self.draw = prior, draw
-        self.layers = cast(list[GatedLayer], list(prior.layers))
-        self.head = cast(nn.Conv2d, prior.head[1]), cast(nn.Conv2d, prior.head[3])
-        self.matrices = [horizontal_matrices(layer) for layer in self.layers]
-        self.vertical_matrices = [vertical_matrices(layer) for layer in self.layers]
-        self.conditioning = prior.position_features(position)  # (N, C)
-        n, c, columns = *self.conditioning.shape, prior.columns
+    def __init__(self, priors: Sequence[GatedPixelCNN], position: Tensor, draw: Callable[..., Tensor]):
+        self.columns, self.draw = priors[0].columns, draw
         self.row = torch.zeros(1, dtype=torch.int64, device=position.device)
-        self.codes = self.row.new_zeros(n, columns)
-        self.previous_row = self.conditioning.new_zeros(columns, n, c)  # embedded
-        self.row_caches = [  # padded
-            self.conditioning.new_zeros(layer.rows, columns + 2 * layer.columns, n, c) for layer in self.layers
-        ]
+        self.codes = self.row.new_zeros(len(position), self.columns)
+        self.priors = [CachedPrior(prior, position) for prior in priors]
 
     def sample_row(self) -> None:
         """Draw the next row of codes into `codes` (N, w)."""
-        prior = self.prior
-        first, last = self.head
-        place_embedding = prior.row_embedding.index_select(1, self.row) + prior.column_embedding  # (C, 1, w)
-        place_embedding = place_embedding.permute(2, 1, 0) + self.conditioning  # (w, N, C)
-        links = self.vertical_row(self.previous_row + place_embedding)
-        past_inputs: list[list[Tensor]] = [[] for _ in self.layers]
-        x = self.conditioning.new_zeros(self.conditioning.shape)
-        for column in range(prior.columns):
-            h = x + place_embedding[column]
-            for layer, link, inputs, (present, past, output) in zip(self.layers, links, past_inputs, self.matrices):
-                gates = link[column].addmm_(h, present)  # (N, 2C)
-                if column >= layer.left:
-                    gates.addmm_(inputs[column - layer.left], past)
-                inputs.append(h)
-                h = torch.addmm(h, F.glu(gates, 1), output)
-            hidden = F.linear(h.relu(), first.weight[:, :, 0, 0], first.bias).relu()
-            codes = self.draw(F.linear(hidden, last.weight[:, :, 0, 0], last.bias), column)
+        for prior in self.priors:
+            prior.begin_row(self.row)
+        for column in range(self.columns):
+            codes = self.draw(column, *(prior.logits(column) for prior in self.priors))
             self.codes[:, column] = codes
-            x = prior.embedding(codes)
-        self.previous_row.copy_(prior.embedding(self.codes).transpose(0, 1))
+            for prior in self.priors:
+                prior.take(codes)
+        for prior in self.priors:
+            prior.end_row(self.codes)
         self.row += 1
-
-    def vertical_row(self, v: Tensor) -> list[Tensor]:
-        """Run the vertical stack on one row (w, N, C); return its links to the horizontal stack, each (w, N, 2C)."""
-        columns, links = len(v), []
-        for layer, cache, matrices in zip(self.layers, self.row_caches, self.vertical_matrices):
-            oldest = self.row % layer.rows  # holds row - dilation, and gives way to this row
-            rows = cache.index_select(0, oldest)[0], F.pad(v, (0, 0, 0, 0, layer.columns, layer.columns))
-            cache.index_copy_(0, oldest, rows[1][None])
-            taps = [row[tap * layer.columns :][:columns].flatten(0, 1) for row in rows for tap in range(3)]
-            gates = torch.addmm(cast(Tensor, layer.vertical.bias), taps[0], matrices[0])  # (w * N, 2C)
-            for tap, matrix in zip(taps[1:], matrices[1:]):
-                gates.addmm_(tap, matrix)
-            v = v + F.glu(gates.unflatten(0, (columns, -1)), 2)
-            links.append(F.linear(v, layer.link.weight[:, :, 0, 0], layer.link.bias))
-        return links
 
     def capture_graph(self) -> Callable[[], None]:
         """Return `sample_row` as a captured CUDA graph: one launch per row instead of some two thousand."""
@@ -694,7 +673,86 @@ class RowSampler:
 
     def reset(self) -> None:
         """Go back to the first row."""
-        for state in (self.row, self.previous_row, *self.row_caches):
+        self.row.zero_()
+        for prior in self.priors:
+            prior.reset()
+
+
+class CachedPrior:
+    """A prior that is asked for one code after another: the vertical stack runs once per row, the other once per code.
+
+    Caches what later steps need: `dilation` rows of each vertical layer, one row of each horizontal layer (Ramachandran
+    et al. 2017, arXiv:1704.06001). Memory grows with N, not with the grid squared.
+    """
+
+    place_embedding: Tensor  # (w, N, C), of the present row, like all below
+    links: list[Tensor]  # (w, N, 2C) for each layer, from the vertical to the horizontal stack
+    past_inputs: list[list[Tensor]]  # (N, C) for each layer and each column that has been drawn
+    previous_code: Tensor  # (N, C), embedded
+
+    def __init__(self, prior: GatedPixelCNN, position: Tensor):
+        self.prior = prior
+        self.layers = cast(list[GatedLayer], list(prior.layers))
+        self.head = cast(nn.Conv2d, prior.head[1]), cast(nn.Conv2d, prior.head[3])
+        self.matrices = [horizontal_matrices(layer) for layer in self.layers]
+        self.vertical_matrices = [vertical_matrices(layer) for layer in self.layers]
+        self.conditioning = prior.position_features(position)  # (N, C)
+        n, c, columns = *self.conditioning.shape, prior.columns
+        self.previous_row = self.conditioning.new_zeros(columns, n, c)  # embedded
+        self.row_caches = [  # padded
+            self.conditioning.new_zeros(layer.rows, columns + 2 * layer.columns, n, c) for layer in self.layers
+        ]
+
+    def begin_row(self, row: Tensor) -> None:
+        """Begin a row, whose number is (1,)."""
+        prior = self.prior
+        place_embedding = prior.row_embedding.index_select(1, row) + prior.column_embedding  # (C, 1, w)
+        self.place_embedding = place_embedding.permute(2, 1, 0) + self.conditioning
+        self.links = self.vertical_row(self.previous_row + self.place_embedding, row)
+        self.past_inputs = [[] for _ in self.layers]
+        self.previous_code = torch.zeros_like(self.conditioning)
+
+    def logits(self, column: int) -> Tensor:
+        """Return the logits (N, K) of the next code of the row."""
+        h = self.previous_code + self.place_embedding[column]
+        for layer, link, inputs, (present, past, output) in zip(
+            self.layers, self.links, self.past_inputs, self.matrices
+        ):
+            gates = link[column].addmm_(h, present)  # (N, 2C)
+            if column >= layer.left:
+                gates.addmm_(inputs[column - layer.left], past)
+            inputs.append(h)
+            h = torch.addmm(h, F.glu(gates, 1), output)
+        first, last = self.head
+        hidden = F.linear(h.relu(), first.weight[:, :, 0, 0], first.bias).relu()
+        return F.linear(hidden, last.weight[:, :, 0, 0], last.bias)
+
+    def take(self, codes: Tensor) -> None:
+        """Take the codes (N,) that were drawn."""
+        self.previous_code = self.prior.embedding(codes)
+
+    def end_row(self, codes: Tensor) -> None:
+        """End the row, whose codes are (N, w)."""
+        self.previous_row.copy_(self.prior.embedding(codes).transpose(0, 1))
+
+    def vertical_row(self, v: Tensor, row: Tensor) -> list[Tensor]:
+        """Run the vertical stack on a row (w, N, C) of number (1,); return its links (w, N, 2C) for each layer."""
+        columns, links = len(v), []
+        for layer, cache, matrices in zip(self.layers, self.row_caches, self.vertical_matrices):
+            oldest = row % layer.rows  # holds row - dilation, and gives way to this row
+            rows = cache.index_select(0, oldest)[0], F.pad(v, (0, 0, 0, 0, layer.columns, layer.columns))
+            cache.index_copy_(0, oldest, rows[1][None])
+            taps = [part[tap * layer.columns :][:columns].flatten(0, 1) for part in rows for tap in range(3)]
+            gates = torch.addmm(cast(Tensor, layer.vertical.bias), taps[0], matrices[0])  # (w * N, 2C)
+            for tap, matrix in zip(taps[1:], matrices[1:]):
+                gates.addmm_(tap, matrix)
+            v = v + F.glu(gates.unflatten(0, (columns, -1)), 2)
+            links.append(F.linear(v, layer.link.weight[:, :, 0, 0], layer.link.bias))
+        return links
+
+    def reset(self) -> None:
+        """Forget all rows."""
+        for state in (self.previous_row, *self.row_caches):
             state.zero_()
 
 
@@ -709,19 +767,20 @@ def vertical_matrices(layer: GatedLayer) -> Tensor:
     return layer.vertical.weight.permute(2, 3, 1, 0).flatten(0, 1).contiguous()
 
 
-def first_in_nucleus(logits: Tensor, noise: Tensor, top_p: float) -> Tensor:
-    """Return the code (N,) that is drawn by exponential noise (N, K), in the nucleus: of all codes if top_p is 1.
+def first_in_nucleus(guided: Tensor, logits: Tensor, noise: Tensor, top_p: float) -> Tensor:
+    """Return the codes (N,) that are drawn from `guided` logits (N, K), in the nucleus: of all codes if top_p is 1.
 
-    A clock rings first, in noise / probability, with its share of all rates. The nucleus is the fewest codes of
-    probability top_p, with ties: a code is inside if the more likely ones together have a probability below top_p. Only
-    the code that would be drawn is tested, so that nothing needs to be sorted.
+    A clock rings first, in noise / probability, with its share of all rates, if the noise (N, K) is exponential. The
+    nucleus is the fewest codes of probability top_p by `logits` (N, K), with ties: a code is inside if the more likely
+    ones together have a probability below top_p. Only the code that would be drawn is tested, so that nothing needs to
+    be sorted.
     """
-    probabilities = logits.softmax(1)
-    speeds = probabilities / noise
+    speeds = guided.softmax(1) / noise
     if top_p == 1:
         return speeds.argmax(1)
     if logits.is_cuda:  # a captured graph has no loop that ends when a condition holds, and a GPU sorts fast
         return speeds.masked_fill(outside_nucleus(logits, top_p), -1).argmax(1)
+    probabilities = logits.softmax(1)
     while True:
         drawn = speeds.argmax(1, keepdim=True)
         own = probabilities.gather(1, drawn)

@@ -29,7 +29,7 @@ COMPARISON_COLOURS = {
     "prior alone": "#b59f3b",
     "baseline": "#9aa5b1",
 }
-ATTACK_COLOURS = ("#9aa5b1", "#2563eb", "#b59f3b", "#c2410c", "#0f766e", "#4b5563", "#7c3aed")
+ATTACK_COLOURS = ("#9aa5b1", "#2563eb", "#b59f3b", "#c2410c", "#0f766e", "#4b5563", "#7c3aed", "#be185d")
 MAX_CAPTION_LENGTH = 40  # characters
 CONTACT_COLUMNS, CONTACT_WIDTH = 6, 250  # of a contact sheet: slices per row, pixels of each
 

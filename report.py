@@ -46,7 +46,7 @@ from utils import write_file
 TEMPLATE = Path(__file__).resolve().parent / "report.html"
 MAX_SHOWN, MAX_PIXELS = 64, 1 << 21  # samples in a report, and their pixels: 64 of 256x128
 PAIRS = 3  # samples that are shown beside their nearest training slice under the heading on copying
-STYLES = ("c1", "c2", "c3", "c4", "c5", "c6", "c7")  # colours and dashes of the template
+STYLES = ("c1", "c2", "c3", "c4", "c5", "c6", "c7", "c8")  # colours and dashes of the template
 # Grey levels, of 255, that are white in a picture of a difference: half the range, and a fifth for reconstructions.
 COPY_LIMIT, RECONSTRUCTION_LIMIT = 128, 51
 
@@ -226,7 +226,7 @@ def commands(config: RunConfig, settings: Mapping[str, Any]) -> Element:
     """Return the command lines that train, evaluate, and write the samples again."""
     sampling = [
         part
-        for name in ("seed", "temperature", "top_p", "refiner_noise")
+        for name in ("seed", "temperature", "top_p", "guidance", "refiner_noise")
         for part in (f"--{name.replace('_', '-')}", str(settings[name]))
     ]
     sampling = ["--run", "RUN", "--num", str(settings["samples"]), *sampling]

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import distributed
-from checkpoints import Checkpoint, NoRun, Run, describe_code, load_weights, read_data_files
+from checkpoints import Checkpoint, NoRun, Run, describe_code, load_weights, read_data_files, save_weights
 from config import FORMAT, SMALLEST_SIDE, RunConfig, TrainConfig, add_options, configure, network_config, validate
 from console import Parser, RunError, log_notices, logger, run_command, say
 from dataset import DataError, DataSplits, Slices, batch_indices, describe_changes, load_dataset
@@ -185,6 +185,8 @@ class PriorTrainer(Trainer[GatedPixelCNN]):
         return self.model.nll(codes, positions, augmented, PriorNoise(*noise))
 
     def validate(self) -> dict[str, float]:
+        if math.isinf(self.best) and distributed.is_first():  # the first validation, after a tenth of the updates
+            save_weights(self.run.path / "guide.safetensors", self.saved_model)
         size = self.options.batch_size
         batches = zip(self.validation_codes.split(size), self.validation_positions.split(size))
         nats = evaluate_prior(self.saved_model, self.until_stopped(batches))

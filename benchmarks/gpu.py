@@ -155,11 +155,12 @@ def largest_difference(one: Tensor, other: Tensor) -> float:
 def compare_sampling(networks: predict.Networks, device: torch.device, count: int) -> Iterator[Row]:
     """Compare sampling by a CUDA graph with sampling without it, and a batch with single samples."""
     prior, positions = networks.prior, torch.linspace(0, 1, count, device=device)
-    replayed = prior.sample(range(count), positions, top_p=predict.TOP_P)
+    settings: dict[str, Any] = {"top_p": predict.TOP_P, "guide": networks.guide}
+    replayed = prior.sample(range(count), positions, **settings)
     with mock.patch.object(RowSampler, "capture_graph", lambda sampler: sampler.sample_row):
-        computed = prior.sample(range(count), positions, top_p=predict.TOP_P)
+        computed = prior.sample(range(count), positions, **settings)
     yield Row("share of equal codes, CUDA graph vs. no graph", 1.0, share_equal(replayed, computed), 0.0)
-    single = [prior.sample([n], positions[n : n + 1], top_p=predict.TOP_P) for n in range(4)]
+    single = [prior.sample([n], positions[n : n + 1], **settings) for n in range(4)]
     yield Row("share of equal codes, batch vs. single samples", 1.0, share_equal(replayed[:4], torch.cat(single)), 1e-2)
 
 

@@ -29,9 +29,11 @@ def make_networks(config: VQVAEConfig, grid: tuple[int, int], device: torch.devi
     """Return networks with random weights for a grid of codes."""
     codes = config.codebook_size
     vqvae = channels_last(VQVAE(config), device).eval()
-    prior = channels_last(GatedPixelCNN(PriorConfig(grid=grid, codebook_size=codes)), device).eval()
+    prior, guide = (
+        channels_last(GatedPixelCNN(PriorConfig(grid=grid, codebook_size=codes)), device).eval() for _ in range(2)
+    )
     refiner = channels_last(Refiner(RefinerConfig(config.downsampling, codes)), device).eval()
-    return predict.Networks(vqvae, prior, refiner)
+    return predict.Networks(vqvae, prior, guide, refiner)
 
 
 def sample_and_decode(networks: predict.Networks, count: int, batch: int, device: torch.device) -> torch.Tensor:
@@ -66,7 +68,7 @@ def main() -> None:
     size = options.codes
     torch.manual_seed(0)
     networks = make_networks(VQVAEConfig(DOWNSAMPLING, codebook_size=size), GRID, device)
-    vqvae, prior, refiner = networks
+    vqvae, prior, guide, refiner = networks
     scale = FULL.downsampling // DOWNSAMPLING
     full_grid = GRID[0] // scale, GRID[1] // scale
     full = make_networks(FULL, full_grid, device)
@@ -81,8 +83,13 @@ def main() -> None:
         {
             "batch": lambda: prior.sample(range(BATCH), positions, top_p=predict.TOP_P),
             "all_codes": lambda: prior.sample(range(BATCH), positions),
-            "full_batch": lambda: full.prior.sample(range(batch), batch_positions, top_p=predict.TOP_P),
-            "full_forward": lambda: pass_forward(full.prior, batch_codes, batch_positions),
+            "guided": lambda: prior.sample(range(BATCH), positions, top_p=predict.TOP_P, guide=guide),
+            "full_batch": lambda: full.prior.sample(
+                range(batch), batch_positions, top_p=predict.TOP_P, guide=full.guide
+            ),
+            "full_forward": lambda: [
+                pass_forward(network, batch_codes, batch_positions) for network in (full.prior, full.guide)
+            ],
             "one": lambda: prior.sample(range(1), positions[:1], top_p=predict.TOP_P),
             "forwards": lambda: sample_by_full_forwards(lambda c: prior(c, positions), codes, PLACES),
             "slices": lambda: sample_and_decode(networks, count, batch, device),
@@ -104,6 +111,7 @@ def main() -> None:
     report("sampling_by_full_forwards_seconds", by_forwards, "s", **settings, extrapolated_from=len(PLACES))
     report("sampling_speedup", speedup, "times", **settings)
     report("sampling_over_one_forward", seconds["batch"] / forward, "times", **settings)
+    report("guided_over_unguided_sampling", seconds["guided"] / seconds["batch"], "times", **settings)
     report("top_p_over_all_codes", seconds["batch"] / seconds["all_codes"], "times", **settings)
     report("sampled_and_decoded_seconds", seconds["slices"], "s", **settings | {"batch": batch}, slices=count)
     report("decoding_seconds", seconds["decoding"], "s", **settings)

@@ -106,6 +106,7 @@ def test_evaluation_json_has_all_metrics_of_all_comparisons(evaluation):
         "seed": 0,
         "temperature": 1.0,
         "top_p": 0.995,
+        "guidance": 1.0,
         "refiner_noise": 1.0,
     }
     for part in (results, results["training"]):
@@ -173,7 +174,7 @@ def test_single_slices_are_judged(evaluation):
 def test_membership_is_inferred_from_networks_and_samples(evaluation):
     _, results, printed = evaluation
     assert (results["membership"]["patients"], results["membership"]["slices"]) == (1, 4)
-    attacks = {"likelihood", "calibrated", "min_k", "neighbourhood", "reconstruction", "refiner", "samples"}
+    attacks = {"likelihood", "calibrated", "guide", "min_k", "neighbourhood", "reconstruction", "refiner", "samples"}
     assert results["membership"]["attacks"].keys() == attacks
     for values in results["membership"]["attacks"].values():
         assert values.keys() == {

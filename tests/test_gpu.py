@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import make_quick
 from pretended_gpu import MEMORY, pretended_gpu
-from trainings import UPDATES, checkpoint_header
+from trainings import UPDATES, WEIGHTS, checkpoint_header
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import gpu as gpu_check
@@ -121,7 +121,7 @@ def test_a_stopped_training_resumes_on_a_gpu(gpu, options, monkeypatch):
     call(train, **options)
     unbroken = options | {"run": options["run"].with_name("unbroken")}
     call(train, **unbroken)
-    for name in ("vqvae.safetensors", "prior.safetensors", "refiner.safetensors", "metrics.jsonl"):
+    for name in (*WEIGHTS, "metrics.jsonl"):
         assert (options["run"] / name).read_bytes() == (unbroken["run"] / name).read_bytes()
 
 

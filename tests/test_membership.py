@@ -1,5 +1,7 @@
 """membership.py: pairs of patients, attacks on tiny networks, and how their success is measured."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -43,11 +45,11 @@ def networks():
     vqvae = VQVAE(VQVAEConfig(4, channels=8, residual_blocks=1, hidden_channels=8, codebook_size=16, embedding_dim=4))
     prior = GatedPixelCNN(PriorConfig(grid=(8, 4), codebook_size=16, channels=8, dilation_cycles=1, head_channels=16))
     refiner = Refiner(RefinerConfig(4, codebook_size=16, channels=4, levels=2))
-    return vqvae.eval(), prior.eval(), refiner.eval()
+    return vqvae.eval(), prior.eval(), copy.deepcopy(prior).eval(), refiner.eval()
 
 
 def test_code_nll_has_the_priors_own_mean(networks):
-    _, prior, _ = networks
+    _, prior, _, _ = networks
     codes, positions = torch.randint(16, (11, 8, 4)), torch.rand(11)
     nll = membership.code_nll(prior, codes, positions)
     assert nll.shape == (11, 32)
@@ -56,7 +58,7 @@ def test_code_nll_has_the_priors_own_mean(networks):
 
 def test_scores_are_higher_for_slices_that_were_learned(networks):
     """The prior is trained on half of the slices: every attack on it finds them, those on other networks do not."""
-    vqvae, prior, refiner = networks
+    vqvae, prior, *_ = networks
     slices, positions = torch.rand(24, 1, 32, 16) * 2 - 1, torch.rand(24)
     codes = vqvae.encode(slices)
     optimiser = torch.optim.Adam(prior.parameters(), lr=1e-2)
@@ -64,11 +66,11 @@ def test_scores_are_higher_for_slices_that_were_learned(networks):
         optimiser.zero_grad()
         prior.nll(codes[:12], positions[:12]).backward()
         optimiser.step()
-    scores = membership.attack_scores(slices, positions, vqvae, prior, refiner, augment, codes)
+    scores = membership.attack_scores(slices, positions, *networks, augment, codes)
     areas = {name: membership.attack_metrics(own[:12, None], own[12:, None])["auc"] for name, own in scores.items()}
-    assert min(areas[name] for name in ("likelihood", "calibrated", "min_k", "neighbourhood")) > 0.95
+    assert min(areas[name] for name in ("likelihood", "calibrated", "guide", "min_k", "neighbourhood")) > 0.95
     assert max(abs(areas[name] - 0.5) for name in ("reconstruction", "refiner")) < 0.35
-    again = membership.attack_scores(slices, positions, vqvae, prior, refiner, augment, codes)
+    again = membership.attack_scores(slices, positions, *networks, augment, codes)
     assert all(torch.equal(scores[name], again[name]) for name in scores)
 
 
@@ -82,8 +84,16 @@ def test_calibration_adds_how_rare_the_codes_are_in_samples(networks):
     torch.testing.assert_close(scores["calibrated"] - scores["likelihood"], torch.stack(rarity))
 
 
+def test_the_attack_by_the_guide_cancels_what_both_priors_find_difficult(networks):
+    """The guide is the prior here, so that its quotient says nothing, whatever a slice costs."""
+    slices, positions = torch.rand(5, 1, 32, 16) * 2 - 1, torch.rand(5)
+    scores = membership.attack_scores(slices, positions, *networks, augment, networks[0].encode(slices))
+    torch.testing.assert_close(scores["guide"], torch.ones(5))
+    assert len(scores["likelihood"].unique()) == 5
+
+
 def test_refiner_losses_do_not_depend_on_the_other_slices(networks):
-    vqvae, _, refiner = networks
+    vqvae, _, _, refiner = networks
     slices = torch.rand(3, 1, 32, 16) * 2 - 1
     codes = vqvae.encode(slices)
     losses = membership.refiner_losses(slices, codes, vqvae, refiner, seed=3)

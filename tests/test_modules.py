@@ -283,8 +283,8 @@ def test_rows_are_drawn_from_the_midline_outward(grid, left_right):
     assert torch.equal(prior.in_place(ordered), numbers)
 
 
-def cached_logits(prior, codes, position):
-    """The logits of cached sampling, forced to draw the given codes."""
+def cached_logits(prior, codes, position, guide=None):
+    """The logits of cached sampling, forced to draw the given codes: the prior's, or those of its guide."""
     ordered = prior.in_order(codes)
     given = ordered[:, 0].clone()
     logits = torch.empty(*given.shape, prior.config.codebook_size, dtype=prior.row_embedding.dtype, device=codes.device)
@@ -294,11 +294,12 @@ def cached_logits(prior, codes, position):
         rows.append(logits.clone())
         given.copy_(ordered[:, row])
 
-    def draw(step, column):
-        logits[:, column] = step
+    def draw(column, *steps):
+        assert len(steps) == (1 if guide is None else 2)
+        logits[:, column] = steps[-1]
         return given[:, column]
 
-    assert torch.equal(prior.generate(position, begin, draw), codes)
+    assert torch.equal(prior.generate(position, begin, draw, guide), codes)
     return prior.in_place(torch.stack([*rows[1:], logits], 1).permute(0, 3, 1, 2))
 
 
@@ -309,6 +310,14 @@ def test_cached_sampling_equals_the_full_forward(grid, left_right, count):
     prior = small_prior(grid, left_right=left_right)
     codes, position = torch.randint(11, (count, *grid)), torch.rand(count)
     torch.testing.assert_close(cached_logits(prior, codes, position), prior(codes, position), rtol=0, atol=1e-10)
+
+
+def test_cached_sampling_of_a_guide_equals_its_full_forward():
+    prior, guide = small_prior((9, 7)), small_prior((9, 7))
+    codes, position = torch.randint(11, (3, 9, 7)), torch.rand(3)
+    logits = cached_logits(prior, codes, position, guide)
+    torch.testing.assert_close(logits, guide(codes, position), rtol=0, atol=1e-10)
+    assert not torch.allclose(logits, prior(codes, position))
 
 
 def test_cached_sampling_equals_the_full_forward_in_float32():
@@ -328,7 +337,8 @@ def test_cuda_graph_sampling_equals_the_full_forward():
 def test_sampler_reset_clears_all_caches():
     """Capturing a CUDA graph runs a row before the first one."""
     prior = small_prior((9, 7))
-    sampler = RowSampler(prior, torch.rand(3), lambda logits, column: logits.argmax(1))
+    priors = [prior, small_prior((9, 7))]
+    sampler = RowSampler(priors, torch.rand(3), lambda column, own, guide: (2 * own - guide).argmax(1))
     runs = []
     with torch.inference_mode():
         for _ in range(2):
@@ -477,10 +487,10 @@ def test_init_embedding_keeps_distances_of_the_codebook(dim):
     "batches", [[range(6)], [range(2), range(2, 6)], [[i] for i in range(6)], [[5, 4, 3, 2, 1, 0]]]
 )
 def test_sample_n_does_not_depend_on_its_batch(batches):
-    prior, position = small_prior((8, 5)), torch.rand(6)
-    expected = dict(enumerate(prior.sample(range(6), position, seed=3)))
+    prior, guide, position = small_prior((8, 5)), small_prior((8, 5)), torch.rand(6)
+    expected = dict(enumerate(prior.sample(range(6), position, seed=3, guide=guide)))
     for numbers in batches:
-        for n, grid in zip(numbers, prior.sample(numbers, position[list(numbers)], seed=3)):
+        for n, grid in zip(numbers, prior.sample(numbers, position[list(numbers)], seed=3, guide=guide)):
             assert torch.equal(grid, expected[n])
 
 
@@ -534,14 +544,40 @@ def test_drawn_code_is_the_best_of_the_nucleus(top_p):
     noise = -torch.rand(500, 40).log()
     speeds = logits.softmax(1) / noise
     expected = speeds.masked_fill(outside_nucleus(logits, top_p), 0).argmax(1)
-    assert torch.equal(first_in_nucleus(logits, noise, top_p), expected)
-    assert torch.equal(first_in_nucleus(logits, noise, 1.0), speeds.argmax(1))
+    assert torch.equal(first_in_nucleus(logits, logits, noise, top_p), expected)
+    assert torch.equal(first_in_nucleus(logits, logits, noise, 1.0), speeds.argmax(1))
 
 
 def test_drawn_codes_have_the_probabilities_of_the_nucleus():
     """Codes of probability 0.5, 0.3, 0.15 and 0.05: top_p 0.9 keeps three; 5 standard deviations of 20,000 draws."""
     probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
     noise = -torch.rand(20_000, 4).log()
-    drawn = first_in_nucleus(probabilities.log().expand(20_000, 4), noise, 0.9).bincount(minlength=4) / 20_000
+    logits = probabilities.log().expand(20_000, 4)
+    drawn = first_in_nucleus(logits, logits, noise, 0.9).bincount(minlength=4) / 20_000
     expected = torch.tensor([0.5, 0.3, 0.15, 0.0]) / 0.95
     assert ((drawn - expected).abs() <= 5 * (expected * (1 - expected) / 20_000).sqrt()).all()
+
+
+# ---------------------------------------------------------------- guidance
+
+
+@pytest.mark.parametrize(("guidance", "top_p"), [(1.0, 1.0), (0.5, 0.9), (2.0, 0.6)])
+def test_guided_codes_have_the_probabilities_of_the_formula(guidance, top_p):
+    """One code, 4000 draws: p^(1 + w) / q^w within the nucleus of p, each count within 5 standard deviations."""
+    prior, guide, position = small_prior((1, 1)), small_prior((1, 1)), torch.zeros(1)
+    own, weak = (of(torch.zeros(1, 1, 1, dtype=torch.int64), position).flatten().detach() for of in (prior, guide))
+    weights = own.softmax(0) ** (1 + guidance) / weak.softmax(0) ** guidance
+    p = weights.masked_fill(outside_nucleus(own[None], top_p)[0], 0)
+    p = p / p.sum()
+    settings = {"top_p": top_p, "guide": guide, "guidance": guidance}
+    counts = torch.bincount(prior.sample(range(4000), torch.zeros(4000), **settings).flatten(), minlength=11)
+    assert ((counts - 4000 * p).abs() <= 5 * (4000 * p * (1 - p)).sqrt()).all()
+    assert (p - own.softmax(0)).abs().max() > 0.02
+
+
+def test_a_guide_of_no_weight_or_equal_to_the_prior_changes_nothing():
+    prior, guide, position = small_prior((8, 5)), small_prior((8, 5)), torch.rand(3)
+    expected = prior.sample(range(3), position, top_p=0.9)
+    for unguided in ({"guide": guide, "guidance": 0}, {"guide": prior}):
+        assert torch.equal(prior.sample(range(3), position, top_p=0.9, **unguided), expected)
+    assert not torch.equal(prior.sample(range(3), position, top_p=0.9, guide=guide), expected)

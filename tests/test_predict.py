@@ -255,7 +255,9 @@ def test_samples_of_other_settings_are_replaced_with_a_notice(call, capsys):
     assert sorted(path.name for path in folder.iterdir()) == left
 
 
-@pytest.mark.parametrize("setting", [{"temperature": 0.5}, {"top_p": 0.5}, {"refiner_noise": 0.5}, {"position": 0.5}])
+@pytest.mark.parametrize(
+    "setting", [{"temperature": 0.5}, {"top_p": 0.5}, {"guidance": 0}, {"refiner_noise": 0.5}, {"position": 0.5}]
+)
 def test_every_setting_that_changes_samples_is_recorded(call, capsys, setting):
     call(num=1)
     call(num=1, **setting)
@@ -375,7 +377,7 @@ def test_an_animation_ends_with_the_samples_of_its_seed_from_low_to_high(trained
     assert labels == sorted(labels) and len(set(labels)) == 4
     assert others == ["height 0.50"] * 4
     networks = predict.load_networks(trained.run, read_config(trained.run), vqvae, torch.device("cpu"))
-    codes = networks.prior.sample(range(4), torch.full((4,), 0.5), 4, 1.0, predict.TOP_P)
+    codes = networks.prior.sample(range(4), torch.full((4,), 0.5), 4, 1.0, predict.TOP_P, networks.guide)
     slices = networks.refiner.sample(range(4), codes, vqvae, 4)
     np.testing.assert_array_equal(frames[-1].codes, codes)
     np.testing.assert_allclose(frames[-1].slices, slices[:, 0], atol=0.05)  # bfloat16 where the CPU has it
@@ -683,6 +685,7 @@ def test_a_run_with_an_unusual_name_is_sampled(trained, tmp_path, capsys):
         ({"temperature": -1}, "argument --temperature: -1 is not at least 1e-06"),
         ({"temperature": "nan"}, "argument --temperature: nan is not at least 1e-06"),
         ({"top_p": 0}, "argument --top-p: 0 is not above 0 and at most 1"),
+        ({"guidance": -1}, "argument --guidance: -1 is not at least 0 and at most 10"),
         ({"refiner_noise": 1.1}, "argument --refiner-noise: 1.1 is not at least 0 and at most 1"),
         ({"top_p": 1.01}, "argument --top-p: 1.01 is not above 0 and at most 1"),
         ({"position": 2}, "argument --position: 2 is not at least 0 and at most 1"),
@@ -738,6 +741,10 @@ def test_networks_of_different_runs_are_refused(copied, tmp_path, error_line):
         error = error_line("predict.py", arguments(run=copied, out=tmp_path / "out"))
         assert f"{copied}: prior.safetensors and vqvae.safetensors are of different runs" in error
     save_weights(copied / "prior.safetensors", prior)
+    save_weights(copied / "guide.safetensors", GatedPixelCNN(replace(prior.config, dilation_cycles=3)))
+    error = error_line("predict.py", arguments(run=copied, out=tmp_path / "out"))
+    assert f"{copied}: guide.safetensors and prior.safetensors are of different runs" in error
+    save_weights(copied / "guide.safetensors", prior)
     refiner = predict.load_weights(copied / "refiner.safetensors", Refiner, RefinerConfig, "refiner_")
     for change in ({"codebook_size": 8}, {"downsampling": 8}):
         save_weights(copied / "refiner.safetensors", Refiner(replace(refiner.config, **change)))
@@ -753,12 +760,12 @@ def test_networks_of_different_runs_are_refused(copied, tmp_path, error_line):
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_a_huge_network_config_is_refused_before_allocation(copied, tmp_path, error_line, name):
     network = {
-        "vqvae": (VQVAE, VQVAEConfig),
-        "prior": (GatedPixelCNN, PriorConfig),
-        "refiner": (Refiner, RefinerConfig),
+        "vqvae": (VQVAE, VQVAEConfig, ""),
+        "prior": (GatedPixelCNN, PriorConfig, "prior_"),
+        "guide": (GatedPixelCNN, PriorConfig, "prior_"),
+        "refiner": (Refiner, RefinerConfig, "refiner_"),
     }
-    stage = name.partition(".")[0]
-    made = predict.load_weights(copied / name, *network[stage], "" if stage == "vqvae" else f"{stage}_")
+    made = predict.load_weights(copied / name, *network[name.partition(".")[0]])
     fields, tensors = asdict(made.config), made.state_dict()
     changes = [{"channels": 10**9}, {"channels": 60_000}, {"codes": 2**40}, {"grid": [10**6, 10**6]}, {"x": 1}]
     for change in [*changes, {"downsampling": 2**20}, {"time_frequencies": 2**40}]:
@@ -793,7 +800,10 @@ def test_a_run_can_be_sampled_while_it_trains(copied, tmp_path, capsys):
     assert len(list((tmp_path / "out").glob("*.nii.gz"))) == 2
 
 
-@pytest.mark.parametrize("missing", [["refiner.safetensors"], ["refiner.safetensors", "prior.safetensors"]])
+@pytest.mark.parametrize(
+    "missing",
+    [["refiner.safetensors"], ["guide.safetensors"], ["refiner.safetensors", "prior.safetensors"]],
+)
 def test_a_run_without_all_networks_reconstructs_but_does_not_sample(copied, trained, tmp_path, error_line, missing):
     """The error names the missing file."""
     for name in missing:

@@ -18,7 +18,7 @@ from checkpoints import describe_code
 from report import Evidence, HeldOutSlices, SampleSlices
 from tables import MEMBERSHIP_ROWS, NETWORK_ROWS, SAMPLE_ROWS, SLICE_ROWS
 
-ATTACKS = ("likelihood", "calibrated", "min_k", "neighbourhood", "reconstruction", "refiner", "samples")
+ATTACKS = ("likelihood", "calibrated", "guide", "min_k", "neighbourhood", "reconstruction", "refiner", "samples")
 HOSTILE = "<script>alert(1)</script>\"'&"
 
 
@@ -91,6 +91,7 @@ def results():
             "seed": 7,
             "temperature": 0.9,
             "top_p": 0.995,
+            "guidance": 1.0,
             "refiner_noise": 1.0,
         },
         **section(NETWORK_ROWS, numbers),
@@ -307,7 +308,7 @@ def test_the_command_trains_with_the_same_options(write, run_config, tmp_path):
 
 def test_samples_are_drawn_again_with_their_settings(write):
     lines = commands_of(read(write()))
-    settings = "--run RUN --num 64 --seed 7 --temperature 0.9 --top-p 0.995 --refiner-noise 1.0"
+    settings = "--run RUN --num 64 --seed 7 --temperature 0.9 --top-p 0.995 --guidance 1.0 --refiner-noise 1.0"
     assert f"python evaluate.py --split test {settings}" in lines
     assert f"python predict.py {settings} --out SAMPLES" in lines
 

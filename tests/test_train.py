@@ -50,6 +50,7 @@ import predict
 import train
 import trainer
 import utils
+import validation
 from checkpoints import CheckpointHeader, load_tensors, load_weights, save_tensors
 from console import RunError
 from dataset import DataError, load_dataset
@@ -164,6 +165,18 @@ def test_the_last_update_is_logged_and_validated(trained):
             updates = [line["update"] for line in select(lines, stage, split)]
             assert updates == sorted(set(updates))
             assert updates[-1] == last
+
+
+def test_the_guide_is_what_the_first_validation_of_the_prior_saw(trained):
+    """Not what the last one did: recomputed from its weights in float32."""
+    guide = load_weights(trained.run / "guide.safetensors", GatedPixelCNN, PriorConfig, "prior_")
+    vqvae = load_weights(trained.run / "vqvae.safetensors", VQVAE, VQVAEConfig)
+    data = load_dataset(str(trained.data), None, (4, 4), 0)
+    codes = validation.extract_codes(vqvae, data.validate, 4, torch.device("cpu"))
+    nats = guide.code_nll(codes, torch.from_numpy(data.validate.positions)).mean().item()
+    first, *_, last = (line["nats_per_code"] for line in select(lines_of(trained.run), "prior", "validate"))
+    assert nats == pytest.approx(first, rel=0.01)
+    assert last < 0.98 * first
 
 
 def best_line(lines, stage, name):
@@ -912,7 +925,7 @@ def test_tampered_runs_are_loaded_or_refused_and_execute_nothing(
         name, evil = tamper(rng, run, canary)
         outcome, details = judge_run(lambda run=run: resume(arguments(**options | {"run": run})), run)
         assert outcome != "crashed", f"{seed}, {name}: {details}"
-        assert not (evil and outcome == "loaded" and name not in ("prior.safetensors", "refiner.safetensors"))
+        assert not (evil and outcome == "loaded" and name not in WEIGHTS[1:])
         outcomes[outcome] += 1
         shutil.rmtree(run)
     assert not canary.exists()

@@ -60,13 +60,13 @@ def test_the_weights_are_a_small_export_with_a_complete_card():
 def test_the_networks_fit_the_options():
     """So that a training with these options can start from them."""
     config, device = read_config(RUN), torch.device("cpu")
-    vqvae, prior, refiner = predict.load_networks(RUN, config, predict.load_vqvae(RUN, config, device), device)
+    vqvae, prior, guide, refiner = predict.load_networks(RUN, config, predict.load_vqvae(RUN, config, device), device)
     options = config.options
     grid = {"grid": tuple(side // options.downsampling for side in config.slice_size)}
     codes = {name: getattr(options, name) for name in ("downsampling", "codebook_size")}
     placed = grid | {"codebook_size": options.codebook_size, "left_right": prior.config.left_right}
     assert vqvae.config == network_config(VQVAEConfig, options)
-    assert prior.config == network_config(PriorConfig, options, "prior_", **placed)
+    assert prior.config == guide.config == network_config(PriorConfig, options, "prior_", **placed)
     assert refiner.config == network_config(RefinerConfig, options, "refiner_", **codes)
 
 

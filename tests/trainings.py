@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 import trainer
 from checkpoints import CheckpointHeader, load_tensors
 
-WEIGHTS = ("vqvae.safetensors", "prior.safetensors", "refiner.safetensors")
+WEIGHTS = ("vqvae.safetensors", "prior.safetensors", "guide.safetensors", "refiner.safetensors")
 UPDATES = {"vqvae": 12, "prior": 9, "refiner": 6}  # of the tiny preset
 
 
