@@ -228,7 +228,9 @@ def read_slices(
             label_maps += [(path / name).as_posix() for name in labels]
             other_kinds += [(path / name).as_posix() for name in others]
         elif os.path.exists(path) and (not is_slice(name := with_forward_slashes(path.name)) or is_label_map(name)):
-            raise DataError(f"{path} is not a .nii or .nii.gz slice (files with the name of a label map are not read)")
+            raise DataError(
+                f"{path} is no slice: its ending is of no container that is read, or it has the name of a label map"
+            )
         else:
             own = [(str(path), path.as_posix())]
         found += own
@@ -326,7 +328,7 @@ def load_folder(
     recheck: bool,
 ) -> DataSplits:
     """Load a folder as `load_dataset` does."""
-    table = reading.table and Path(os.path.realpath(reading.table))
+    table = reading.table and Path(os.path.abspath(reading.table))  # not resolved: its paths start beside a link
     asked = (CACHE_FORMAT, PERCENTILE, os.path.realpath(folder), multiple, seed, reading._replace(table=table))
     # The given slice size may be the most common one, for which an earlier run without a size made the listing.
     keys = [ascii((*asked, size)) for size in dict.fromkeys((None, slice_size))]

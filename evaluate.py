@@ -427,7 +427,7 @@ def write_model_card(path: Path, config: RunConfig, results: Mapping[str, Any]) 
     except (OSError, ValueError) as error:
         logger.warning(f"{path} is left as it is: {error}")
         return
-    write_file(path, lambda part: part.write_text(card))
+    write_file(path, lambda part: part.write_text(card, encoding="utf-8"))
 
 
 def write_copying_figure(path: Path, training: Slices, found: Mapping[str, tuple[SliceSet, Copies]]) -> None:
@@ -510,7 +510,7 @@ def logged_curves(run: Path) -> dict[str, Curves]:
 # ---------------------------------------------------------------- self-test
 
 
-def test_figures(options: EvaluateOptions, config: RunConfig, device: torch.device) -> None:
+def run_self_test(options: EvaluateOptions, config: RunConfig, device: torch.device) -> None:
     """Plant faults in held-out slices; print a table of what each figure sees, and write self_test.json."""
     started = time.perf_counter()
     data = draw_splits(training_data(options, config))
@@ -533,7 +533,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = read_config(options.run)
     check_folder("--run", options.run)
     if options.self_test:
-        test_figures(options, config, device)
+        run_self_test(options, config, device)
         return
     networks = load_networks(options.run, config, load_vqvae(options.run, config, device), device)
     warn_if_incomplete(options.run)

@@ -11,6 +11,7 @@ import io
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -579,9 +580,8 @@ def read_table(table: Path, folder: Path) -> list[SliceFile]:
             raise DataError(f"{place}: {name} is listed twice")
         if not name.lower().endswith(ENDINGS):
             raise DataError(f"{place}: {name} is none of {' '.join(ENDINGS)}")
-        found[name] = str(
-            next((start / name for start in (table.parent, folder) if os.path.exists(start / name)), name)
-        )
+        beside, in_folder = table.parent / name, folder / name
+        found[name] = str(in_folder if os.path.exists(in_folder) and not os.path.exists(beside) else beside)
         identities[name] = make_identity(place, row)
         splits[name] = split_of((row.get("split") or "").strip())
         if "split" in row and not splits[name]:
@@ -606,6 +606,7 @@ def table_rows(table: Path) -> list[dict[str, str | None]]:
     try:
         delimiter = max(",;\t", key=header.count)
         reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
+        reader.fieldnames = [title.strip().lower() for title in reader.fieldnames or ()]
         rows = [row for row, _ in zip(reader, range(MAX_FILES + 1)) if any(row.values())]  # spreadsheets add empty ones
     except csv.Error as error:
         raise DataError(f"--table {table} is no CSV file: {error}") from None
@@ -616,6 +617,8 @@ def table_rows(table: Path) -> list[dict[str, str | None]]:
             f"--table {table} needs the columns path and case, and may have week, slice and split; it has "
             f"{abbreviate(list(reader.fieldnames or ()), 5) or 'none'}"
         )
+    if any(count > 1 for title, count in Counter(reader.fieldnames).items() if title):
+        raise DataError(f"--table {table} has two columns of one name: {abbreviate(reader.fieldnames, 5)}")
     if not rows:
         raise DataError(f"--table {table} lists no files")
     return rows

@@ -24,7 +24,10 @@ NEIGHBOURS, NEIGHBOUR_STRENGTH = 4, 0.25  # augmented copies per slice; strength
 REFINER_DRAWS = 2  # noises and times per slice
 BATCH_SIZE = 8  # slices per forward pass
 RESAMPLES = 2000  # of the bootstrap
-FALSE_POSITIVE_RATES = (0.01, 0.001)
+MIN_PATIENTS = (
+    4  # for an interval: without any leak, that of 3 excludes 0.5 from below four times as often as it should
+)
+FALSE_POSITIVE_RATE = 0.01
 
 
 # ---------------------------------------------------------------- members and non-members
@@ -54,14 +57,17 @@ def pair_patients(
         seed: Of the pairs.
 
     Returns:
-        At most MAX_SLICES slices of each kind.
+        At most MAX_SLICES slices of each kind. Patients with so few that they would limit all others are left out.
     """
     random = np.random.default_rng(seed)
     training, held_out = slices_of_patients(cases), slices_of_patients(held_out_cases)
     patients = min(len(training), len(held_out), MAX_SLICES)
+    usual = min(int(np.quantile([len(own) for own in of], 0.25)) for of in (training, held_out))
+    count = min(MAX_SLICES // patients, usual)
+    training, held_out = ([own for own in of if len(own) >= count] for of in (training, held_out))
+    patients = min(len(training), len(held_out), patients)
     chosen = [held_out[i] for i in np.sort(random.permutation(len(held_out))[:patients])]
     partners = [training[i] for i in random.permutation(len(training))[:patients]]
-    count = min(MAX_SLICES // patients, *map(len, chosen), *map(len, partners))
     members, non_members = [], []
     for own, partner in zip(chosen, partners):
         kept = own[np.linspace(0, len(own) - 1, count).round().astype(int)]
@@ -79,11 +85,16 @@ def slices_of_patients(cases: Sequence[Hashable]) -> list[np.ndarray]:
 
 
 def nearest_positions(wanted: np.ndarray, positions: np.ndarray, candidates: np.ndarray) -> np.ndarray:
-    """Return for each wanted position the candidate nearest to it, each candidate once; any where none is known."""
+    """Return for each wanted position the candidate nearest to it, each candidate once.
+
+    Where a position is unknown, candidates are evenly spread over their order, which is that of names.
+    """
+    if not np.isfinite([*wanted, *positions[candidates]]).all():
+        return candidates[np.linspace(0, len(candidates) - 1, len(wanted)).round().astype(int)]
     left, chosen = list(candidates), []
     for position in wanted:
         distances = np.abs(positions[left] - position)
-        chosen.append(left.pop(int(np.nan_to_num(distances, nan=1.0).argmin())))
+        chosen.append(left.pop(int(distances.argmin())))
     return np.array(chosen)
 
 
@@ -192,8 +203,8 @@ def attack_metrics(members: Tensor, non_members: Tensor) -> dict[str, float | tu
         auc: The area under the ROC curve: the probability that a member scores above a non-member; 0.5 without leak.
         auc_interval: Its 95 % interval, by a bootstrap of patients, since slices of one patient are not independent.
         auc_by_patient, auc_by_patient_interval: The same of patients' mean scores.
-        tpr_at_1_percent_fpr, tpr_at_0.1_percent_fpr: Share of members found if that share of non-members is accused
-            (Carlini et al. 2022, arXiv:2112.03570). With fewer than 100 or 1000 non-members, none is accused.
+        tpr_at_1_percent_fpr: Share of members found if at most that share of non-members is accused (Carlini et al.
+            2022, arXiv:2112.03570): one of 100, none of fewer. `chance_rate` without leak.
     """
     by_slice = win_rates(members, non_members)
     by_patient = win_rates(members.mean(1, keepdim=True), non_members.mean(1, keepdim=True))
@@ -203,8 +214,7 @@ def attack_metrics(members: Tensor, non_members: Tensor) -> dict[str, float | tu
         "auc_by_patient": by_patient.mean().item(),
         "auc_by_patient_interval": bootstrap_interval(by_patient),
     }
-    for rate in FALSE_POSITIVE_RATES:
-        metrics[f"tpr_at_{100 * rate:g}_percent_fpr"] = true_positive_rate(members, non_members, rate)
+    metrics["tpr_at_1_percent_fpr"] = true_positive_rate(members, non_members, FALSE_POSITIVE_RATE)
     return metrics
 
 
@@ -223,7 +233,12 @@ def win_rates(members: Tensor, non_members: Tensor) -> Tensor:
 
 
 def bootstrap_interval(rates: Tensor) -> tuple[float, float]:
-    """Return the 95 % interval of the mean of win rates (P, Q), over resampled patients of both kinds."""
+    """Return the 95 % interval of the mean of win rates (P, Q), over resampled patients of both kinds.
+
+    (0, 1) if there are fewer than MIN_PATIENTS of a kind, which resampling would make look alike.
+    """
+    if min(rates.shape) < MIN_PATIENTS:
+        return 0.0, 1.0
     random = torch.Generator().manual_seed(0)
     rows, columns = (
         F.one_hot(torch.randint(size, (RESAMPLES, size), generator=random), size).double().mean(1)
@@ -239,6 +254,11 @@ def true_positive_rate(members: Tensor, non_members: Tensor, rate: float) -> flo
     accused = math.floor(rate * non_members.numel())
     threshold = non_members.flatten().sort(descending=True).values[accused]
     return (members > threshold).double().mean().item()
+
+
+def chance_rate(count: int, rate: float = FALSE_POSITIVE_RATE) -> float:
+    """Return the expected `true_positive_rate` without any leak, for `count` non-members: 0.02 for 100 at 0.01."""
+    return (math.floor(rate * count) + 1) / (count + 1)
 
 
 def roc_curve(members: Tensor, non_members: Tensor) -> tuple[np.ndarray, np.ndarray]:

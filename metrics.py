@@ -420,11 +420,11 @@ def two_fold_split(groups: Sequence[Hashable]) -> np.ndarray:
     """Split N slices into two folds (N,) bool by group: the largest group first, each to the smaller fold.
 
     A single group is cut into quarters, in order, which alternate between the folds. Slices in the order of the volume
-    then have their neighbours in the same fold, except in three places.
+    then have their neighbours in the same fold, except in three places. Fewer than four alternate.
     """
     sizes = Counter(groups)
     if len(sizes) == 1:
-        return np.arange(len(groups)) * 4 // len(groups) % 2 == 1
+        return np.arange(len(groups)) * 4 // max(4, len(groups)) % 2 == 1
     fold_of, fold_sizes = {}, [0, 0]
     for group, size in sizes.most_common():
         fold_of[group] = fold_sizes[1] < fold_sizes[0]

@@ -14,6 +14,8 @@ from checkpoints import read_bytes
 from config import FREE_OPTIONS, RunConfig, TrainConfig, configure, item_types
 from console import printable
 from dataset import SPLIT_TITLES
+from files import counted
+from membership import MIN_PATIENTS, chance_rate
 
 TEMPLATE = Path(__file__).resolve().parent / "docs" / "MODEL_CARD_TEMPLATE.md"
 BEGIN, END = "<!-- measured by evaluate.py: begin -->", "<!-- measured by evaluate.py: end -->"
@@ -167,7 +169,8 @@ def describe_metrics(results: Mapping[str, Any]) -> Iterator[tuple[str, str, str
         low, high = attack["auc_interval"]
         found = f"{attack['tpr_at_1_percent_fpr']:.0%} found at 1 % wrongly accused"
         value = f"AUC {attack['auc']:.2f} ({low:.2f} to {high:.2f}); {found}"
-        yield f"membership inference, {name.replace('_', '-')}", value, "0.50; 1 %"
+        chance = chance_rate(results["membership"]["slices"])
+        yield f"membership inference, {name.replace('_', '-')}", value, f"0.50; {chance:.0%}"
 
 
 def quality_warnings(results: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -175,8 +178,8 @@ def quality_warnings(results: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if results["settings"]["heldout_cases"] < FEW_PATIENTS:
         yield (
             "Few patients",
-            f"Only {results['settings']['heldout_cases']} patients were held out: metrics of samples and of membership "
-            "vary widely.",
+            f"Only {counted(results['settings']['heldout_cases'], 'patient')} held out: metrics of samples and of "
+            "membership vary widely.",
         )
     accuracy = results["samples"]["c2st_accuracy"]
     if accuracy > MAX_C2ST:
@@ -229,13 +232,17 @@ def judge_samples(results: Mapping[str, Any]) -> str:
 def judge_weights(results: Mapping[str, Any]) -> str:
     """Say what the evidence is against sharing weights."""
     attacks = {name: of for name, of in results["membership"]["attacks"].items() if name != SAMPLES_ATTACK}
-    best = max(attacks, key=lambda name: attacks[name]["auc"])
-    if attacks[best]["auc_interval"][0] > 0.5:
+    intervals = ("auc_interval", "auc_by_patient_interval")
+    leaks = [name for name, of in attacks.items() if max(of[interval][0] for interval in intervals) > 0.5]
+    if leaks:
+        best = max(leaks, key=lambda name: attacks[name]["auc"])
         return (
             "Do not share: they give training patients away. The best attack tried "
             f"({best.replace('_', '-')}) has an AUC of {attacks[best]['auc']:.2f}, by patient "
             f"{attacks[best]['auc_by_patient']:.2f}, where 0.5 gives nobody away."
         )
+    if results["membership"]["patients"] < MIN_PATIENTS:
+        return f"Do not share: {counted(results['membership']['patients'], 'patient')} held out are too few to tell."
     return (
         "The attacks tried do not tell training slices from held-out ones. Stronger ones may: weights also allow "
         "unlimited sampling."

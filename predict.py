@@ -357,7 +357,7 @@ def sample(options: PredictOptions, config: RunConfig, networks: Networks, devic
     if missing:
         total, parts = sum(seconds), f"codes {seconds[0]:.1f} s, decoding {seconds[1]:.1f} s"
         speed = f" in {total:.1f} s ({len(missing) / total:.1f} slices/s; {parts})"
-    say(f"{len(missing)} slices{speed}: {options.out}, {options.images / 'samples.png'}")
+    say(f"{counted(len(missing), 'slice')}{speed}: {options.out}, {options.images / 'samples.png'}")
 
 
 def sampling_settings(options: PredictOptions, device: torch.device) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import numpy as np
 from config import RunConfig
 from console import RunError, say
 from containers import LARGEST_GREY, encode_picture, read_image
-from dataset import denormalize
+from dataset import DataError, denormalize
 from nifti import encode_slice
 from utils import write_file, writing
 
@@ -95,11 +95,19 @@ class SampleFolder(ABC):
         if self.ready:  # not before there is something to write
             return
         samples = (*SAMPLE_FILES, "codes*.npy", "samples.json")
-        if not self.same and self.shared and any(any(self.folder.glob(pattern)) for pattern in samples):
+        held = any(any(self.folder.glob(pattern)) for pattern in samples)
+        # Another process may have begun to fill the folder since; it wrote the settings before anything else.
+        self.same = self.same or self.read_settings() == self.settings
+        if held and self.shared and not self.same:
             raise RunError(f"--out {self.folder} holds samples of other settings: choose another folder")
         prepare_folder(self.folder, () if self.same else samples)
         write_file(self.folder / "samples.json", lambda part: part.write_text(json.dumps(self.settings, indent=1)))
         self.ready = True
+
+    def check_owner(self) -> None:
+        """Raise RunError if another process has begun to fill the folder with samples of other settings."""
+        if self.read_settings() not in (None, self.settings):
+            raise RunError(f"--out {self.folder} is now filled with samples of other settings: choose another folder")
 
     def normalize(self, values: np.ndarray) -> np.ndarray:
         """Map the data's units to [-1, 1]: the inverse of `denormalize`."""
@@ -169,6 +177,7 @@ class SliceFolder(SampleFolder):
 
     def write(self, n: int, pixels: np.ndarray) -> None:
         """Write sample n, pixels (H, W) in [-1, 1]."""
+        self.check_owner()
         if self.ending == "png":
             content = encode_picture((pixels + 1) / 2)
         else:
@@ -181,7 +190,10 @@ class SliceFolder(SampleFolder):
     def read_one(self, path: Path) -> np.ndarray:
         """Return the pixels (H, W) of a file, in [-1, 1]."""
         status = path.stat()
-        values = read_image(str(path), status.st_size, status.st_mtime_ns).image
+        try:
+            values = read_image(str(path), status.st_size, status.st_mtime_ns).image
+        except DataError as error:
+            raise RunError(f"{path} {error}: remove it, and run the same command again") from None
         return values / LARGEST_GREY * 2 - 1 if self.ending == "png" else self.normalize(values)
 
 
@@ -229,6 +241,7 @@ class ShardFolder(SampleFolder):
 
     def write(self, start: int, samples: Sequence[tuple[int, np.ndarray, np.ndarray, float]]) -> None:
         """Write a shard."""
+        self.check_owner()
         numbers, slices, codes, positions = zip(*samples)
         arrays = {"slices": np.stack(slices), "codes": np.stack(codes)}
         arrays |= {"positions": np.array(positions, np.float32), "numbers": np.array(numbers, np.int64)}

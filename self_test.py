@@ -203,6 +203,8 @@ def judge_copies(
 
 
 def nearest_height(positions: np.ndarray, wanted: np.ndarray) -> Tensor:
-    """Return for each wanted position (n,) the index of the nearest of positions (N,); any where none is known."""
+    """Return for each wanted position (n,) the index of the nearest of positions (N,), or any if it is unknown."""
     distances = np.abs(positions - wanted[:, None])
-    return torch.from_numpy(np.nan_to_num(distances, nan=1.0).argmin(1))
+    spread = np.linspace(0, len(positions) - 1, len(wanted)).round().astype(int)
+    nearest = np.nan_to_num(distances, nan=np.inf).argmin(1)
+    return torch.from_numpy(np.where(np.isfinite(distances).any(1), nearest, spread))

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import distributed
+from build import check_init, make_prior, make_refiner, make_vqvae
 from checkpoints import Checkpoint, NoRun, Run, describe_code, load_weights, read_data_files, save_weights
 from config import FORMAT, SMALLEST_SIDE, RunConfig, TrainConfig, add_options, configure, network_config, validate
 from console import Parser, RunError, log_notices, logger, run_command, say
@@ -28,7 +29,7 @@ from dataset import DataError, DataSplits, Slices, batch_indices, describe_chang
 from files import Reading
 from intensity import PERCENTILE
 from metrics import code_counts, codebook_use, reconstruction_metrics
-from modules import MICRO_BATCH_CODES, VQVAE, GatedPixelCNN, PriorConfig, PriorNoise, VQVAEConfig
+from modules import MICRO_BATCH_CODES, VQVAE, GatedPixelCNN, PriorNoise, VQVAEConfig
 from nifti import left_right_axis
 from plots import (
     caption,
@@ -40,7 +41,7 @@ from plots import (
     refiner_loss_figure,
     vqvae_loss_figure,
 )
-from refiner import MICRO_BATCH_PIXELS, Refiner, RefinerConfig, RefinerNoise
+from refiner import MICRO_BATCH_PIXELS, Refiner, RefinerNoise
 from trainer import BatchLoader, Progress, StopSignals, Trainer, codebook_share, device_batches, micro_batches
 from utils import autocast, channels_last, check_folder, make_folder, pick_device, seed_update
 from validation import evaluate_prior, evaluate_refiner, evaluate_vqvae, extract_codes
@@ -66,7 +67,7 @@ class VQVAETrainer(Trainer[VQVAE]):
 
     def __init__(self, run: Run, stop: StopSignals, options: TrainConfig, loader: BatchLoader, data: DataSplits):
         seed_update(options.seed, self.stage, 0)
-        model = channels_last(VQVAE(network_config(VQVAEConfig, options)), loader.device)
+        model = channels_last(make_vqvae(options), loader.device)
         super().__init__(run, stop, options, loader, model, options.updates, options.learning_rate, with_ema=False)
         self.data, self.counts = data, torch.zeros(0)
         self.encoder_warmup = 0 if options.init else min(options.encoder_warmup, options.updates // 6)
@@ -160,13 +161,8 @@ class PriorTrainer(Trainer[GatedPixelCNN]):
         self.vqvae = vqvae
         self.validation_codes = extract_codes(vqvae, data.validate, options.batch_size, loader.device)
         self.validation_positions = torch.from_numpy(data.validate.positions).to(loader.device)
-        shape = {
-            "grid": tuple(self.validation_codes.shape[1:]),
-            "codebook_size": options.codebook_size,
-            "left_right": 1 if loader.left_right == 3 else 0,  # where it is unknown, any midline will do
-        }
         seed_update(options.seed, self.stage, 0)
-        model = channels_last(GatedPixelCNN(network_config(PriorConfig, options, "prior_", **shape)), loader.device)
+        model = channels_last(make_prior(options, loader.left_right), loader.device)
         model.init_embedding(vqvae.codebook.embeddings)
         self.warned = False
         super().__init__(run, stop, options, loader, model, options.prior_updates, options.prior_learning_rate)
@@ -233,8 +229,7 @@ class RefinerTrainer(Trainer[Refiner]):
     ):
         self.data, self.vqvae = data, vqvae
         seed_update(options.seed, self.stage, 0)
-        shared = {name: getattr(options, name) for name in ("downsampling", "codebook_size")}
-        model = channels_last(Refiner(network_config(RefinerConfig, options, "refiner_", **shared)), loader.device)
+        model = channels_last(make_refiner(options), loader.device)
         model.fit_residuals(*reconstruct_subset(vqvae, data.train, options, loader.device))
         super().__init__(run, stop, options, loader, model, options.refiner_updates, options.refiner_learning_rate)
 
@@ -377,6 +372,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 size_found = f"slices of {data.slice_size} pixels are too small"
                 raise DataError(f"{size_found}: a side needs at least {SMALLEST_SIDE}")
             options = options.model_copy(update={"slice_size": tuple(data.slice_size)})
+            if options.init and not (options.run / "config.json").exists():  # else it has begun
+                distributed.from_first(partial(check_init, options.init, options, left_right_axis(data.affine)))
             with distributed.together(lambda: open_run(options, data)) as run:
                 distributed.from_first(partial(check_same_data, run, data, options.allow_changed_data))
                 checkpoint = distributed.from_first(run.load_checkpoint)
@@ -425,7 +422,7 @@ def train_stages(
 
 def say_what_to_open(options: TrainConfig) -> None:
     """Print what a finished training has written, and which commands follow."""
-    given = f"--run {shlex.quote(str(options.run))}"
+    given = f"--run {shlex.quote(str(options.run))} --images {shlex.quote(str(options.images))}"
     say(f"{options.run} is complete")
     for what, where in (
         ("curves", f"vqvae_loss.png, prior_loss.png, refiner_loss.png and codebook_usage.png in {options.images}"),

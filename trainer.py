@@ -11,7 +11,7 @@ from importlib import util
 from itertools import accumulate
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -20,10 +20,12 @@ from tqdm import tqdm
 
 import distributed
 from augmentation import augment, flip
-from checkpoints import Checkpoint, Run, check_tensors, load_weights, save_weights
+from build import read_init
+from checkpoints import Checkpoint, Run, check_tensors, save_weights
 from config import TrainConfig
 from console import RunError, say, write_line
 from dataset import SPLIT_TITLES, Slices, batch_indices, to_float
+from files import counted
 from modules import AUGMENTATIONS, MICRO_BATCH_CODES, Share
 from optimiser import Muon
 from utils import autocast, seed_update, writing
@@ -328,7 +330,7 @@ class Trainer(Generic[Network]):
                 raise
             self.save_checkpoint()
         if self.update < self.total:
-            say(f"{self.stage} ends: no better {self.criterion} in {self.options.patience} validations")
+            say(f"{self.stage} ends: no better {self.criterion} in {counted(self.options.patience, 'validation')}")
 
     def train_update(self) -> None:
         """Make one update: losses in micro-batches, gradient clipping, an optimiser step, the EMA."""
@@ -517,17 +519,8 @@ class Trainer(Generic[Network]):
 
     def start_from(self, run: Path) -> None:
         """Take the weights of another run. Raises RunError if they do not fit."""
-        path, own = run / f"{self.stage}.safetensors", self.model.state_dict()
-        prefix = "" if self.stage == "vqvae" else f"{self.stage}_"  # of its options
-        config = type(cast(Any, self.model).config)
-        given = distributed.from_first(lambda: load_weights(path, type(self.model), config, prefix)).state_dict()
-        try:
-            check_tensors(own, given)
-        except ValueError as error:
-            raise RunError(
-                f"{path} does not fit these options: {error}; give those of its run, or leave out --init"
-            ) from None
-        given |= {name: own[name].clone() for name in self.fitted}
+        given = distributed.from_first(lambda: read_init(run, self.stage, self.model))
+        given |= {name: self.model.state_dict()[name].clone() for name in self.fitted}
         self.model.load_state_dict(given)
         self.saved_model.load_state_dict(given)
 

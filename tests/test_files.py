@@ -655,11 +655,15 @@ def test_a_table_without_splits_is_split_by_case(data, separator):
         (["path,case", "a.nii,1", "./a.nii,2"], "row 3: a.nii is listed twice"),
         (["path,case,split", "a.nii,1,test"], "has no row with split train"),
         (["path,case", 'a.nii,"1'], "is no CSV file: "),
+        (["path,case,Case", "a.nii,1,2"], "has two columns of one name: path, case, case"),
+        (["path,case", "only_here.nii,1"], "only_here.nii: No such file"),
     ],
 )
-def test_a_bad_table_is_refused(data, rows, words):
+def test_a_bad_table_is_refused(data, rows, words, tmp_path, monkeypatch):
     write(data / "a.nii")
     write(data / "c.nii")
+    write(tmp_path / "current" / "only_here.nii")
+    monkeypatch.chdir(tmp_path / "current")
     assert words in message(load_dataset, str(data), reading=Reading(table=write_table(data / "t.csv", *rows)))
 
 
@@ -668,11 +672,24 @@ def test_a_table_may_be_written_by_a_spreadsheet_or_by_pandas(data):
     for number in range(4):
         write(data / f"{number}.nii")
     rows = [f"./{number}.nii, a, {number}.0, train" for number in range(3)]
-    table = write_table(data / "t.csv", "path, case, slice, split", *rows, "3.nii, b, , validate", ",,,")
+    table = write_table(data / "t.csv", " path , Case, slice, split,,", *rows, "3.nii, b, , validate", ",,,")
     loaded = load_dataset(str(data), reading=Reading(table=table))
     assert loaded.train.names == ["0.nii", "1.nii", "2.nii"]
     assert loaded.train.cases == ["a"] * 3
     assert loaded.train.positions.tolist() == [0, 0.5, 1]
+
+
+def test_the_paths_of_a_linked_table_start_beside_the_link(data, tmp_path):
+    """Not beside the table that the link leads to, from which a cache knows other slices."""
+    folders = tmp_path / "one", tmp_path / "two"
+    for value, folder in enumerate(folders):
+        for number in range(3):
+            write(folder / f"{number}.nii", picture(number, (8, 6 + 2 * value)))
+    data.mkdir()
+    table = write_table(folders[0] / "t.csv", "path,case", *(f"{number}.nii,{number}" for number in range(3)))
+    (folders[1] / "t.csv").symlink_to(table)
+    sizes = [load_dataset(str(data), reading=Reading(table=folder / "t.csv")).slice_size for folder in folders]
+    assert sizes == [(8, 6), (8, 8)]
 
 
 def test_files_of_other_kinds_are_named(data):

@@ -36,6 +36,25 @@ def test_slices_without_case_or_position_are_paired_too():
     assert len(np.unique(pairs.members)) == 4
 
 
+def test_unknown_positions_are_paired_by_their_place_in_the_volume():
+    """The first slices of one patient beside all heights of another would differ by anatomy alone."""
+    cases = np.repeat([f"a{n}" for n in range(10)], 20).tolist()
+    unknown = np.full(200, np.nan)
+    members, non_members = membership.pair_patients(cases, unknown, cases, unknown)
+    assert np.array_equal(members % 20, non_members % 20)
+    assert members.shape == (10, 10) and (members[:, -1] % 20 == 19).all()
+
+
+def test_a_patient_with_few_slices_does_not_limit_all_others():
+    cases = np.repeat([f"a{n}" for n in range(10)], 20).tolist()
+    positions = np.tile(np.linspace(0, 1, 20), 10)
+    short, more = [*cases, "short"], np.append(positions, 0.5)
+    for training, held_out in (((cases, positions), (short, more)), ((short, more), (cases, positions))):
+        members, non_members = membership.pair_patients(*training, *held_out)
+        assert members.shape == non_members.shape == (10, 10)
+        assert members.max() < 200 and non_members.max() < 200
+
+
 # ---------------------------------------------------------------- attacks
 
 
@@ -141,6 +160,24 @@ def test_the_interval_covers_one_half_for_equal_distributions():
         low, high = membership.attack_metrics(members, non_members)["auc_interval"]
         missed += not low <= 0.5 <= high
     assert missed <= 8
+
+
+def test_few_patients_have_no_interval():
+    """Resampled, one patient of each kind is always the same one."""
+    for members, non_members in ((1, 10), (10, 3)):
+        metrics = membership.attack_metrics(torch.ones(members, 4), torch.zeros(non_members, 4))
+        assert metrics["auc"] == metrics["auc_by_patient"] == 1
+        assert metrics["auc_interval"] == metrics["auc_by_patient_interval"] == (0, 1)
+
+
+@pytest.mark.parametrize("count", [4, 20, 100, 250])
+def test_the_chance_rate_is_what_no_leak_gives(count):
+    random = torch.Generator().manual_seed(count)
+    rates = [
+        membership.true_positive_rate(*torch.randn(2, count, generator=random), membership.FALSE_POSITIVE_RATE)
+        for _ in range(2000)
+    ]
+    assert np.mean(rates) == pytest.approx(membership.chance_rate(count), abs=4 * np.std(rates) / 2000**0.5)
 
 
 def test_roc_curve_encloses_the_area():

@@ -15,7 +15,6 @@ ATTACK = {
     "auc_by_patient": 0.5,
     "auc_by_patient_interval": (0.3, 0.7),
     "tpr_at_1_percent_fpr": 0.01,
-    "tpr_at_0.1_percent_fpr": 0.0,
 }
 SETTINGS = {"split": "test", "heldout_slices": 200, "heldout_slices_in_all": 200, "heldout_cases": 10, "samples": 200}
 SAMPLES = {"c2st_accuracy": 0.6, "coverage_by_patient": 0.9, "ms_ssim_diversity": 0.65}
@@ -32,7 +31,11 @@ RESULTS = {
     "baseline": {"samples": SAMPLES, "copying": COPYING},
     "slices": dict.fromkeys(("samples", "reconstructions", "heldout_slices"), JUDGED),
     "incoherent_by_height": {"low": 0.0625, "middle": 0.0, "high": 0.25},
-    "membership": {"attacks": {"likelihood": ATTACK, "neighbourhood": ATTACK, "samples": ATTACK}},
+    "membership": {
+        "patients": 10,
+        "slices": 100,
+        "attacks": {"likelihood": ATTACK, "neighbourhood": ATTACK, "samples": ATTACK},
+    },
 }
 
 
@@ -98,6 +101,20 @@ def test_a_card_without_markers_is_refused(run_config):
             with_value(ATTACK | {"auc": 0.8, "auc_interval": (0.7, 0.9)}, "membership", "attacks", "neighbourhood"),
             "**Weights.** Do not share: they give training patients away. The best attack tried (neighbourhood)",
         ),
+        (
+            with_value(
+                ATTACK | {"auc": 0.49, "auc_interval": (0.46, 0.52), "auc_by_patient_interval": (0.51, 0.9)},
+                "membership",
+                "attacks",
+                "likelihood",
+            ),
+            "**Weights.** Do not share: they give training patients away. The best attack tried (likelihood)",
+        ),
+        (
+            with_value(3, "membership", "patients"),
+            "**Weights.** Do not share: 3 patients held out are too few to tell.",
+        ),
+        (with_value(1, "settings", "heldout_cases"), "**Few patients.** Only 1 patient held out: metrics"),
         (
             with_value(JUDGED | {"copied": 0.03}, "slices", "samples"),
             "**Samples.** Do not share: 3.0% of them are called copies",

@@ -49,6 +49,56 @@ def content(folder, pattern="*"):
     return {path.name: path.read_bytes() for path in folder.glob(pattern)}
 
 
+def opened_and_drawn(ending, folder, config, numbers, shared, settings):
+    """A folder that was opened, and a call that adds its samples."""
+    opened = open_folder(ending, folder, numbers, shared, settings, config)
+
+    def add():
+        return opened.add(numbers, *map(np.stack, zip(*map(sample, numbers))))
+
+    return opened, add
+
+
+@pytest.mark.parametrize("ending", FORMATS)
+def test_parts_that_begin_together_fill_one_folder(tmp_path, config, ending):
+    """Each has drawn its first batch before any has written: the settings are the same for all."""
+    parts = [opened_and_drawn(ending, tmp_path, config, range(n, n + 4), True, SETTINGS) for n in (0, 4, 8)]
+    for _, add in parts:
+        for write in add():
+            write()
+    assert open_folder(ending, tmp_path, range(4, 8), True, SETTINGS, config).missing() == []
+    _, add = opened_and_drawn(ending, tmp_path, config, range(12, 16), True, {"seed": 1})
+    with pytest.raises(RunError, match="holds samples of other settings"):
+        add()
+
+
+@pytest.mark.parametrize("ending", FORMATS)
+def test_two_calls_with_other_settings_do_not_mix_their_samples(tmp_path, config, ending):
+    """The second one replaces the samples of the first, which stops before it writes another."""
+    (_, first), (_, second) = (
+        opened_and_drawn(ending, tmp_path, config, range(4), False, {"seed": seed}) for seed in (0, 1)
+    )
+    *done, late = first()
+    for write in done:
+        write()
+    for write in second():
+        write()
+    expected = content(tmp_path)
+    with pytest.raises(RunError, match="is now filled with samples of other settings"):
+        late()
+    assert content(tmp_path) == expected
+    assert open_folder(ending, tmp_path, range(4), False, {"seed": 1}, config).missing() == []
+
+
+@pytest.mark.parametrize("ending", ["nii.gz", "png"])
+def test_a_damaged_sample_is_named(tmp_path, config, ending):
+    fill(tmp_path, config, ending, range(3))
+    damaged = tmp_path / f"sample_000001.{ending}"
+    damaged.write_bytes(damaged.read_bytes()[:60])
+    with pytest.raises(RunError, match=rf"sample_000001\.{ending} .*: remove it, and run the same command again"):
+        open_folder(ending, tmp_path, range(3), False, SETTINGS, config).read(range(3))
+
+
 @pytest.mark.parametrize("ending", FORMATS)
 def test_samples_read_back(tmp_path, config, ending):
     assert fill(tmp_path, config, ending, range(10)) == list(range(10))

@@ -499,10 +499,17 @@ def test_k_means_is_left_out_when_a_run_starts_from_another(trained, options, mo
 
 @pytest.mark.parametrize(
     ("given", "part"),
-    [({"codebook_size": 20}, "vqvae.safetensors does not fit these options"), ({"init": "gone"}, "does not exist")],
+    [
+        ({"codebook_size": 20}, "vqvae.safetensors does not fit these options"),
+        ({"slice_size": (32, 32)}, "prior.safetensors does not fit these options"),
+        ({"refiner_channels": 8}, "refiner.safetensors does not fit these options"),
+        ({"init": "gone"}, "--init gone is not a run directory"),
+    ],
 )
-def test_weights_that_do_not_fit_are_refused(trained, options, error_line, given, part):
-    assert part in error_line("train.py", arguments(**options | {"init": trained.run} | given))
+def test_weights_that_do_not_fit_are_refused_before_the_run_begins(trained, options, error_line, given, part):
+    given = options | {"init": trained.run} | given
+    assert part in error_line("train.py", arguments(**given))
+    assert not Path(given["run"]).exists()
 
 
 # ---------------------------------------------------------------- stopping and resuming
