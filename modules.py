@@ -27,6 +27,7 @@ from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differe
 CHUNK_LOGITS, GPU_CHUNK_LOGITS = 2**21, 2**26
 MICRO_BATCH_CODES = 8192  # codes per forward pass on a CPU, so that its activations stay in the caches
 MIN_TEMPERATURE = 1e-6  # logits divided by less overflow
+UNGUIDED_SHARE = 1 / 8  # of the rows, the first ones: guided too, samples are more alike
 AUGMENTATIONS = 6  # parameters that describe how a slice was augmented
 
 
@@ -554,8 +555,10 @@ class GatedPixelCNN(nn.Module):
 
         A guide, this prior at an early stage of its training, makes the same mistakes, but more of them. Codes are
         drawn with a probability proportional to prior^(1 + guidance) / guide^guidance: further away from those mistakes
-        than the prior got by training (autoguidance, Karras et al. 2024, arXiv:2406.02507, section 3). The nucleus
-        remains that of the prior, so that no code is drawn only because the guide thinks even less of it.
+        than the prior got by training (autoguidance, Karras et al. 2024, arXiv:2406.02507, section 3). The first rows,
+        which decide what kind of slice it will be, are not guided, so that samples stay as varied (guidance in an
+        interval, Kynkäänniemi et al. 2024, arXiv:2404.07724). The nucleus remains that of the prior, so that no code is
+        drawn only because the guide thinks even less of it.
 
         Each sample has its own random stream, seeded by (seed, its id), so it does not depend on the samples beside it.
         A code is drawn as the first of exponential clocks, whose rates are the probabilities, to ring. This is
@@ -585,16 +588,19 @@ class GatedPixelCNN(nn.Module):
         device = position.device
         streams = [torch.Generator(device).manual_seed(stream_seed(seed, sample_id)) for sample_id in sample_ids]
         noise = torch.empty(len(streams), self.columns, self.config.codebook_size, device=device)
+        weight = torch.zeros((), device=device)  # of guidance in this row
 
         def start_row(row: int) -> None:
             progress(row)
+            if row == int(UNGUIDED_SHARE * self.rows):
+                weight.fill_(guidance)
             for own, stream in zip(noise, streams):
                 own.uniform_(generator=stream)
             noise.clamp_(min=torch.finfo(noise.dtype).tiny)  # uniform_ draws 0 too, whose logarithm is infinite
             noise.log_().neg_()  # exponential noise
 
         def draw(column: int, logits: Tensor, guide_logits: Tensor | None = None) -> Tensor:
-            guided = logits if guide_logits is None else (1 + guidance) * logits - guidance * guide_logits
+            guided = logits if guide_logits is None else logits + weight * (logits - guide_logits)
             return first_in_nucleus(guided / temperature, logits / temperature, noise[:, column], top_p)
 
         return self.generate(position, start_row, draw, guide if guidance else None)

@@ -48,6 +48,7 @@ from validation import evaluate_prior, evaluate_refiner, evaluate_vqvae, extract
 
 COLLAPSE_SHARE, COLLAPSE_UPDATES = 0.1, 500  # codebook collapse: a smaller share of codes used for so many updates
 AUGMENTED_SHARE = 0.5  # of the refiner's slices: it learns detail from the others, as interpolation blurs
+GUIDE_SHARE = 0.2  # of the prior's updates, after which its weights become the guide
 DRIFT = 0.1  # share of nats per code that validation slices need more than training slices when a warning is due
 VALIDATION_SLICES = 1000  # at most, drawn by patient: of a large split all would take longer than training
 UNIGRAM_SHARE = 0.95  # of the entropy of the code frequencies, the loss of a unigram model: a prior must reach less
@@ -181,7 +182,8 @@ class PriorTrainer(Trainer[GatedPixelCNN]):
         return self.model.nll(codes, positions, augmented, PriorNoise(*noise))
 
     def validate(self) -> dict[str, float]:
-        if math.isinf(self.best) and distributed.is_first():  # the first validation, after a tenth of the updates
+        early = math.isinf(self.best) or self.update <= GUIDE_SHARE * self.total
+        if early and distributed.is_first():
             save_weights(self.run.path / "guide.safetensors", self.saved_model)
         size = self.options.batch_size
         batches = zip(self.validation_codes.split(size), self.validation_positions.split(size))

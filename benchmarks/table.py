@@ -48,6 +48,7 @@ ROWS = {  # by the script that measures them
             ratio="full_sampling_over_one_forward",
         ),
         Row("sampling 32 code grids over one forward pass over them", ratio="sampling_over_one_forward"),
+        Row("sampling 32 code grids with guidance over without", ratio="guided_over_unguided_sampling"),
         Row(
             f"sampling 32 code grids with top-p {predict.TOP_P:g} over sampling them from all codes",
             ratio="top_p_over_all_codes",

@@ -50,7 +50,6 @@ import predict
 import train
 import trainer
 import utils
-import validation
 from checkpoints import CheckpointHeader, load_tensors, load_weights, save_tensors
 from console import RunError
 from dataset import DataError, load_dataset
@@ -167,16 +166,28 @@ def test_the_last_update_is_logged_and_validated(trained):
             assert updates[-1] == last
 
 
-def test_the_guide_is_what_the_first_validation_of_the_prior_saw(trained):
-    """Not what the last one did: recomputed from its weights in float32."""
-    guide = load_weights(trained.run / "guide.safetensors", GatedPixelCNN, PriorConfig, "prior_")
-    vqvae = load_weights(trained.run / "vqvae.safetensors", VQVAE, VQVAEConfig)
-    data = load_dataset(str(trained.data), None, (4, 4), 0)
-    codes = validation.extract_codes(vqvae, data.validate, 4, torch.device("cpu"))
-    nats = guide.code_nll(codes, torch.from_numpy(data.validate.positions)).mean().item()
-    first, *_, last = (line["nats_per_code"] for line in select(lines_of(trained.run), "prior", "validate"))
-    assert nats == pytest.approx(first, rel=0.01)
-    assert last < 0.98 * first
+@pytest.mark.parametrize(("updates", "saved_after"), [(20, [2, 4]), (5, [1]), (2, [1])])
+def test_the_guide_is_the_prior_after_a_fifth_of_its_updates(options, monkeypatch, updates, saved_after):
+    """Its weights are those of the last validation until then, or of the first one."""
+    saved = {}
+
+    def save(path, model):
+        saved[prior.update] = deepcopy(model.state_dict())
+        checkpoints.save_weights(path, model)
+
+    def validate(self):
+        nonlocal prior
+        prior = self
+        return real(self)
+
+    prior, real = None, train.PriorTrainer.validate
+    monkeypatch.setattr(train.PriorTrainer, "validate", validate)
+    monkeypatch.setattr(train, "save_weights", save)
+    train.main(arguments(**options | {"prior_updates": updates}))
+    assert list(saved) == saved_after
+    guide = load_weights(options["run"] / "guide.safetensors", GatedPixelCNN, PriorConfig, "prior_").state_dict()
+    assert same_weights(guide, saved[saved_after[-1]])
+    assert not same_weights(guide, prior.saved_model.state_dict())
 
 
 def best_line(lines, stage, name):
