@@ -176,7 +176,7 @@ def add_sampling_options(parser: ArgumentParser) -> None:
         "--seed",
         type=number(int, 0, MAX_SEED),
         default=0,
-        help="random seed; sample n does not depend on the batch size (default: 0)",
+        help="random seed; sample n is the same however many are drawn (default: 0)",
     )
     add("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
 
