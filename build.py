@@ -1,5 +1,6 @@
 """The three networks of a training's options, with random weights or to start from those of another run."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,10 +18,10 @@ def make_vqvae(options: TrainConfig) -> VQVAE:
     return VQVAE(network_config(VQVAEConfig, options))
 
 
-def make_prior(options: TrainConfig, left_right: int | None) -> GatedPixelCNN:
-    """Return a prior for the codes of slices of `slice_size`; their axis 2, 3 or an unknown one runs left-right."""
+def make_prior(options: TrainConfig, slice_size: Sequence[int], left_right: int | None) -> GatedPixelCNN:
+    """Return a prior for the codes of slices (N, 1, H, W) of a size; their axis 2, 3 or an unknown one runs left-right."""
     shape = {
-        "grid": tuple(side // options.downsampling for side in cast(tuple[int, int], options.slice_size)),
+        "grid": tuple(side // options.downsampling for side in slice_size),
         "codebook_size": options.codebook_size,
         "left_right": 1 if left_right == 3 else 0,  # where it is unknown, any midline will do
     }
@@ -50,13 +51,13 @@ def read_init(run: Path, stage: str, model: nn.Module) -> dict[str, Tensor]:
     return given
 
 
-def check_init(init: Path, options: TrainConfig, left_right: int | None) -> None:
+def check_init(init: Path, options: TrainConfig, slice_size: Sequence[int], left_right: int | None) -> None:
     """Raise RunError unless a training can start from the weights of a run: at once, and not after the first stage."""
     if not init.is_dir():
         raise RunError(f"--init {init} is not a run directory")
     networks = {
         "vqvae": make_vqvae(options),
-        "prior": make_prior(options, left_right),
+        "prior": make_prior(options, slice_size, left_right),
         "refiner": make_refiner(options),
     }
     for stage, network in networks.items():

@@ -24,9 +24,7 @@ NEIGHBOURS, NEIGHBOUR_STRENGTH = 4, 0.25  # augmented copies per slice; strength
 REFINER_DRAWS = 2  # noises and times per slice
 BATCH_SIZE = 8  # slices per forward pass
 RESAMPLES = 2000  # of the bootstrap
-MIN_PATIENTS = (
-    4  # for an interval: without any leak, that of 3 excludes 0.5 from below four times as often as it should
-)
+MIN_PATIENTS = 4  # for an interval: those of fewer exclude 0.5 far too often
 FALSE_POSITIVE_RATE = 0.01
 
 

@@ -27,7 +27,7 @@ from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differe
 CHUNK_LOGITS, GPU_CHUNK_LOGITS = 2**21, 2**26
 MICRO_BATCH_CODES = 8192  # codes per forward pass on a CPU, so that its activations stay in the caches
 MIN_TEMPERATURE = 1e-6  # logits divided by less overflow
-UNGUIDED_SHARE = 1 / 8  # of the rows, the first ones: guided too, samples are more alike
+UNGUIDED_SHARE = 1 / 8  # of the rows, the first ones: if they are guided too, samples are more alike
 AUGMENTATIONS = 6  # parameters that describe how a slice was augmented
 
 

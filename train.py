@@ -163,7 +163,7 @@ class PriorTrainer(Trainer[GatedPixelCNN]):
         self.validation_codes = extract_codes(vqvae, data.validate, options.batch_size, loader.device)
         self.validation_positions = torch.from_numpy(data.validate.positions).to(loader.device)
         seed_update(options.seed, self.stage, 0)
-        model = channels_last(make_prior(options, loader.left_right), loader.device)
+        model = channels_last(make_prior(options, data.slice_size, loader.left_right), loader.device)
         model.init_embedding(vqvae.codebook.embeddings)
         self.warned = False
         super().__init__(run, stop, options, loader, model, options.prior_updates, options.prior_learning_rate)
@@ -375,7 +375,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 raise DataError(f"{size_found}: a side needs at least {SMALLEST_SIDE}")
             options = options.model_copy(update={"slice_size": tuple(data.slice_size)})
             if options.init and not (options.run / "config.json").exists():  # else it has begun
-                distributed.from_first(partial(check_init, options.init, options, left_right_axis(data.affine)))
+                left_right = left_right_axis(data.affine)
+                distributed.from_first(partial(check_init, options.init, options, data.slice_size, left_right))
             with distributed.together(lambda: open_run(options, data)) as run:
                 distributed.from_first(partial(check_same_data, run, data, options.allow_changed_data))
                 checkpoint = distributed.from_first(run.load_checkpoint)
