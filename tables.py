@@ -310,7 +310,7 @@ MEMBERSHIP_ROWS = (
         "found, 1 % wrongly accused",
         ".3f",
         "Share of training slices found if 1 % of the others are accused",
-        "Of 100 slices, 0.02 gives nobody away",
+        "0.02 gives nobody away, with 100 slices",
     ),
 )
 
