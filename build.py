@@ -19,7 +19,7 @@ def make_vqvae(options: TrainConfig) -> VQVAE:
 
 
 def make_prior(options: TrainConfig, slice_size: Sequence[int], left_right: int | None) -> GatedPixelCNN:
-    """Return a prior for the codes of slices (N, 1, H, W) of a size; their axis 2, 3 or an unknown one runs left-right."""
+    """Return a prior for slices (N, 1, H, W) of a size, of which axis 2, 3 or an unknown one runs left-right."""
     shape = {
         "grid": tuple(side // options.downsampling for side in slice_size),
         "codebook_size": options.codebook_size,
