@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from geometry import blur, inside_body
-from metrics import number_groups, to_grey_levels, two_fold_split
+from metrics import evenly_spread, number_groups, to_grey_levels, two_fold_split
 from utils import autocast, channels_last
 
 WORKING_PIXELS = 3200  # per slice, such as 80x40; larger slices are reduced
@@ -183,7 +183,7 @@ def gather_pool(training: Iterable[Tensor], positions: np.ndarray, patients: np.
         positions: (N,), NaN for unknown.
         patients: (N,) int64.
     """
-    kept = np.unique(np.linspace(0, len(patients) - 1, min(len(patients), MAX_TRAINING)).round().astype(np.int64))
+    kept = np.unique(evenly_spread(min(len(patients), MAX_TRAINING), len(patients)))
     parts, start = [], 0
     for batch in training:
         own = kept[(kept >= start) & (kept < start + len(batch))] - start

@@ -328,10 +328,10 @@ def write_data_files(path: Path, files: dict[str, str]) -> None:
 
 # ---------------------------------------------------------------- run directory
 
+WEIGHTS = tuple(f"{network}.safetensors" for network in ("vqvae", "prior", "guide", "refiner"))
 # The first three are written in this order, so that a run with a config was created completely.
 FILES = ["lock", "data.json", "config.json", "metrics.jsonl", "checkpoint.safetensors"]
-FILES += ["checkpoint.previous.safetensors", "vqvae.safetensors", "prior.safetensors", "guide.safetensors"]
-FILES += ["refiner.safetensors"]
+FILES += ["checkpoint.previous.safetensors", *WEIGHTS]
 
 
 class CheckpointHeader(StrictModel):

@@ -580,8 +580,8 @@ def read_table(table: Path, folder: Path) -> list[SliceFile]:
             raise DataError(f"{place}: {name} is listed twice")
         if not name.lower().endswith(ENDINGS):
             raise DataError(f"{place}: {name} is none of {' '.join(ENDINGS)}")
-        beside, in_folder = table.parent / name, folder / name
-        found[name] = str(in_folder if os.path.exists(in_folder) and not os.path.exists(beside) else beside)
+        places = table.parent / name, folder / name
+        found[name] = str(next(filter(os.path.exists, places), places[0]))
         identities[name] = make_identity(place, row)
         splits[name] = split_of((row.get("split") or "").strip())
         if "split" in row and not splits[name]:

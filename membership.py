@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metrics import code_counts
+from metrics import code_counts, evenly_spread
 from modules import VQVAE, GatedPixelCNN
 from refiner import Refiner
 
@@ -68,7 +68,7 @@ def pair_patients(
     partners = [training[i] for i in random.permutation(len(training))[:patients]]
     members, non_members = [], []
     for own, partner in zip(chosen, partners):
-        kept = own[np.linspace(0, len(own) - 1, count).round().astype(int)]
+        kept = own[evenly_spread(count, len(own))]
         non_members.append(kept)
         members.append(nearest_positions(held_out_positions[kept], positions, partner))
     return Pairs(np.array(members), np.array(non_members))
@@ -88,7 +88,7 @@ def nearest_positions(wanted: np.ndarray, positions: np.ndarray, candidates: np.
     Where a position is unknown, candidates are evenly spread over their order, which is that of names.
     """
     if not np.isfinite([*wanted, *positions[candidates]]).all():
-        return candidates[np.linspace(0, len(candidates) - 1, len(wanted)).round().astype(int)]
+        return candidates[evenly_spread(len(wanted), len(candidates))]
     left, chosen = list(candidates), []
     for position in wanted:
         distances = np.abs(positions[left] - position)

@@ -416,6 +416,11 @@ def number_groups(groups: Sequence[Hashable]) -> np.ndarray:
     return np.array([numbers[group] for group in groups])
 
 
+def evenly_spread(count: int, size: int) -> np.ndarray:
+    """Return `count` indices evenly spread over [0, size), its ends included if there are two or more."""
+    return np.linspace(0, size - 1, count).round().astype(int)
+
+
 def two_fold_split(groups: Sequence[Hashable]) -> np.ndarray:
     """Split N slices into two folds (N,) bool by group: the largest group first, each to the smaller fold.
 

@@ -241,8 +241,11 @@ def judge_weights(results: Mapping[str, Any]) -> str:
             f"({best.replace('_', '-')}) has an AUC of {attacks[best]['auc']:.2f}, by patient "
             f"{attacks[best]['auc_by_patient']:.2f}, where 0.5 gives nobody away."
         )
-    if results["membership"]["patients"] < MIN_PATIENTS:
-        return f"Do not share: {counted(results['membership']['patients'], 'patient')} held out are too few to tell."
+    patients = results["membership"]["patients"]
+    if patients < MIN_PATIENTS:
+        return (
+            f"Do not share: {counted(patients, 'patient')} held out {'is' if patients == 1 else 'are'} too few to tell."
+        )
     return (
         "The attacks tried do not tell training slices from held-out ones. Stronger ones may: weights also allow "
         "unlimited sampling."

@@ -600,8 +600,10 @@ class GatedPixelCNN(nn.Module):
             noise.log_().neg_()  # exponential noise
 
         def draw(column: int, logits: Tensor, guide_logits: Tensor | None = None) -> Tensor:
-            guided = logits if guide_logits is None else logits + weight * (logits - guide_logits)
-            return first_in_nucleus(guided / temperature, logits / temperature, noise[:, column], top_p)
+            own = guided = logits / temperature
+            if guide_logits is not None:
+                guided = (logits + weight * (logits - guide_logits)) / temperature
+            return first_in_nucleus(guided, own, noise[:, column], top_p)
 
         return self.generate(position, start_row, draw, guide if guidance else None)
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from animation import sampling_frames, write_animation
-from checkpoints import is_complete, load_weights, read_config
+from checkpoints import WEIGHTS, is_complete, load_weights, read_config
 from config import MAX_BATCH_SIZE, MAX_SEED, Positions, RunConfig
 from console import Parser, RunError, log_notices, logger, nonempty, number, printable, run_command, say
 from containers import without_ending
@@ -42,10 +42,9 @@ DEFAULT_NUM = 64  # samples
 MAX_NUM = 10**6  # samples: their file names have six digits
 MAX_SHOWN = 64  # samples in the figure
 ANIMATED = 4  # samples in an animation
-GUIDANCE = 1.0
+GUIDANCE = 1.0  # with 2, samples of patients are sounder, with edges too strong, and those of the phantom worse
 TOP_P = 0.995  # with 1, one of 30 samples has a broken outline; with 0.95, three times as many are alike
 MAX_NAME_BYTES = 200  # of a slice's name within a file name, which may have 255
-READ_FILES = ("config.json", *(f"{network}.safetensors" for network in ("vqvae", "prior", "guide", "refiner")))
 WRITERS = 2  # threads that write slices while the next ones are computed
 BATCH_SIZES = {"cpu": 64, "cuda": 512}  # of codes: larger ones take less time a grid, but small calls fill one up too
 REFINER_BATCH_SIZE = 64  # slices refined at a time on a GPU: 0.9 GB for 256x128
@@ -363,7 +362,7 @@ def sample(options: PredictOptions, config: RunConfig, networks: Networks, devic
 def sampling_settings(options: PredictOptions, device: torch.device) -> dict[str, Any]:
     """Return all that samples depend on besides their numbers."""
     digest = hashlib.sha256()
-    for name in READ_FILES:
+    for name in ("config.json", *WEIGHTS):
         digest.update((options.run / name).read_bytes())
     names = ("seed", "temperature", "top_p", "guidance", "refiner_noise", "position")
     chosen = {name: getattr(options, name) for name in names}

@@ -95,11 +95,12 @@ class SampleFolder(ABC):
         if self.ready:  # not before there is something to write
             return
         samples = (*SAMPLE_FILES, "codes*.npy", "samples.json")
-        held = any(any(self.folder.glob(pattern)) for pattern in samples)
-        # Another process may have begun to fill the folder since; it wrote the settings before anything else.
-        self.same = self.same or self.read_settings() == self.settings
-        if held and self.shared and not self.same:
-            raise RunError(f"--out {self.folder} holds samples of other settings: choose another folder")
+        if not self.same:
+            held = self.shared and any(any(self.folder.glob(pattern)) for pattern in samples)
+            # Another process may have begun to fill the folder since; it wrote the settings before anything else.
+            self.same = self.read_settings() == self.settings
+            if held and not self.same:
+                raise RunError(f"--out {self.folder} holds samples of other settings: choose another folder")
         prepare_folder(self.folder, () if self.same else samples)
         write_file(self.folder / "samples.json", lambda part: part.write_text(json.dumps(self.settings, indent=1)))
         self.ready = True

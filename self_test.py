@@ -18,7 +18,7 @@ from copying import data_copying_statistic, memorisation_rate
 from dataset import Slices
 from faults import ANATOMY_FAULTS, COPIES, TEXTURE_FAULTS, VARIETY_FAULTS, Fault, Originals
 from membership import win_rates
-from metrics import RandomFeatures, round_to_grey_levels, two_fold_split
+from metrics import RandomFeatures, evenly_spread, round_to_grey_levels, two_fold_split
 
 MAX_SLICES = 200  # that play the samples, and as many that they are compared with
 COPIED_SLICES = 40  # training slices that copies are made of
@@ -47,7 +47,7 @@ class HeldOut(NamedTuple):
 
     def select(self, chosen: np.ndarray) -> "HeldOut":
         """Return slices by their indices (n,), at most MAX_SLICES, evenly spread."""
-        kept = chosen[np.linspace(0, len(chosen) - 1, min(len(chosen), MAX_SLICES)).round().astype(int)]
+        kept = chosen[evenly_spread(min(len(chosen), MAX_SLICES), len(chosen))]
         return HeldOut(self.slices[torch.from_numpy(kept)], self.positions[kept], [self.cases[i] for i in kept])
 
     def set(self) -> SliceSet:
@@ -181,7 +181,7 @@ def judge_copies(
     See `self_test`. The kind "none" are held-out slices, which copy nobody.
     """
     device = held_out.slices.device
-    sources = np.unique(np.linspace(0, len(train) - 1, COPIED_SLICES).round().astype(int))
+    sources = np.unique(evenly_spread(COPIED_SLICES, len(train)))
     own = Originals(train.batch(sources).to(device), train.positions[sources], sources.tolist(), flip_axis or 2)
     others = held_out.slices[nearest_height(held_out.positions, own.positions)]
     sets = {"none": held_out.select(np.arange(len(held_out.cases))).set()}
@@ -205,6 +205,6 @@ def judge_copies(
 def nearest_height(positions: np.ndarray, wanted: np.ndarray) -> Tensor:
     """Return for each wanted position (n,) the index of the nearest of positions (N,), or any if it is unknown."""
     distances = np.abs(positions - wanted[:, None])
-    spread = np.linspace(0, len(positions) - 1, len(wanted)).round().astype(int)
     nearest = np.nan_to_num(distances, nan=np.inf).argmin(1)
-    return torch.from_numpy(np.where(np.isfinite(distances).any(1), nearest, spread))
+    any_slice = evenly_spread(len(wanted), len(positions))
+    return torch.from_numpy(np.where(np.isfinite(distances).any(1), nearest, any_slice))

@@ -44,7 +44,8 @@ ROWS = {  # by the script that measures them
             ("full_refiner_passes", "full_refiner_seconds_per_slice"),
         ),
         Row(
-            f"sampling {predict.BATCH_SIZES['cpu']} code grids of the full preset over one forward pass over them",
+            f"guided sampling of {predict.BATCH_SIZES['cpu']} code grids of the full preset over one forward pass "
+            "of prior and guide over them",
             ratio="full_sampling_over_one_forward",
         ),
         Row("sampling 32 code grids over one forward pass over them", ratio="sampling_over_one_forward"),

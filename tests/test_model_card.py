@@ -114,6 +114,10 @@ def test_a_card_without_markers_is_refused(run_config):
             with_value(3, "membership", "patients"),
             "**Weights.** Do not share: 3 patients held out are too few to tell.",
         ),
+        (
+            with_value(1, "membership", "patients"),
+            "**Weights.** Do not share: 1 patient held out is too few to tell.",
+        ),
         (with_value(1, "settings", "heldout_cases"), "**Few patients.** Only 1 patient held out: metrics"),
         (
             with_value(JUDGED | {"copied": 0.03}, "slices", "samples"),
