@@ -74,6 +74,7 @@ from predict import (
     load_vqvae,
     refine,
     sampling_device,
+    set_guidance,
     warn_if_incomplete,
 )
 from report import Evidence, HeldOutSlices, SampleSlices, shown_samples, write_report
@@ -536,6 +537,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run_self_test(options, config, device)
         return
     networks = load_networks(options.run, config, load_vqvae(options.run, config, device), device)
+    set_guidance(options, networks)
     warn_if_incomplete(options.run)
     evaluate(options, config, networks, device)
 

@@ -130,11 +130,16 @@ def write_card(path: Path, run: Path, config: RunConfig, networks: Networks, hal
         card = fill_card(read_card(own), config, results)
     except (OSError, ValueError, LookupError, TypeError) as error:  # evaluation.json may be of another version
         raise RunError(f"{own} cannot be filled in from evaluation.json ({summarise(error)}): mend it") from None
-    rows = [f"| `{name}.safetensors` | weights: {describe(network)} |" for name, network in networks._asdict().items()]
+    rows = [f"| `{name}.safetensors` | weights: {describe(network)} |" for name, network in present(networks)]
     precision = "Matrices and kernels are stored in float16 and computed with in float32." if half else "In float32."
     licence = "license: mit\n" if config.options.on_phantom else ""
     text = METADATA.format(licence=licence) + card + FILES.format(rows="\n".join(rows), precision=precision)
     write_file(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def present(networks: Networks) -> list[tuple[str, nn.Module]]:
+    """Return the names of the networks that are there, and the networks."""
+    return [(name, network) for name, network in networks._asdict().items() if network]
 
 
 def describe(network: nn.Module) -> str:
@@ -149,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         config, device = read_config(options.run), torch.device("cpu")
         networks = load_networks(options.run, config, load_vqvae(options.run, config, device), device)
         warn_if_incomplete(options.run)
-        for name, network in networks._asdict().items():
+        for name, network in present(networks):
             export_weights(folder / f"{name}.safetensors", network, options.half)
         write_card(folder / "README.md", options.run, config, networks, options.half)
         write_config(folder, redact(config))

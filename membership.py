@@ -111,7 +111,7 @@ def attack_scores(
     positions: Tensor,
     vqvae: VQVAE,
     prior: GatedPixelCNN,
-    guide: GatedPixelCNN,
+    guide: GatedPixelCNN | None,
     refiner: Refiner,
     augment: Callable[[Tensor, Tensor], Tensor],
     sampled_codes: Tensor,
@@ -137,7 +137,7 @@ def attack_scores(
         positions: (N,) in [0, 1], NaN for unknown.
         vqvae: In evaluation mode, as the other networks.
         prior: The prior.
-        guide: Its guide.
+        guide: Its guide; None leaves its attack out.
         refiner: The refiner.
         augment: Maps slices and parameters (N, 6) to augmented slices, as training does.
         sampled_codes: Codes of samples, of any shape, for the frequencies: who has the weights can draw them.
@@ -156,10 +156,11 @@ def attack_scores(
     for _ in range(NEIGHBOURS):
         parameters = NEIGHBOUR_STRENGTH * torch.randn(len(slices), 6, generator=random).to(slices.device)
         neighbours += code_nll(prior, encode(vqvae, augment(slices, parameters)), positions).mean(1) / NEIGHBOURS
+    guided = {"guide": code_nll(guide, codes, positions).mean(1) / nats} if guide else {}
     return {
         "likelihood": -nats,
         "calibrated": rarity[codes].flatten(1).mean(1) - nats,
-        "guide": code_nll(guide, codes, positions).mean(1) / nats,
+        **guided,
         "min_k": -nll.topk(max(1, int(MIN_K * nll.shape[1])), 1).values.mean(1),
         "neighbourhood": neighbours / nats,
         "reconstruction": torch.cat(

@@ -25,7 +25,7 @@ MAX_C2ST = 0.75  # accuracy above which samples are easily told from real slices
 MAX_MEMORISED = 0.05  # share of samples closer to a training slice than any reconstruction of a held-out slice
 MAX_P_VALUE = 0.01  # of the share of samples with incoherent anatomy
 OVERFITTED = 0.1  # share of bits per code that held-out slices need more than training slices
-SAMPLES_ATTACK = "samples"  # of evaluation.json; the others need the weights
+SAMPLES_ATTACK, GUIDE_ATTACK = "samples", "guide"  # of evaluation.json; all but the first need the weights
 
 # What stands for texts of the user's choosing, such as paths, where they are left out: they may name patients.
 PLACEHOLDERS: dict[str, Any] = {
@@ -236,11 +236,15 @@ def judge_weights(results: Mapping[str, Any]) -> str:
     leaks = [name for name, of in attacks.items() if max(of[interval][0] for interval in intervals) > 0.5]
     if leaks:
         best = max(leaks, key=lambda name: attacks[name]["auc"])
-        return (
+        text = (
             "Do not share: they give training patients away. The best attack tried "
             f"({best.replace('_', '-')}) has an AUC of {attacks[best]['auc']:.2f}, by patient "
             f"{attacks[best]['auc_by_patient']:.2f}, where 0.5 gives nobody away."
         )
+        if best != GUIDE_ATTACK:
+            return text
+        other = max(of["auc"] for name, of in attacks.items() if name != GUIDE_ATTACK)
+        return f"{text} Without `guide.safetensors` it is {other:.2f}: delete the file from a copy, and evaluate that."
     patients = results["membership"]["patients"]
     if patients < MIN_PATIENTS:
         return (

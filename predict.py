@@ -60,7 +60,7 @@ class SamplingOptions(Namespace):
     images: Path
     temperature: float
     top_p: float
-    guidance: float
+    guidance: float | None  # None: chosen by `set_guidance`
     refiner_noise: float
     batch_size: int  # 0: chosen by `sampling_device`
     seed: int
@@ -151,10 +151,10 @@ def add_sampling_options(parser: ArgumentParser) -> None:
     add(
         "--guidance",
         type=number(float, 0, 10),
-        default=GUIDANCE,
         metavar="W",
         help="how far codes are drawn away from the mistakes of the prior's guide, 0 to 10; more gives sounder and "
-        "more typical anatomy, 0 leaves the guide out, which halves the time for codes (default: %(default)g)",
+        f"more typical anatomy, 0 leaves the guide out, which halves the time for codes (default: {GUIDANCE:g}; 0 for a "
+        "run without guide.safetensors)",
     )
     add(
         "--refiner-noise",
@@ -211,7 +211,7 @@ class Networks(NamedTuple):
 
     vqvae: VQVAE
     prior: GatedPixelCNN
-    guide: GatedPixelCNN  # the prior early in its training
+    guide: GatedPixelCNN | None  # the prior early in its training
     refiner: Refiner
 
 
@@ -260,7 +260,7 @@ def sample_codes(
 ) -> Tensor:
     """Draw the code grids (N, h, w) of N sample ids at positions (N,); return them on the CPU."""
     prior, settings = networks.prior, (options.seed, options.temperature, options.top_p)
-    guided = networks.guide, options.guidance
+    guided = networks.guide, options.guidance or 0.0
     with tqdm(total=len(positions), desc="codes", unit="slice", leave=False, disable=None) as bar:
 
         def progress(row: int) -> None:
@@ -362,8 +362,8 @@ def sample(options: PredictOptions, config: RunConfig, networks: Networks, devic
 def sampling_settings(options: PredictOptions, device: torch.device) -> dict[str, Any]:
     """Return all that samples depend on besides their numbers."""
     digest = hashlib.sha256()
-    for name in ("config.json", *WEIGHTS):
-        digest.update((options.run / name).read_bytes())
+    for path in (options.run / name for name in ("config.json", *WEIGHTS)):
+        digest.update(path.read_bytes() if path.exists() else b"")  # there may be no guide
     names = ("seed", "temperature", "top_p", "guidance", "refiner_noise", "position")
     chosen = {name: getattr(options, name) for name in names}
     return chosen | {"device": device.type, "torch": torch.__version__, "sha256_of_run": digest.hexdigest()}
@@ -484,24 +484,33 @@ def load_vqvae(run: Path, config: RunConfig, device: torch.device) -> VQVAE:
 
 
 def load_networks(run: Path, config: RunConfig, vqvae: VQVAE, device: torch.device) -> Networks:
-    """Load the prior, its guide and the refiner of a run, and return them with its VQ-VAE.
+    """Load the prior, its guide, if there is one, and the refiner of a run, and return them with its VQ-VAE.
 
     Raises:
         RunError: A network cannot be used, or the networks are of different runs.
     """
-    prior, guide = (
-        load_weights(run / f"{name}.safetensors", GatedPixelCNN, PriorConfig, "prior_") for name in ("prior", "guide")
-    )
+    prior = load_weights(run / "prior.safetensors", GatedPixelCNN, PriorConfig, "prior_")
+    guide = None
+    if os.path.lexists(run / "guide.safetensors"):
+        guide = load_weights(run / "guide.safetensors", GatedPixelCNN, PriorConfig, "prior_").to(device)
     refiner = load_weights(run / "refiner.safetensors", Refiner, RefinerConfig, "refiner_")
     own = vqvae.config
     grid = tuple(side // own.downsampling for side in config.slice_size)
     if (prior.config.grid, prior.config.codebook_size) != (grid, own.codebook_size):
         raise RunError(f"{run}: prior.safetensors and vqvae.safetensors are of different runs: their codes differ")
-    if guide.config != prior.config:
+    if guide and guide.config != prior.config:
         raise RunError(f"{run}: guide.safetensors and prior.safetensors are of different runs: their options differ")
     if any(getattr(refiner.config, name) != getattr(own, name) for name in ("downsampling", "codebook_size")):
         raise RunError(f"{run}: refiner.safetensors and vqvae.safetensors are of different runs: their codes differ")
-    return Networks(vqvae, prior.to(device), guide.to(device), channels_last(refiner, device))  # twice as fast on a CPU
+    return Networks(vqvae, prior.to(device), guide, channels_last(refiner, device))  # twice as fast on a CPU
+
+
+def set_guidance(options: SamplingOptions, networks: Networks) -> None:
+    """Set the guidance to its default if none was given. Raises RunError if there is no guide for what was given."""
+    if options.guidance is None:
+        options.guidance = GUIDANCE if networks.guide else 0.0
+    if options.guidance and not networks.guide:
+        raise RunError(f"{options.run} has no guide.safetensors: leave --guidance out")
 
 
 def check_position(options: PredictOptions, config: RunConfig) -> None:
@@ -546,6 +555,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if (options.first or 0) + options.num > MAX_NUM:
         raise RunError(f"--first and --num together must be at most {MAX_NUM}: file names have six digits")
     networks = load_networks(options.run, config, vqvae, device)
+    set_guidance(options, networks)
     check_position(options, config)
     warn_if_incomplete(options.run)
     if options.animate:

@@ -39,6 +39,7 @@ def make_networks(config: VQVAEConfig, grid: tuple[int, int], device: torch.devi
 def sample_and_decode(networks: predict.Networks, count: int, batch: int, device: torch.device) -> torch.Tensor:
     """Return slices (count, 1, H, W) on the host, sampled in batches as in predict.py."""
     options = predict.parse_options(["--batch-size", str(batch)])
+    predict.set_guidance(options, networks)
     return predict.draw_samples(options, networks, range(count), torch.full((count,), 0.5), device).slices
 
 
@@ -88,7 +89,7 @@ def main() -> None:
                 range(batch), batch_positions, top_p=predict.TOP_P, guide=full.guide
             ),
             "full_forward": lambda: [
-                pass_forward(network, batch_codes, batch_positions) for network in (full.prior, full.guide)
+                pass_forward(network, batch_codes, batch_positions) for network in (full.prior, full.guide) if network
             ],
             "one": lambda: prior.sample(range(1), positions[:1], top_p=predict.TOP_P),
             "forwards": lambda: sample_by_full_forwards(lambda c: prior(c, positions), codes, PLACES),

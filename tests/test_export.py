@@ -71,6 +71,14 @@ def test_an_export_gives_the_samples_of_the_run(trained, exports, tmp_path):
     assert of_run[1] == of_export[1]
 
 
+def test_a_run_without_a_guide_is_exported_without_one(copied, tmp_path):
+    (copied / "guide.safetensors").unlink()
+    export.main(["export", str(copied), str(tmp_path / "out")])
+    assert {file.name for file in (tmp_path / "out").iterdir()} == EXPORTED - {"guide.safetensors"}
+    assert "guide.safetensors" not in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert networks_of(tmp_path / "out").guide is None
+
+
 def test_half_precision_rounds_matrices_to_11_bits_and_keeps_vectors(trained, exports):
     for network, rounded in zip(networks_of(trained.run), networks_of(exports / "half")):
         others = rounded.state_dict()

@@ -109,6 +109,12 @@ def test_the_attack_by_the_guide_cancels_what_both_priors_find_difficult(network
     scores = membership.attack_scores(slices, positions, *networks, augment, networks[0].encode(slices))
     torch.testing.assert_close(scores["guide"], torch.ones(5))
     assert len(scores["likelihood"].unique()) == 5
+    vqvae, prior, _, refiner = networks
+    without = membership.attack_scores(
+        slices, positions, vqvae, prior, None, refiner, augment, networks[0].encode(slices)
+    )
+    assert without.keys() == scores.keys() - {"guide"}
+    assert all(torch.equal(own, scores[name]) for name, own in without.items())
 
 
 def test_refiner_losses_do_not_depend_on_the_other_slices(networks):

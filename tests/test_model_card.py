@@ -111,6 +111,10 @@ def test_a_card_without_markers_is_refused(run_config):
             "**Weights.** Do not share: they give training patients away. The best attack tried (likelihood)",
         ),
         (
+            with_value(ATTACK | {"auc": 0.8, "auc_interval": (0.7, 0.9)}, "membership", "attacks", "guide"),
+            "where 0.5 gives nobody away. Without `guide.safetensors` it is 0.50: delete the file from a copy",
+        ),
+        (
             with_value(3, "membership", "patients"),
             "**Weights.** Do not share: 3 patients held out are too few to tell.",
         ),

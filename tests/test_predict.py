@@ -13,6 +13,7 @@ from collections import Counter
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from fnmatch import fnmatch
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -721,8 +722,13 @@ def copied(trained, tmp_path):
     return shutil.copytree(trained.run, tmp_path / "run")
 
 
-@pytest.mark.parametrize("name", READ_BY_PREDICT)
-@pytest.mark.parametrize("content", [None, b"", b"{", b"\x80\x04K\x01."])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *product([name for name in READ_BY_PREDICT if name != "guide.safetensors"], [None]),
+        *product(READ_BY_PREDICT, [b"", b"{", b"\x80\x04K\x01."]),
+    ],
+)
 def test_a_missing_or_damaged_file_of_a_run_is_one_line(copied, tmp_path, error_line, name, content):
     run = copied
     if content is None:
@@ -802,7 +808,7 @@ def test_a_run_can_be_sampled_while_it_trains(copied, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "missing",
-    [["refiner.safetensors"], ["guide.safetensors"], ["refiner.safetensors", "prior.safetensors"]],
+    [["refiner.safetensors"], ["refiner.safetensors", "prior.safetensors"]],
 )
 def test_a_run_without_all_networks_reconstructs_but_does_not_sample(copied, trained, tmp_path, error_line, missing):
     """The error names the missing file."""
@@ -817,6 +823,16 @@ def test_a_run_without_all_networks_reconstructs_but_does_not_sample(copied, tra
     predict.main(arguments(**given, reconstruct=[trained.data / "keras_slices_test"]))
     lock.close()
     assert len(list((tmp_path / "out").glob("*_reconstruction.nii.gz"))) == 4
+
+
+def test_a_run_without_a_guide_is_sampled_without_guidance(call, copied, tmp_path, error_line):
+    (copied / "guide.safetensors").unlink()
+    given = {"run": copied, "out": tmp_path / "out", "device": "cpu"}
+    unguided = [call("default", num=2, run=copied), call("whole", num=2, guidance=0)]
+    assert np.array_equal(*map(pixels_of, unguided))
+    assert all(json.loads((folder / "samples.json").read_text())["guidance"] == 0 for folder in unguided)
+    error = error_line("predict.py", arguments(**given, guidance=1))
+    assert f"{copied} has no guide.safetensors: leave --guidance out" in error
 
 
 def test_an_output_folder_that_is_a_file_is_refused(call, tmp_path):
