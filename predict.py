@@ -153,8 +153,8 @@ def add_sampling_options(parser: ArgumentParser) -> None:
         type=number(float, 0, 10),
         metavar="W",
         help="how far codes are drawn away from the mistakes of the prior's guide, 0 to 10; more gives sounder and "
-        f"more typical anatomy, 0 leaves the guide out, which halves the time for codes (default: {GUIDANCE:g}; 0 for a "
-        "run without guide.safetensors)",
+        f"more typical anatomy, 0 leaves the guide out, which halves the time for codes (default: {GUIDANCE:g}; 0 for "
+        "a run without guide.safetensors)",
     )
     add(
         "--refiner-noise",
