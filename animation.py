@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from modules import VQVAE, GatedPixelCNN
-from plots import to_display
+from plots import as_array, to_display
 from utils import make_folder, write_file
 
 GREYS, COLOURS = 128, 120  # entries of the palette; GIF allows 256, and Pillow takes one for what does not change
@@ -68,11 +68,6 @@ def decode_drawn(vqvae: VQVAE, codes: Tensor, drawn: Tensor) -> np.ndarray:
     """Decode the codes (n, h, w) that are drawn, (h, w) bool; the others are zero, like the padding around a grid."""
     device = vqvae.codebook.embeddings.device
     return as_array(vqvae.decoder(vqvae.embed(codes.to(device)) * drawn.to(device)))
-
-
-def as_array(slices: Tensor) -> np.ndarray:
-    """Return slices (n, 1, H, W) as an array (n, H, W) in [-1, 1]."""
-    return slices[:, 0].float().clamp(-1, 1).cpu().numpy()
 
 
 def code_colours(vqvae: VQVAE) -> tuple[np.ndarray, np.ndarray]:

@@ -167,7 +167,9 @@ class TrainConfig(StrictModel):
     )
     batch_size: Annotated[int, Ge(1), Le(MAX_BATCH_SIZE)] = option(DATA, 32, "slices per update of the VQ-VAE")
     batch_divisor: Annotated[int, Ge(1), Le(MAX_BATCH_SIZE)] = option(
-        DATA, 4, "prior and refiner take this fraction of a batch per update: more, smaller updates in the same time"
+        DATA,
+        4,
+        "prior and refiner take --batch-size / this, rounded up: more, smaller updates in the same time",
     )
     accumulate: Annotated[int, Ge(1), Le(MAX_BATCH_SIZE)] = option(
         DATA,
@@ -177,7 +179,7 @@ class TrainConfig(StrictModel):
         free=True,
     )
     augmentation: Annotated[float, Ge(0), Le(4)] = option(
-        DATA, 1.0, "strength of the prior's augmentation: rotation, scaling, shift, gamma. 0 is none"
+        DATA, 1.0, "strength of the augmentation for prior and refiner: rotation, scaling, shift, gamma. 0 is none"
     )
 
     updates: Updates = option(VQVAE, 5000, "updates of the VQ-VAE")
@@ -216,7 +218,7 @@ class TrainConfig(StrictModel):
     prior_position_frequencies: Layers = option(PRIOR, 4, "Fourier features of the slice position")
 
     refiner_updates: Updates = option(
-        REFINER, 10_000, "updates of the refiner; by default not more slices than the VQ-VAE sees"
+        REFINER, 10_000, "updates of the refiner; by default no more than show it as many slices as the VQ-VAE sees"
     )
     refiner_learning_rate: Rate = option(REFINER, 6e-3, "peak learning rate")
     refiner_channels: Width = option(REFINER, 16, "width of the layers on pixels, which doubles from level to level")

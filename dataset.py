@@ -100,8 +100,7 @@ class Slices:
 
     def batches(self, size: int) -> Iterator[torch.Tensor]:
         """Yield all slices in order, at most `size` at a time, as `batch` returns them."""
-        for start in range(0, len(self), size):
-            yield self.batch(range(start, min(start + size, len(self))))
+        yield from map(self.batch, batch_rows(len(self), size))
 
     def draw_patients(self, most: int) -> Slices:
         """Return the slices of patients drawn at random, at most so many, in memory; or these, if they are no more.
@@ -283,6 +282,12 @@ def epoch_permutation(count: int, seed: int, epoch: int) -> np.ndarray:
     order = np.random.default_rng((seed, epoch)).permutation(count)
     order.flags.writeable = False
     return order
+
+
+def batch_rows(count: int, size: int) -> Iterator[range]:
+    """Yield the numbers of slices 0 to `count` in order, at most `size` at a time."""
+    for start in range(0, count, size):
+        yield range(start, min(start + size, count))
 
 
 def to_float(pixels: torch.Tensor) -> torch.Tensor:
@@ -597,7 +602,7 @@ def pixel_notices(files: list[SliceFile], decoded: list[Decoded], size: tuple[in
     if other:
         sizes = abbreviate([f"{height}x{width}" for height, width in sorted(other)], 10)
         slices = counted(other.total(), "slice")
-        how = "cropped or padded about the body" if reading.crop == "body" else "centre-cropped or zero-padded"
+        how = "cropped or padded about the body" if reading.crop == "body" else "cropped or padded about the centre"
         notices.append(f"{slices} of {sizes} {how} to {size[0]}x{size[1]}")
     if constant := sum(one.constant for one in decoded):
         notices.append(f"{counted(constant, 'constant slice')} kept")

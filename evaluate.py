@@ -54,9 +54,10 @@ from model_card import fill_card, read_card
 from nifti import left_right_axis
 from plots import (
     Curves,
+    as_array,
+    bin_centres,
     caption,
     evaluation_figure,
-    evenly_spaced,
     membership_figure,
     outliers_figure,
     reconstructions_figure,
@@ -225,7 +226,7 @@ def evaluate(options: EvaluateOptions, config: RunConfig, networks: Networks, de
     codes, decoded, reconstructions = reconstruct_all(networks, real, options)
     training_codes, training_decoded, training_reconstructions = reconstruct_all(networks, training, options)
 
-    print(f"{count} samples drawn; evaluating reconstructions and the prior")
+    print(f"{count} samples drawn on {device}; evaluating reconstructions and the prior")
     results: dict[str, Any] = {
         "settings": {
             "split": options.split,
@@ -292,11 +293,11 @@ def evaluate(options: EvaluateOptions, config: RunConfig, networks: Networks, de
     write_file(options.run / "evaluation.json", lambda part: part.write_text(strict_json(results)))
     write_model_card(options.run / "MODEL_CARD.md", config, results)
     run_name = options.run.resolve().name  # in titles: a path may name people
-    by_position = np.argsort(held_out.positions)[evenly_spaced(len(held_out))]
+    by_position = np.argsort(held_out.positions)[bin_centres(len(held_out))]
     rows = {
         held_out_name: real.slices[by_position],
         "reconstructions": reconstructions.slices[by_position],
-        "samples": samples.slices[drawn.positions.argsort()[evenly_spaced(count)]],
+        "samples": samples.slices[drawn.positions.argsort()[bin_centres(count)]],
     }
     distances = {
         name.replace("reconstructions", f"reconstructions of {held_out_name}"): own.distances.cpu().numpy()
@@ -424,7 +425,7 @@ def infer_membership(
 def write_model_card(path: Path, config: RunConfig, results: Mapping[str, Any]) -> None:
     """Write a run's model card, or replace the measured part of the one that is there."""
     try:
-        card = fill_card(read_card(path), config, results)
+        card = fill_card(read_card(path.parent), config, results)
     except (OSError, ValueError) as error:
         logger.warning(f"{path} is left as it is: {error}")
         return
@@ -461,11 +462,6 @@ def lowest(slices: Tensor, scores: Tensor) -> tuple[np.ndarray, list[str]]:
 # ---------------------------------------------------------------- report
 
 
-def as_array(slices: Tensor) -> np.ndarray:
-    """Return slices (N, 1, H, W) as an array (N, H, W)."""
-    return slices[:, 0].cpu().numpy()
-
-
 def report_samples(
     slices: Tensor, positions: Tensor, copies: Copies, anatomy: Coherence, training: Slices | None
 ) -> SampleSlices:
@@ -480,7 +476,7 @@ def report_samples(
     """
     order = positions.argsort()
     order = order if training else order[~copies.copied.cpu()[order]]
-    shown = order[evenly_spaced(len(order), shown_samples(len(order), slices[0].numel()))]
+    shown = order[bin_centres(len(order), shown_samples(len(order), slices[0].numel()))]
     own = copies.take(shown.to(copies.scores.device))
     nearest = None
     if training:

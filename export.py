@@ -23,7 +23,7 @@ from torch import nn
 from checkpoints import export_weights, read_bytes, read_config, write_config
 from config import RunConfig
 from console import Parser, RunError, nonempty, say, summarise
-from model_card import fill_card, read_card, redact
+from model_card import GUIDE_ATTACK, fill_card, read_card, redact
 from predict import Networks, load_networks, load_vqvae, warn_if_incomplete
 from utils import flush, make_folder, write_file, writing
 
@@ -86,10 +86,12 @@ def new_folder(path: Path) -> Iterator[Path]:
     """Yield a folder that becomes `path` once it is filled: all of it or nothing.
 
     Raises:
-        RunError: `path` exists and is no empty folder, or cannot be written.
+        RunError: `path` exists and is no empty folder, is the current one, or cannot be written.
     """
     if os.path.lexists(path) and (not path.is_dir() or any(path.iterdir())):
         raise RunError(f"{path} exists and is not empty: choose another folder")
+    if path == Path.cwd():
+        raise RunError(f"{path} is the current folder, which is to be replaced: choose another folder")
     make_folder(path.parent)
     with (
         writing(path),
@@ -127,7 +129,10 @@ def write_card(path: Path, run: Path, config: RunConfig, networks: Networks, hal
     """
     results, own = read_evaluation(run), run / "MODEL_CARD.md"
     try:
-        card = fill_card(read_card(own), config, results)
+        if results and (GUIDE_ATTACK in results["membership"]["attacks"]) != (networks.guide is not None):
+            how = "without" if networks.guide else "with"
+            raise RunError(f"{run} was evaluated {how} guide.safetensors: run evaluate.py again")
+        card = fill_card(read_card(run), config, results)
     except (OSError, ValueError, LookupError, TypeError) as error:  # evaluation.json may be of another version
         raise RunError(f"{own} cannot be filled in from evaluation.json ({summarise(error)}): mend it") from None
     rows = [f"| `{name}.safetensors` | weights: {describe(network)} |" for name, network in present(networks)]
@@ -150,7 +155,7 @@ def describe(network: nn.Module) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run `python checkpoints.py`."""
     options = parse_options(arguments)
-    with new_folder(options.out) as folder:
+    with new_folder(options.out.resolve()) as folder:  # a link cannot be renamed over
         config, device = read_config(options.run), torch.device("cpu")
         networks = load_networks(options.run, config, load_vqvae(options.run, config, device), device)
         warn_if_incomplete(options.run)

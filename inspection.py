@@ -21,7 +21,7 @@ from containers import parts_of, read_grid
 from dataset import SPLIT_TITLES, THREADS, DataSplits, load_dataset
 from files import Reading, SliceFile, abbreviate, counted, file_name, walk_files
 from intensity import PERCENTILE, STANDARD_DEVIATIONS
-from plots import caption, contact_sheet_figure, evenly_spaced
+from plots import bin_centres, caption, contact_sheet_figure
 from splits import find_data
 from utils import check_folder
 from volumes import affine_of_slices
@@ -191,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         say(line)
     log_notices(data.notices)
     middles = middle_slices(data)
-    shown = [list(middles)[i] for i in evenly_spaced(len(middles), min(len(middles), MAX_SHOWN))]
+    shown = [list(middles)[i] for i in bin_centres(len(middles), min(len(middles), MAX_SHOWN))]
     title = f"{options.folder}: the middle slice of {len(shown)} of {counted(len(middles), 'case')}, as trained on"
     contact_sheet_figure(options.out, np.stack([middles[name] for name in shown]), shown, title)
     say(f"look at {options.out} before training: is every patient the same way up, and the contrast right?")

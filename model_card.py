@@ -18,6 +18,7 @@ from files import counted
 from membership import MIN_PATIENTS, chance_rate
 
 TEMPLATE = Path(__file__).resolve().parent / "docs" / "MODEL_CARD_TEMPLATE.md"
+METADATA_END, FILES_HEADING = "\n---\n\n", "\n## Files\n"  # what export.py puts around a card
 BEGIN, END = "<!-- measured by evaluate.py: begin -->", "<!-- measured by evaluate.py: end -->"
 MAX_CARD = 1 << 20  # bytes of a model card that is read
 FEW_PATIENTS = 10  # held out; with fewer, metrics of samples vary too much to judge by
@@ -51,9 +52,14 @@ def redact(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"options": options, "command": [*command, "--run", "RUN"]})
 
 
-def read_card(path: Path) -> str:
-    """Return a run's model card, or the template if it has none. Raises OSError or ValueError."""
-    return read_bytes(path if path.exists() else TEMPLATE, MAX_CARD).decode()
+def read_card(run: Path) -> str:
+    """Return the model card of a run or an export, or the template if it has none. Raises OSError or ValueError."""
+    own, exported = run / "MODEL_CARD.md", run / "README.md"
+    if not own.exists() and exported.exists():
+        text = read_bytes(exported, MAX_CARD).decode()
+        if BEGIN in text:
+            return text.partition(METADATA_END)[2].partition(FILES_HEADING)[0]
+    return read_bytes(own if own.exists() else TEMPLATE, MAX_CARD).decode()
 
 
 def fill_card(card: str, config: RunConfig, results: Mapping[str, Any] | None) -> str:
@@ -241,10 +247,9 @@ def judge_weights(results: Mapping[str, Any]) -> str:
             f"({best.replace('_', '-')}) has an AUC of {attacks[best]['auc']:.2f}, by patient "
             f"{attacks[best]['auc_by_patient']:.2f}, where 0.5 gives nobody away."
         )
-        if best != GUIDE_ATTACK:
+        if leaks != [GUIDE_ATTACK]:
             return text
-        other = max(of["auc"] for name, of in attacks.items() if name != GUIDE_ATTACK)
-        return f"{text} Without `guide.safetensors` it is {other:.2f}: delete the file from a copy, and evaluate that."
+        return f"{text} No other attack works: delete `guide.safetensors` from a copy, and evaluate that."
     patients = results["membership"]["patients"]
     if patients < MIN_PATIENTS:
         return (

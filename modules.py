@@ -1,4 +1,4 @@
-"""The networks, in the order of the data: encoder, codebook, decoder, VQ-VAE; prior and its sampler; refiner.
+"""The networks, in the order of the data: encoder, codebook, decoder, VQ-VAE; prior and its sampler. See refiner.py.
 
 Shapes: slices (N, 1, H, W) in [-1, 1]; latents (N, h, w, D); codes (N, h, w) int64 in [0, K), with h = H / downsampling
 and w = W / downsampling. PyTorch only: no files, no printing.
@@ -7,11 +7,10 @@ and w = W / downsampling. PyTorch only: no files, no printing.
     codes = vqvae.encode(slices)
     prior = GatedPixelCNN(PriorConfig(grid=codes.shape[1:]))
     new_codes = prior.sample(range(16), torch.full((16,), 0.5), seed=0)
-    new_slices = Refiner(RefinerConfig()).sample(range(16), new_codes, vqvae, seed=0)
+    decoded = vqvae.decode(new_codes)
 
 van den Oord et al. 2017, Neural Discrete Representation Learning, arXiv:1711.00937 (VQ-VAE)
 van den Oord et al. 2016, Conditional Image Generation with PixelCNN Decoders, arXiv:1606.05328 (gated PixelCNN)
-Lipman et al. 2023, Flow Matching for Generative Modeling, arXiv:2210.02747 (refiner)
 """
 
 from collections.abc import Callable, Sequence

@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import PercentFormatter
+from torch import Tensor
 
 from console import RunError, logger, printable
 from containers import without_ending
@@ -37,13 +38,18 @@ CONTACT_COLUMNS, CONTACT_WIDTH = 6, 250  # of a contact sheet: slices per row, p
 # ---------------------------------------------------------------- shared
 
 
+def as_array(slices: Tensor) -> np.ndarray:
+    """Return slices (N, 1, H, W) on any device as an array (N, H, W) in [-1, 1]."""
+    return slices[:, 0].float().clamp(-1, 1).cpu().numpy()
+
+
 def to_display(slices: np.ndarray) -> np.ndarray:
     """Transpose slices (..., H, W) to images (..., W, H): anterior on top, left and right at the sides."""
     return slices.swapaxes(-1, -2)
 
 
-def evenly_spaced(count: int, most: int = 6) -> np.ndarray:
-    """Return at most `most` indices, evenly spaced over [0, count)."""
+def bin_centres(count: int, most: int = 6) -> np.ndarray:
+    """Return the middle indices of at most `most` equal parts of [0, count)."""
     return np.unique(((np.arange(most) + 0.5) * count / most).astype(int))
 
 

@@ -33,7 +33,7 @@ from dataset import SAME_SPACING, denormalize, read_slices
 from files import Reading, counted
 from modules import MIN_TEMPERATURE, VQVAE, GatedPixelCNN, PriorConfig, VQVAEConfig
 from nifti import encode_slice
-from plots import caption, evenly_spaced, reconstructions_figure, samples_figure
+from plots import as_array, bin_centres, caption, reconstructions_figure, samples_figure
 from refiner import MICRO_BATCH_PIXELS, Refiner, RefinerConfig
 from samples import FORMATS, SHARD, SIX_DIGITS, open_folder, prepare_folder
 from utils import autocast, channels_last, check_folder, pick_device, write_file
@@ -44,6 +44,10 @@ MAX_SHOWN = 64  # samples in the figure
 ANIMATED = 4  # samples in an animation
 GUIDANCE = 1.0  # with 2, samples of patients are sounder, with edges too strong, and those of the phantom worse
 TOP_P = 0.995  # with 1, one of 30 samples has a broken outline; with 0.95, three times as many are alike
+UNUSED_OPTIONS = {  # beside the option that is named first
+    "reconstruct": ("num", "first", "format", "position", "temperature", "top_p", "guidance", "refiner_noise", "seed"),
+    "animate": ("num", "first", "format", "out", "batch_size"),
+}
 MAX_NAME_BYTES = 200  # of a slice's name within a file name, which may have 255
 WRITERS = 2  # threads that write slices while the next ones are computed
 BATCH_SIZES = {"cpu": 64, "cuda": 512}  # of codes: larger ones take less time a grid, but small calls fill one up too
@@ -125,7 +129,12 @@ def parse_options(arguments: Sequence[str] | None) -> PredictOptions:
         metavar="FILE.gif",
         help=f"write an animation of {ANIMATED} samples as they are drawn, from low to high, instead of slices",
     )
-    return parser.parse_args(arguments, PredictOptions())
+    options = parser.parse_args(arguments, PredictOptions())
+    for mode, unused in UNUSED_OPTIONS.items():
+        for name in unused if getattr(options, mode) else ():
+            if getattr(options, name) != parser.get_default(name):
+                parser.error(f"--{mode} does not use --{name.replace('_', '-')}: leave it out")
+    return options
 
 
 def add_sampling_options(parser: ArgumentParser) -> None:
@@ -355,7 +364,7 @@ def sample(options: PredictOptions, config: RunConfig, networks: Networks, devic
     speed = ""
     if missing:
         total, parts = sum(seconds), f"codes {seconds[0]:.1f} s, decoding {seconds[1]:.1f} s"
-        speed = f" in {total:.1f} s ({len(missing) / total:.1f} slices/s; {parts})"
+        speed = f" on {device} in {total:.1f} s ({len(missing) / total:.1f} slices/s; {parts})"
     say(f"{counted(len(missing), 'slice')}{speed}: {options.out}, {options.images / 'samples.png'}")
 
 
@@ -448,7 +457,7 @@ def reconstruct(options: PredictOptions, config: RunConfig, vqvae: VQVAE, device
         for pair in zip(decoded.split(1), batch.split(1)):
             metrics = {name: value.item() for name, value in single(*pair).items()}
             rows.append({"slice": printable(slices.names[len(rows)])} | metrics)
-        decoded_batches.append(decoded[:, 0].cpu().numpy())
+        decoded_batches.append(as_array(decoded))
     reconstructions = np.concatenate(decoded_batches)
     originals = slices.batch(np.arange(len(slices)))[:, 0].numpy()
     names = (f"{SIX_DIGITS}_*_original.nii.gz", f"{SIX_DIGITS}_*_reconstruction.nii.gz", "reconstructions.csv")
@@ -459,7 +468,7 @@ def reconstruct(options: PredictOptions, config: RunConfig, vqvae: VQVAE, device
             content = encode_slice(denormalize(pixels, slices.scales[i], slices.lows[i]), affine)
             write_file(options.out / f"{name}_{kind}.nii.gz", partial(Path.write_bytes, data=content))
     write_file(options.out / "reconstructions.csv", lambda part: write_table(part, rows))
-    shown = evenly_spaced(len(slices))
+    shown = bin_centres(len(slices))
     titles = [f"{caption(slices.names[i])}\nSSIM {rows[i]['ssim']:.3f}" for i in shown]
     reconstructions_figure(options.images / "reconstructions.png", originals[shown], reconstructions[shown], titles)
     means = {name: value.item() for name, value in overall.compute().items()}
@@ -541,15 +550,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run `python predict.py`."""
     options = parse_options(arguments)
     device = sampling_device(options)
-    check_folder("--out", options.out)
     check_folder("--images", options.images)
     if options.animate:
         check_animation(options.animate)
+    else:
+        check_folder("--out", options.out)
     config = read_config(options.run)
     vqvae = load_vqvae(options.run, config, device)
     if options.reconstruct:
-        if options.format != FORMATS[0]:
-            raise RunError(f"--format {options.format} is for samples: reconstructions are written as {FORMATS[0]}")
         reconstruct(options, config, vqvae, device)
         return
     if (options.first or 0) + options.num > MAX_NUM:

@@ -212,8 +212,7 @@ def facts(config: RunConfig, results: Mapping[str, Any]) -> Element:
         "codes": f"one for {side}x{side} pixels, of {options.codebook_size}",
         "updates of VQ-VAE, prior, refiner": f"{options.updates:,}, {options.prior_updates:,}, "
         f"{options.refiner_updates:,}",
-        "slices per update": f"{options.batch_size}; {options.batch_size // options.batch_divisor} for prior and "
-        "refiner",
+        "slices per update": f"{options.batch_size}; {options.small_batch_size} for prior and refiner",
     } | describe_run(config, results)
     body = (
         element("tr", element("th", key, scope="row"), element("td", printable(str(value))))

@@ -32,9 +32,10 @@ from metrics import code_counts, codebook_use, reconstruction_metrics
 from modules import MICRO_BATCH_CODES, VQVAE, GatedPixelCNN, PriorNoise, VQVAEConfig
 from nifti import left_right_axis
 from plots import (
+    as_array,
+    bin_centres,
     caption,
     codebook_figure,
-    evenly_spaced,
     prior_loss_figure,
     reconstructions_figure,
     refinement_figure,
@@ -139,13 +140,13 @@ def encode_latents(model: VQVAE, train: Slices, options: TrainConfig, device: to
 @torch.no_grad()
 def draw_reconstructions(path: Path, model: VQVAE, slices: Slices, device: torch.device) -> None:
     """Draw six reconstructions, evenly spaced over a split."""
-    chosen = evenly_spaced(len(slices))
+    chosen = bin_centres(len(slices))
     batch = slices.batch(chosen).to(device)
     reconstructions = model.decode(model.encode(batch))
     metrics = reconstruction_metrics().to(device)
     ssim = [metrics(*pair)["ssim"].item() for pair in zip(reconstructions.split(1), batch.split(1))]
     titles = [f"{caption(slices.names[i])}\nSSIM {value:.3f}" for i, value in zip(chosen, ssim)]
-    reconstructions_figure(path, batch[:, 0].cpu().numpy(), reconstructions[:, 0].cpu().numpy(), titles)
+    reconstructions_figure(path, as_array(batch), as_array(reconstructions), titles)
 
 
 # ---------------------------------------------------------------- stage 2: the prior
@@ -283,13 +284,13 @@ def reconstruct_subset(
 
 def draw_refinement(path: Path, model: Refiner, vqvae: VQVAE, slices: Slices, device: torch.device) -> None:
     """Draw six slices, evenly spaced over a split: original, decoded, and refined with two seeds."""
-    chosen = evenly_spaced(len(slices))
+    chosen = bin_centres(len(slices))
     batch = slices.batch(chosen).to(device)
     codes = vqvae.encode(batch)
     refined = [model.sample(range(len(batch)), codes, vqvae, seed) for seed in (0, 1)]
     rows = dict(zip(("slice", "decoded", "refined", "refined again"), (batch, vqvae.decode(codes), *refined)))
     titles = [caption(slices.names[i]) for i in chosen]
-    refinement_figure(path, {name: of[:, 0].cpu().numpy() for name, of in rows.items()}, titles)
+    refinement_figure(path, {name: as_array(of) for name, of in rows.items()}, titles)
 
 
 # ---------------------------------------------------------------- the command

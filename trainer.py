@@ -24,7 +24,7 @@ from build import read_init
 from checkpoints import Checkpoint, Run, check_tensors, save_weights
 from config import TrainConfig
 from console import RunError, say, write_line
-from dataset import SPLIT_TITLES, Slices, batch_indices, to_float
+from dataset import SPLIT_TITLES, Slices, batch_indices, batch_rows, to_float
 from files import counted
 from modules import AUGMENTATIONS, MICRO_BATCH_CODES, Share
 from optimiser import Muon
@@ -633,12 +633,6 @@ def to_device(pixels: np.ndarray, device: torch.device) -> Tensor:
         part = pixels[start : start + COPIED_SLICES]
         copied[start : start + len(part)] = torch.from_numpy(np.array(part))  # mapped memory is read-only
     return copied
-
-
-def batch_rows(count: int, size: int) -> Iterator[range]:
-    """Yield the numbers of slices 0 to `count` in order, at most `size` at a time."""
-    for start in range(0, count, size):
-        yield range(start, min(start + size, count))
 
 
 def device_batches(batches: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:

@@ -107,7 +107,7 @@ def test_real_slices_load():
     assert [len(loaded.train), len(loaded.validate), len(loaded.test)] == [135, 19, 20]
     assert loaded.slice_size == (256, 128)
     cropped, sizes = loaded.notices
-    assert cropped == "38 slices of 256x144 centre-cropped or zero-padded to 256x128"
+    assert cropped == "38 slices of 256x144 cropped or padded about the centre to 256x128"
     assert sizes.startswith("warning: pixel sizes differ, from 0.75x0.75 to ")
     assert loaded.train.cases == [name[19:27] for name in loaded.train.names]
     names = [name for name in loaded.train.names if "case_007" in name]
@@ -479,7 +479,7 @@ def test_different_orientations_are_reported(data):
 
 def test_read_slices_reports_crop_and_pad(data):
     *_, notices = read_slices([write(data / "a.nii", picture(1, (12, 5)))], (8, 6))
-    assert notices == ["1 slice of 12x5 centre-cropped or zero-padded to 8x6"]
+    assert notices == ["1 slice of 12x5 cropped or padded about the centre to 8x6"]
     *_, notices = read_slices([data], (12, 5))
     assert notices == []
 

@@ -79,6 +79,35 @@ def test_a_run_without_a_guide_is_exported_without_one(copied, tmp_path):
     assert networks_of(tmp_path / "out").guide is None
 
 
+def test_a_run_whose_guide_was_removed_after_its_evaluation_is_refused(copied, tmp_path, error_line):
+    (copied / "evaluation.json").write_text(json.dumps(RESULTS))
+    export.main(["export", str(copied), str(tmp_path / "whole")])
+    (copied / "guide.safetensors").unlink()
+    error = error_line("checkpoints.py", ["export", str(copied), str(tmp_path / "out")])
+    assert f"{copied} was evaluated with guide.safetensors: run evaluate.py again" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_of_an_export_keeps_what_people_wrote(copied, tmp_path):
+    (copied / "MODEL_CARD.md").write_text(model_card.TEMPLATE.read_text().replace("NAME OF THE RUN", "our run"))
+    for run, out in ((copied, tmp_path / "first"), (tmp_path / "first", tmp_path / "second")):
+        export.main(["export", str(run), str(out)])
+    first, second = ((tmp_path / name / "README.md").read_text() for name in ("first", "second"))
+    assert "# Model card: our run" in first
+    assert second == first
+
+
+def test_an_empty_folder_is_filled_by_a_link_to_it_but_not_under_ones_feet(trained, tmp_path, monkeypatch):
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "link").symlink_to("linked")
+    export.main(["export", str(trained.run), str(tmp_path / "link")])
+    assert {file.name for file in (tmp_path / "linked").iterdir()} == EXPORTED
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(RunError, match="is the current folder"):
+        export.main(["export", str(trained.run), "."])
+
+
 def test_half_precision_rounds_matrices_to_11_bits_and_keeps_vectors(trained, exports):
     for network, rounded in zip(networks_of(trained.run), networks_of(exports / "half")):
         others = rounded.state_dict()

@@ -34,7 +34,7 @@ RESULTS = {
     "membership": {
         "patients": 10,
         "slices": 100,
-        "attacks": {"likelihood": ATTACK, "neighbourhood": ATTACK, "samples": ATTACK},
+        "attacks": {"likelihood": ATTACK, "guide": ATTACK, "neighbourhood": ATTACK, "samples": ATTACK},
     },
 }
 
@@ -112,7 +112,7 @@ def test_a_card_without_markers_is_refused(run_config):
         ),
         (
             with_value(ATTACK | {"auc": 0.8, "auc_interval": (0.7, 0.9)}, "membership", "attacks", "guide"),
-            "where 0.5 gives nobody away. Without `guide.safetensors` it is 0.50: delete the file from a copy",
+            "where 0.5 gives nobody away. No other attack works: delete `guide.safetensors` from a copy",
         ),
         (
             with_value(3, "membership", "patients"),

@@ -185,9 +185,9 @@ def test_a_contact_sheet_shows_every_slice_upright_in_its_grey_levels(tmp_path):
         np.testing.assert_allclose(shown[40:-4, 80:-4], index / 20, atol=0.01)
 
 
-def test_evenly_spaced_indices():
-    assert plots.evenly_spaced(60, 6).tolist() == [5, 15, 25, 35, 45, 55]
-    assert plots.evenly_spaced(3, 6).tolist() == [0, 1, 2]
+def test_bin_centres_indices():
+    assert plots.bin_centres(60, 6).tolist() == [5, 15, 25, 35, 45, 55]
+    assert plots.bin_centres(3, 6).tolist() == [0, 1, 2]
 
 
 def test_samples_have_a_fixed_grey_scale(tmp_path):

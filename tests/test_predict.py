@@ -48,8 +48,8 @@ def call(tmp_path, trained):
 
     def call(name="samples", **options):
         folder = tmp_path / name
-        given = {"run": trained.run, "out": folder, "images": tmp_path / "images", "device": "cpu"} | options
-        predict.main(arguments(**given))
+        given = {"run": trained.run, "images": tmp_path / "images", "device": "cpu"} | options
+        predict.main(arguments(**given, **{} if "animate" in options else {"out": folder}))
         return folder
 
     return call
@@ -823,6 +823,28 @@ def test_a_run_without_all_networks_reconstructs_but_does_not_sample(copied, tra
     predict.main(arguments(**given, reconstruct=[trained.data / "keras_slices_test"]))
     lock.close()
     assert len(list((tmp_path / "out").glob("*_reconstruction.nii.gz"))) == 4
+
+
+@pytest.mark.parametrize(
+    ("mode", "unused"),
+    [
+        ({"animate": "a.gif"}, {"num": 3}),
+        ({"animate": "a.gif"}, {"out": "here"}),
+        ({"reconstruct": ["slices"]}, {"first": 0}),
+        ({"reconstruct": ["slices"]}, {"top_p": 0.9}),
+    ],
+)
+def test_options_that_are_not_used_are_refused(trained, error_line, mode, unused):
+    error = error_line("predict.py", arguments(run=trained.run, **mode, **unused))
+    (option,), (other,) = mode, unused
+    assert f"--{option} does not use --{other.replace('_', '-')}: leave it out" in error
+
+
+def test_a_file_called_samples_does_not_matter_to_an_animation(call, tmp_path, monkeypatch):
+    (tmp_path / "samples").write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    call(animate=tmp_path / "a.gif")
+    assert (tmp_path / "samples").read_text() == "mine"
 
 
 def test_a_run_without_a_guide_is_sampled_without_guidance(call, copied, tmp_path, error_line):
