@@ -46,7 +46,7 @@ GUIDANCE = 1.0  # with 2, samples of patients are sounder, with edges too strong
 TOP_P = 0.995  # with 1, one of 30 samples has a broken outline; with 0.95, three times as many are alike
 UNUSED_OPTIONS = {  # beside the option that is named first
     "reconstruct": ("num", "first", "format", "position", "temperature", "top_p", "guidance", "refiner_noise", "seed"),
-    "animate": ("num", "first", "format", "out", "batch_size"),
+    "animate": ("num", "first", "format", "out", "images", "batch_size"),
 }
 MAX_NAME_BYTES = 200  # of a slice's name within a file name, which may have 255
 WRITERS = 2  # threads that write slices while the next ones are computed
@@ -550,11 +550,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run `python predict.py`."""
     options = parse_options(arguments)
     device = sampling_device(options)
-    check_folder("--images", options.images)
     if options.animate:
         check_animation(options.animate)
     else:
         check_folder("--out", options.out)
+        check_folder("--images", options.images)
     config = read_config(options.run)
     vqvae = load_vqvae(options.run, config, device)
     if options.reconstruct:

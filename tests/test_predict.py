@@ -48,8 +48,8 @@ def call(tmp_path, trained):
 
     def call(name="samples", **options):
         folder = tmp_path / name
-        given = {"run": trained.run, "images": tmp_path / "images", "device": "cpu"} | options
-        predict.main(arguments(**given, **{} if "animate" in options else {"out": folder}))
+        written = {} if "animate" in options else {"out": folder, "images": tmp_path / "images"}
+        predict.main(arguments(**{"run": trained.run, "device": "cpu"} | written | options))
         return folder
 
     return call
@@ -371,7 +371,7 @@ def test_animate_writes_a_gif_and_nothing_else(call, tmp_path, capsys):
 def test_an_animation_ends_with_the_samples_of_its_seed_from_low_to_high(trained, tmp_path, monkeypatch):
     written = []
     monkeypatch.setattr(predict, "write_animation", lambda path, *given: path.touch() or written.append(given))
-    options = {"run": trained.run, "images": tmp_path, "device": "cpu", "seed": 4, "animate": tmp_path / "a.gif"}
+    options = {"run": trained.run, "device": "cpu", "seed": 4, "animate": tmp_path / "a.gif"}
     predict.main(arguments(**options))
     predict.main(arguments(**options, position=0.5))
     (_, _, labels), (frames, vqvae, others) = written
@@ -840,11 +840,12 @@ def test_options_that_are_not_used_are_refused(trained, error_line, mode, unused
     assert f"--{option} does not use --{other.replace('_', '-')}: leave it out" in error
 
 
-def test_a_file_called_samples_does_not_matter_to_an_animation(call, tmp_path, monkeypatch):
-    (tmp_path / "samples").write_text("mine")
+@pytest.mark.parametrize("name", ["samples", "images"])
+def test_a_file_of_the_name_of_a_folder_does_not_matter_to_an_animation(call, tmp_path, monkeypatch, name):
+    (tmp_path / name).write_text("mine")
     monkeypatch.chdir(tmp_path)
     call(animate=tmp_path / "a.gif")
-    assert (tmp_path / "samples").read_text() == "mine"
+    assert (tmp_path / name).read_text() == "mine"
 
 
 def test_a_run_without_a_guide_is_sampled_without_guidance(call, copied, tmp_path, error_line):
