@@ -23,7 +23,7 @@ from torch import nn
 from checkpoints import export_weights, read_bytes, read_config, write_config
 from config import RunConfig
 from console import Parser, RunError, nonempty, say, summarise
-from model_card import GUIDE_ATTACK, fill_card, read_card, redact
+from model_card import CONCLUSIONS, GUIDE_ROW, fill_card, read_card, redact
 from predict import Networks, load_networks, load_vqvae, warn_if_incomplete
 from utils import flush, make_folder, write_file, writing
 
@@ -129,12 +129,14 @@ def write_card(path: Path, run: Path, config: RunConfig, networks: Networks, hal
     """
     results, own = read_evaluation(run), run / "MODEL_CARD.md"
     try:
-        if results and (GUIDE_ATTACK in results["membership"]["attacks"]) != (networks.guide is not None):
-            how = "without" if networks.guide else "with"
-            raise RunError(f"{run} was evaluated {how} guide.safetensors: run evaluate.py again")
-        card = fill_card(read_card(run), config, results)
+        card = read_card(run)
+        if results or CONCLUSIONS not in card:  # the card of an export keeps what was measured of its run
+            card = fill_card(card, config, results)
     except (OSError, ValueError, LookupError, TypeError) as error:  # evaluation.json may be of another version
         raise RunError(f"{own} cannot be filled in from evaluation.json ({summarise(error)}): mend it") from None
+    if CONCLUSIONS in card and (GUIDE_ROW in card) != (networks.guide is not None):
+        how = "without" if networks.guide else "with"
+        raise RunError(f"{run} was evaluated {how} guide.safetensors: run evaluate.py again")
     rows = [f"| `{name}.safetensors` | weights: {describe(network)} |" for name, network in present(networks)]
     precision = "Matrices and kernels are stored in float16 and computed with in float32." if half else "In float32."
     licence = "license: mit\n" if config.options.on_phantom else ""

@@ -26,6 +26,7 @@ MAX_C2ST = 0.75  # accuracy above which samples are easily told from real slices
 MAX_MEMORISED = 0.05  # share of samples closer to a training slice than any reconstruction of a held-out slice
 MAX_P_VALUE = 0.01  # of the share of samples with incoherent anatomy
 OVERFITTED = 0.1  # share of bits per code that held-out slices need more than training slices
+CONCLUSIONS, GUIDE_ROW = "## Conclusions from these measurements", "| membership inference, guide |"
 SAMPLES_ATTACK, GUIDE_ATTACK = "samples", "guide"  # of evaluation.json; all but the first need the weights
 
 # What stands for texts of the user's choosing, such as paths, where they are left out: they may name patients.
@@ -98,7 +99,7 @@ def measured_part(config: RunConfig, results: Mapping[str, Any] | None) -> Itera
     yield "| metric | value | baseline or reference |\n|---|---|---|"
     for row in describe_metrics(results):
         yield f"| {' | '.join(row)} |"
-    yield "\n## Conclusions from these measurements\n"
+    yield f"\n{CONCLUSIONS}\n"
     for heading, text in (*quality_warnings(results), *judgements(results)):
         yield f"- **{heading}.** {text}"
 
