@@ -23,14 +23,15 @@ from torch import nn
 from checkpoints import export_weights, read_bytes, read_config, write_config
 from config import RunConfig
 from console import Parser, RunError, nonempty, say, summarise
-from model_card import CONCLUSIONS, GUIDE_ROW, fill_card, read_card, redact
+from model_card import CONCLUSIONS, FILES_HEADING, GUIDE_ROW, METADATA_END, fill_card, read_card, redact
 from predict import Networks, load_networks, load_vqvae, warn_if_incomplete
 from utils import flush, make_folder, write_file, writing
 
 MAX_EVALUATION = 1 << 24  # bytes of evaluation.json: 0.1 MB is usual
 
 # What a hub reads of a card. The licence of a model of patients is for people to add.
-METADATA = """\
+METADATA = (
+    """\
 ---
 {licence}library_name: prostatevq
 pipeline_tag: unconditional-image-generation
@@ -40,19 +41,16 @@ tags:
 - flow-matching
 - medical-imaging
 - mri
-- prostate
----
-
-"""
-FILES = """
-## Files
-
+- prostate"""
+    + METADATA_END
+)
+FILES = f"""{FILES_HEADING}
 | file | content |
 |---|---|
 | `config.json` | options, slice size, intensity scale, voxel grid, positions |
-{rows}
+{{rows}}
 
-{precision} Paths, names of files and other texts of the options were left out.
+{{precision}} Paths, names of files and other texts of the options were left out.
 
 ```sh
 python predict.py --run FOLDER --num 64        # new slices; FOLDER holds these files

@@ -18,7 +18,8 @@ from files import counted
 from membership import MIN_PATIENTS, chance_rate
 
 TEMPLATE = Path(__file__).resolve().parent / "docs" / "MODEL_CARD_TEMPLATE.md"
-METADATA_END, FILES_HEADING = "\n---\n\n", "\n## Files\n"  # what export.py puts around a card
+METADATA_END = "\n---\n\n"  # and the next: what export.py puts around a card
+FILES_HEADING = "\n## Files\n"
 BEGIN, END = "<!-- measured by evaluate.py: begin -->", "<!-- measured by evaluate.py: end -->"
 MAX_CARD = 1 << 20  # bytes of a model card that is read
 FEW_PATIENTS = 10  # held out; with fewer, metrics of samples vary too much to judge by
@@ -26,8 +27,8 @@ MAX_C2ST = 0.75  # accuracy above which samples are easily told from real slices
 MAX_MEMORISED = 0.05  # share of samples closer to a training slice than any reconstruction of a held-out slice
 MAX_P_VALUE = 0.01  # of the share of samples with incoherent anatomy
 OVERFITTED = 0.1  # share of bits per code that held-out slices need more than training slices
-CONCLUSIONS, GUIDE_ROW = "## Conclusions from these measurements", "| membership inference, guide |"
 SAMPLES_ATTACK, GUIDE_ATTACK = "samples", "guide"  # of evaluation.json; all but the first need the weights
+CONCLUSIONS, GUIDE_ROW = "## Conclusions from these measurements", f"| membership inference, {GUIDE_ATTACK} |"
 
 # What stands for texts of the user's choosing, such as paths, where they are left out: they may name patients.
 PLACEHOLDERS: dict[str, Any] = {
@@ -59,7 +60,7 @@ def read_card(run: Path) -> str:
     if not own.exists() and exported.exists():
         text = read_bytes(exported, MAX_CARD).decode()
         if BEGIN in text:
-            return text.partition(METADATA_END)[2].partition(FILES_HEADING)[0]
+            return text.partition(METADATA_END)[2].rpartition(FILES_HEADING)[0]
     return read_bytes(own if own.exists() else TEMPLATE, MAX_CARD).decode()
 
 

@@ -459,7 +459,7 @@ def reconstruct(options: PredictOptions, config: RunConfig, vqvae: VQVAE, device
             rows.append({"slice": printable(slices.names[len(rows)])} | metrics)
         decoded_batches.append(as_array(decoded))
     reconstructions = np.concatenate(decoded_batches)
-    originals = slices.batch(np.arange(len(slices)))[:, 0].numpy()
+    originals = as_array(slices.batch(np.arange(len(slices))))
     names = (f"{SIX_DIGITS}_*_original.nii.gz", f"{SIX_DIGITS}_*_reconstruction.nii.gz", "reconstructions.csv")
     prepare_folder(options.out, names)
     for i, affine in enumerate(affines):

@@ -89,7 +89,8 @@ def test_a_run_whose_guide_was_removed_after_its_evaluation_is_refused(copied, t
 
 
 def test_an_export_of_an_export_keeps_what_people_wrote(copied, tmp_path):
-    (copied / "MODEL_CARD.md").write_text(model_card.TEMPLATE.read_text().replace("NAME OF THE RUN", "our run"))
+    card = model_card.TEMPLATE.read_text().replace("NAME OF THE RUN", "our run")
+    (copied / "MODEL_CARD.md").write_text(f"{card}\n## Files\n\nOf the scanner.\n")
     (copied / "evaluation.json").write_text(json.dumps(RESULTS))
     for run, out in ((copied, tmp_path / "first"), (tmp_path / "first", tmp_path / "second")):
         export.main(["export", str(run), str(out)])
