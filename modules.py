@@ -294,9 +294,8 @@ def dilations(distance: int) -> list[int]:
 
 
 def gated_linear_unit(gates: Tensor) -> Tensor:
-    """Return a * sigmoid(b) for gates [a, b] (N, 2C, h, w). F.glu is slower backward on channels-last grids."""
-    a, b = gates.chunk(2, 1)
-    return a * b.sigmoid()
+    """Return a * sigmoid(b) for gates [a, b] (N, 2C, h, w)."""
+    return F.glu(gates.permute(0, 2, 3, 1), -1).permute(0, 3, 1, 2)  # along channels-last memory: faster backward
 
 
 class GatedLayer(nn.Module):
