@@ -271,14 +271,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     "demo": {
         "phantom_size": (128, 64),
         "augmentation": 0.0,
-        "updates": 400,
-        "learning_rate": 12e-3,
+        "updates": 420,
+        "learning_rate": 8e-3,
         "encoder_warmup": 50,
         "downsampling": 4,
-        "prior_updates": 850,
+        "prior_updates": 800,
         "prior_learning_rate": 12e-3,
         "prior_dilation_cycles": 1,
-        "refiner_updates": 750,
+        "refiner_updates": 700,
     },
 }
 FREE_OPTIONS = {name for name, field in TrainConfig.model_fields.items() if group_and_free(field)[1]}
