@@ -83,6 +83,7 @@ def test_help_lists_every_option_with_its_default(capsys):
         assert " ".join(field.description.split()) in shown
     assert "default: full 8, demo 4" in shown
     assert "above 0 to 10; default: 0.006" in shown
+    assert "above 0 to 10; default: full 0.008, demo 0.012" in shown
 
 
 def test_options_override_the_preset_and_the_preset_the_defaults():
