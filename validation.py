@@ -11,7 +11,7 @@ import distributed
 from dataset import Slices
 from metrics import code_counts, codebook_use, reconstruction_metrics
 from modules import VQVAE, GatedPixelCNN
-from refiner import Refiner
+from refiner import MICRO_BATCH_PIXELS, Refiner, RefinerNoise
 from trainer import device_batches, micro_batches
 from utils import autocast, seed_update
 
@@ -74,9 +74,16 @@ def evaluate_refiner(model: Refiner, vqvae: VQVAE, batches: Iterable[Tensor], se
     """Return the mean loss over batches of slices, for the same noise and times at each call."""
     seed_update(seed, "refiner validation", 0)
     total, count = 0.0, 0.0
+
+
+    def loss_of(slices: Tensor, codes: Tensor, *noise: Tensor) -> Tensor:
+        return model.loss(slices, codes, vqvae, noise=RefinerNoise(*noise))
+
     for batch in batches:
         with autocast(batch.device):
-            total += len(batch) * model.loss(batch, vqvae.encode(batch), vqvae).item()
+            codes = vqvae.encode(batch)
+        losses = micro_batches(loss_of, batch, codes, *model.draw_noise(batch.shape), elements=MICRO_BATCH_PIXELS)
+        total += sum(loss.item() for loss in losses) * len(batch)
         count += len(batch)
     total, count = distributed.add_up_numbers(total, count)
     return total / count
