@@ -9,7 +9,7 @@ from utils import autocast
 
 MOMENTUM = 0.95
 # Coefficients of x, x^3 and x^5 of polynomials that, one after the other, bring all of [0.01, 1] within 0.27 of 1. Each
-# comes as near to 1 as any can on the range that those before it leave (Amsel et al. 2025, arXiv:2505.16932, section 3).
+# comes as near to 1 as any can on the range that those before leave (Amsel et al. 2025, arXiv:2505.16932, theorem 4.1).
 POLYNOMIALS = ((8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526))
 MARGIN = 1.02  # above 1 the polynomials rise steeply, and bfloat16 is off by up to 0.004
 ADAM_RMS = 0.2  # of an element of Adam's usual steps, relative to the learning rate

@@ -75,7 +75,6 @@ def evaluate_refiner(model: Refiner, vqvae: VQVAE, batches: Iterable[Tensor], se
     seed_update(seed, "refiner validation", 0)
     total, count = 0.0, 0.0
 
-
     def loss_of(slices: Tensor, codes: Tensor, *noise: Tensor) -> Tensor:
         return model.loss(slices, codes, vqvae, noise=RefinerNoise(*noise))
 

@@ -36,7 +36,7 @@ def test_rounding_in_bfloat16_keeps_a_matrix_of_one_row_in_range():
     torch.manual_seed(0)
     rows = torch.randn(1000, 1, 144)
     norms = orthogonalise(rows).norm(dim=(1, 2))
-    assert 0.72 < norms.min() and norms.max() < 1.28
+    assert norms.min() > 0.72 and norms.max() < 1.28
 
 
 def test_matrices_of_zeros_stay_zero():
