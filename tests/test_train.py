@@ -370,7 +370,7 @@ def test_refiner_validation_always_uses_the_same_noise(trained):
 def test_validation_flow_loss_is_the_mean_over_slices_and_not_over_batches(trained, monkeypatch):
     """Batches of 5, 5 and 2 slices; the loss of each is its first pixel."""
     vqvae = load_weights(trained.run / "vqvae.safetensors", VQVAE, VQVAEConfig)
-    monkeypatch.setattr(Refiner, "loss", lambda refiner, slices, *_: slices[0, 0, 0, 0])
+    monkeypatch.setattr(Refiner, "loss", lambda refiner, slices, *_, noise: slices[0, 0, 0, 0])
     slices = torch.zeros(12, 1, 64, 32)
     slices[:5], slices[5:10], slices[10:] = 1, 2, 3
     loss = train.evaluate_refiner(Refiner(RefinerConfig()), vqvae, slices.split(5), 0)
