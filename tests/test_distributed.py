@@ -50,7 +50,8 @@ def options(tmp_path, folder):
 def options_of(folder, data):
     options = {"data": data, "run": folder / "run", "images": folder / "images", "preset": "tiny", "device": "cpu"}
     options |= {"batch_size": 5, "batch_divisor": 1, "checkpoint_every": 10, "updates": UPDATES["vqvae"]}
-    options |= {"learning_rate": 4e-3, "prior_learning_rate": 4e-3}  # at the demo's, rounding grows from update to update
+    # At the demo's rates rounding grows from update to update.
+    options |= {"learning_rate": 4e-3, "prior_learning_rate": 4e-3}
     return options | {"prior_updates": UPDATES["prior"], "refiner_updates": UPDATES["refiner"]}
 
 
