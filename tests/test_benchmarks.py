@@ -14,6 +14,7 @@ import commands
 import equal_time
 import growth
 import network_c2st
+import new_patients
 import noise_floor
 import peers
 import sampling
@@ -22,6 +23,8 @@ import table
 import training
 from reference import PaperPixelCNN, TextbookVQVAE, nats_per_code, sample_by_full_forwards
 
+import phantom
+from dataset import load_dataset
 from modules import GatedPixelCNN, PriorConfig
 
 
@@ -219,6 +222,28 @@ def test_network_c2st_reports_all_comparisons(lines, trained, monkeypatch):
         low, high = line["interval"]
         assert low <= line["value"] <= high
     assert f"{printed['network_c2st_samples']['value']:.2f}" in sentence
+
+
+def test_new_patients_are_those_that_the_loader_reads(tmp_path, cache):
+    phantom.write_phantom(tmp_path / "data", cases=(1, 1, 1), size=(64, 32), workers=1)
+    train = load_dataset(str(tmp_path / "data"), None, (8, 8), 0).train
+    drawn = new_patients.draw_patients(range(1, 2), (64, 32))
+    numbers = new_patients.heights(1)
+    assert drawn[0].equal(train.batch(numbers))
+    assert train.positions[numbers] == pytest.approx(new_patients.HEIGHTS[numbers].numpy())
+
+
+def test_new_patients_are_compared_and_attacked_beside_training_patients(lines, trained):
+    printed, sentence = lines(new_patients, "--run", trained.run, "--num", 4, "--device", "cpu")
+    for name in ("samples", "perfect"):
+        line = printed[f"new_patients_c2st_{name}"]
+        assert len(line["sets"]) == new_patients.SETS
+        assert line["value"] == pytest.approx(sum(line["sets"]) / new_patients.SETS, abs=1e-4)
+        assert f"{line['value']:.2f}" in sentence
+    aucs = {name: line["value"] for name, line in printed.items() if "auc" in name}
+    assert {"new_patients_auc_likelihood", "new_patients_auc_guide", "new_patients_auc_refiner"} <= aucs.keys()
+    assert all(line["interval"] == [0, 1] for name, line in printed.items() if "auc" in name)  # of three patients
+    assert f"AUC {max(aucs.values()):.2f} (" in sentence
 
 
 @pytest.mark.slow
