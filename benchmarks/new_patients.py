@@ -115,10 +115,10 @@ def main() -> None:
     for name, found in attacks.items():
         report(f"new_patients_auc_{name}", found["auc"], "", **settings, interval=found["auc_interval"])
         report(f"new_patients_found_{name}", found["tpr_at_1_percent_fpr"], "", **settings)
-    own, best = (float(np.mean(values)) for values in accuracies.values())
+    of_samples, of_perfect = (float(np.mean(values)) for values in accuracies.values())
     strongest = max(attacks, key=lambda name: attacks[name]["auc"])
     auc = f"{attacks[strongest]['auc']:.2f}"
-    print(f"C2ST accuracy of samples {own:.2f}, of a perfect prior's {best:.2f}; highest AUC {auc} ({strongest}).")
+    print(f"C2ST accuracy: samples {of_samples:.2f}, perfect ones {of_perfect:.2f}; highest AUC {auc} ({strongest}).")
 
 
 if __name__ == "__main__":
