@@ -211,7 +211,7 @@ SAMPLE_ROWS = (
         "duplicates",
         ".3f",
         "Share of samples that occur nearly twice",
-        "more alike than any two patients; 0 is best",
+        "more alike than any two patients; near the baseline's is best",
     ),
     TableRow(
         "copying",

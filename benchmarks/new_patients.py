@@ -1,4 +1,4 @@
-"""Attacks on a run of the phantom, and the C2ST accuracy of its samples, with hundreds of new patients.
+"""Attacks on a run of the phantom, C2ST accuracy and duplicates of its samples, with hundreds of new patients.
 
 The embedded data have ten patients per split: by so few, the AUC of an attack is known to 0.15, and which ten they are
 moves the C2ST accuracy of any samples by 0.05. But the phantom has as many patients as one draws.
@@ -6,7 +6,7 @@ moves the C2ST accuracy of any samples by 0.05. But the phantom has as many pati
     python benchmarks/new_patients.py --run runs/phantom [--num N] [other options of evaluate.py]
 
 Draws N patients (200), whose refined reconstructions samples are compared with, and N more, whose refined
-reconstructions play perfect samples: their accuracy is that of a perfect prior. All attacks are tried on as many
+reconstructions play perfect samples: their values are those of a perfect prior. All attacks are tried on as many
 training patients as new ones.
 """
 
@@ -21,6 +21,7 @@ from augmentation import augment
 from c2st import c2st
 from checkpoints import read_config
 from comparison import SliceSet
+from copying import duplicate_rate
 from dataset import Slices
 from decoding import scale_volume
 from evaluate import parse_options, reconstruct_all, training_data
@@ -100,25 +101,26 @@ def main() -> None:
     chosen = np.random.default_rng(0).permutation(len(train))[:count]
     examples = refined(train.batch(chosen).to(device), [train.cases[i] for i in chosen])
     reference = refined(new[:count, :2].flatten(0, 1), [case for case in cases[:count] for _ in range(2)])
-    accuracies: dict[str, list[float]] = {"samples": [], "perfect": []}
+    found: dict[str, list[float]] = {}
     for number in range(SETS):
         ids = range(number * count, (number + 1) * count)
         drawn = draw_samples(options, networks, ids, draw_positions(ids, options.seed, config.positions), device)
         samples = SliceSet(round_to_grey_levels(drawn.slices.to(device)), ids)
         perfect = refined(new[count:, number], list(cases[count:]))
         for name, own in (("samples", samples), ("perfect", perfect)):
-            accuracies[name].append(c2st(*own, *reference, *examples).accuracy)
+            found.setdefault(f"c2st_{name}", []).append(c2st(*own, *reference, *examples).accuracy)
+            found.setdefault(f"duplicates_{name}", []).append(duplicate_rate(*own, *reference))
     settings = {"run": str(options.run), "patients": count, "guidance": options.guidance, "machine": machine(device)}
-    for name, values in accuracies.items():
-        report(f"new_patients_c2st_{name}", float(np.mean(values)), "", **settings, sets=values)
+    means = {name: float(np.mean(values)) for name, values in found.items()}
+    for name, values in found.items():
+        report(f"new_patients_{name}", means[name], "", **settings, sets=values)
     attacks = attack(networks, train, new[:count], positions[:count], drawn.codes)
-    for name, found in attacks.items():
-        report(f"new_patients_auc_{name}", found["auc"], "", **settings, interval=found["auc_interval"])
-        report(f"new_patients_found_{name}", found["tpr_at_1_percent_fpr"], "", **settings)
-    of_samples, of_perfect = (float(np.mean(values)) for values in accuracies.values())
+    for name, success in attacks.items():
+        report(f"new_patients_auc_{name}", success["auc"], "", **settings, interval=success["auc_interval"])
+        report(f"new_patients_found_{name}", success["tpr_at_1_percent_fpr"], "", **settings)
+    accuracies = f"samples {means['c2st_samples']:.2f}, perfect ones {means['c2st_perfect']:.2f}"
     strongest = max(attacks, key=lambda name: attacks[name]["auc"])
-    auc = f"{attacks[strongest]['auc']:.2f}"
-    print(f"C2ST accuracy: samples {of_samples:.2f}, perfect ones {of_perfect:.2f}; highest AUC {auc} ({strongest}).")
+    print(f"C2ST accuracy: {accuracies}; highest AUC {attacks[strongest]['auc']:.2f} ({strongest}).")
 
 
 if __name__ == "__main__":

@@ -236,10 +236,10 @@ def test_new_patients_are_those_that_the_loader_reads(tmp_path, cache):
 def test_new_patients_are_compared_and_attacked_beside_training_patients(lines, trained):
     printed, sentence = lines(new_patients, "--run", trained.run, "--num", 4, "--device", "cpu")
     for name in ("samples", "perfect"):
-        line = printed[f"new_patients_c2st_{name}"]
-        assert len(line["sets"]) == new_patients.SETS
-        assert line["value"] == pytest.approx(sum(line["sets"]) / new_patients.SETS, abs=1e-4)
-        assert f"{line['value']:.2f}" in sentence
+        accuracy, duplicates = (printed[f"new_patients_{metric}_{name}"] for metric in ("c2st", "duplicates"))
+        assert len(accuracy["sets"]) == len(duplicates["sets"]) == new_patients.SETS
+        assert accuracy["value"] == pytest.approx(sum(accuracy["sets"]) / new_patients.SETS, abs=1e-4)
+        assert f"{accuracy['value']:.2f}" in sentence
     aucs = {name: line["value"] for name, line in printed.items() if "auc" in name}
     assert {"new_patients_auc_likelihood", "new_patients_auc_guide", "new_patients_auc_refiner"} <= aucs.keys()
     assert all(line["interval"] == [0, 1] for name, line in printed.items() if "auc" in name)  # of three patients
