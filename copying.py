@@ -660,8 +660,8 @@ def duplicate_rate(
 ) -> float:
     """Return the share of slices that resemble another one more than any two patients of a reference resemble another.
 
-    By the correlation of normalised slices of about 32x16 pixels. 1 if each slice occurs twice; 0 to 0.07 of 200 slices
-    of as many patients, beside a reference of ten. NaN if the reference has one patient.
+    By the correlation of normalised slices of about 32x16 pixels. 1 if each slice occurs twice; near 0 for slices of
+    different patients, less so the fewer the reference has. NaN if the reference has one patient.
 
     Args:
         slices: (N, 1, H, W), such as samples.

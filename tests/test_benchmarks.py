@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,8 +25,11 @@ import training
 from reference import PaperPixelCNN, TextbookVQVAE, nats_per_code, sample_by_full_forwards
 
 import phantom
+from console import RunError
 from dataset import load_dataset
+from files import Reading
 from modules import GatedPixelCNN, PriorConfig
+from predict import Samples
 
 
 def parameters(model):
@@ -227,23 +231,60 @@ def test_network_c2st_reports_all_comparisons(lines, trained, monkeypatch):
 def test_new_patients_are_those_that_the_loader_reads(tmp_path, cache):
     phantom.write_phantom(tmp_path / "data", cases=(1, 1, 1), size=(64, 32), workers=1)
     train = load_dataset(str(tmp_path / "data"), None, (8, 8), 0).train
-    drawn = new_patients.draw_patients(range(1, 2), (64, 32))
-    numbers = new_patients.heights(1)
+    drawn = new_patients.draw_patients(range(1, 2), (64, 32), Reading())
+    numbers = new_patients.slice_numbers(1)
     assert drawn[0].equal(train.batch(numbers))
-    assert train.positions[numbers] == pytest.approx(new_patients.HEIGHTS[numbers].numpy())
+    assert train.positions[numbers] == pytest.approx(new_patients.POSITIONS[numbers].numpy())
 
 
-def test_new_patients_are_compared_and_attacked_beside_training_patients(lines, trained):
-    printed, sentence = lines(new_patients, "--run", trained.run, "--num", 4, "--device", "cpu")
+def test_new_patients_are_compared_and_attacked_beside_training_patients(lines, trained, monkeypatch):
+    count, attacked = 4, 3  # there are three training patients
+    monkeypatch.setattr(new_patients, "data_options", lambda *_: SimpleNamespace(on_phantom=True))
+    printed, sentence = lines(new_patients, "--run", trained.run, "--num", count, "--device", "cpu")
     for name in ("samples", "perfect"):
-        accuracy, duplicates = (printed[f"new_patients_{metric}_{name}"] for metric in ("c2st", "duplicates"))
-        assert len(accuracy["sets"]) == len(duplicates["sets"]) == new_patients.SETS
+        accuracy, p_value, duplicates = (
+            printed[f"new_patients_{metric}_{name}"] for metric in ("c2st", "c2st_p_value", "duplicates")
+        )
+        assert accuracy["patients"] == count
+        assert len(accuracy["sets"]) == len(p_value["sets"]) == len(duplicates["sets"]) == new_patients.SETS
         assert accuracy["value"] == pytest.approx(sum(accuracy["sets"]) / new_patients.SETS, abs=1e-4)
         assert f"{accuracy['value']:.2f}" in sentence
-    aucs = {name: line["value"] for name, line in printed.items() if "auc" in name}
+    aucs = {name: line for name, line in printed.items() if "auc" in name}
     assert {"new_patients_auc_likelihood", "new_patients_auc_guide", "new_patients_auc_refiner"} <= aucs.keys()
-    assert all(line["interval"] == [0, 1] for name, line in printed.items() if "auc" in name)  # of three patients
-    assert f"AUC {max(aucs.values()):.2f} (" in sentence
+    for line in aucs.values():
+        assert (line["patients"], line["slices"]) == (attacked, attacked * new_patients.SLICES)
+        assert line["interval"] == [0, 1]  # of so few patients
+    assert f"AUC {max(line['value'] for line in aucs.values()):.2f} (" in sentence
+    found = printed["new_patients_found_likelihood"]
+    assert 0 <= found["value"] <= 1
+    assert found["chance"] == pytest.approx(1 / (attacked * new_patients.SLICES + 1))
+
+
+def test_patients_can_only_be_drawn_for_runs_on_the_phantom(trained, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["new_patients.py", "--run", str(trained.run), "--device", "cpu"])
+    with pytest.raises(RunError, match="was not trained on the embedded phantom"):
+        new_patients.main()
+
+
+def test_reconstructions_of_new_patients_share_no_noise(trained, monkeypatch):
+    """All sets have sample ids of their own: equal noise would make reconstructions alike."""
+    drawn = []
+
+    def refine(options, networks, ids, codes, device):
+        drawn.extend(ids)
+        return torch.zeros(len(codes), 1, 64, 32)
+
+    monkeypatch.setattr(new_patients, "refine", refine)
+    monkeypatch.setattr(new_patients, "encode", lambda vqvae, slices: slices)
+    monkeypatch.setattr(
+        new_patients, "draw_samples", lambda *given: Samples(torch.zeros(2, 1, 64, 32), *[torch.zeros(2)] * 2, (0, 0))
+    )
+    monkeypatch.setattr(new_patients, "draw_positions", lambda *given: torch.zeros(2))
+    config = SimpleNamespace(positions=None)
+    train = load_dataset(str(trained.data), None, (8, 8), 0).train
+    new = torch.rand(2 * (1 + new_patients.SETS), new_patients.SLICES, 1, 64, 32)
+    new_patients.compare(SimpleNamespace(vqvae=None), train, new, config, SimpleNamespace(seed=0))
+    assert len(drawn) == len(set(drawn)) == 2 + 2 * new_patients.SLICES + 2 * new_patients.SETS
 
 
 @pytest.mark.slow
