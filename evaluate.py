@@ -72,7 +72,6 @@ from predict import (
     draw_positions,
     draw_samples,
     load_networks,
-    load_vqvae,
     refine,
     sampling_device,
     set_guidance,
@@ -532,7 +531,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.self_test:
         run_self_test(options, config, device)
         return
-    networks = load_networks(options.run, config, load_vqvae(options.run, config, device), device)
+    networks = load_networks(options.run, config, device)
     set_guidance(options, networks)
     warn_if_incomplete(options.run)
     evaluate(options, config, networks, device)

@@ -24,7 +24,7 @@ from checkpoints import export_weights, read_bytes, read_config, write_config
 from config import RunConfig
 from console import Parser, RunError, nonempty, say, summarise
 from model_card import CONCLUSIONS, FILES_HEADING, GUIDE_ROW, METADATA_END, fill_card, read_card, redact
-from predict import Networks, load_networks, load_vqvae, warn_if_incomplete
+from predict import Networks, load_networks, warn_if_incomplete
 from utils import flush, make_folder, write_file, writing
 
 MAX_EVALUATION = 1 << 24  # bytes of evaluation.json: 0.1 MB is usual
@@ -157,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_options(arguments)
     with new_folder(options.out.resolve()) as folder:  # a link cannot be renamed over
         config, device = read_config(options.run), torch.device("cpu")
-        networks = load_networks(options.run, config, load_vqvae(options.run, config, device), device)
+        networks = load_networks(options.run, config, device)
         warn_if_incomplete(options.run)
         for name, network in present(networks):
             export_weights(folder / f"{name}.safetensors", network, options.half)

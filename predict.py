@@ -492,12 +492,13 @@ def load_vqvae(run: Path, config: RunConfig, device: torch.device) -> VQVAE:
     return vqvae.to(device)
 
 
-def load_networks(run: Path, config: RunConfig, vqvae: VQVAE, device: torch.device) -> Networks:
-    """Load the prior, its guide, if there is one, and the refiner of a run, and return them with its VQ-VAE.
+def load_networks(run: Path, config: RunConfig, device: torch.device) -> Networks:
+    """Load the networks of a run; the guide is None where there is none.
 
     Raises:
         RunError: A network cannot be used, or the networks are of different runs.
     """
+    vqvae = load_vqvae(run, config, device)
     prior = load_weights(run / "prior.safetensors", GatedPixelCNN, PriorConfig, "prior_")
     guide = None
     if os.path.lexists(run / "guide.safetensors"):
@@ -556,13 +557,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         check_folder("--out", options.out)
         check_folder("--images", options.images)
     config = read_config(options.run)
-    vqvae = load_vqvae(options.run, config, device)
     if options.reconstruct:
-        reconstruct(options, config, vqvae, device)
+        reconstruct(options, config, load_vqvae(options.run, config, device), device)
         return
     if (options.first or 0) + options.num > MAX_NUM:
         raise RunError(f"--first and --num together must be at most {MAX_NUM}: file names have six digits")
-    networks = load_networks(options.run, config, vqvae, device)
+    networks = load_networks(options.run, config, device)
     set_guidance(options, networks)
     check_position(options, config)
     warn_if_incomplete(options.run)

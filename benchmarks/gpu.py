@@ -220,7 +220,7 @@ def check(out: Path, device: torch.device, tiny: bool) -> dict[str, Any]:
     config, data = read_config(run), load_dataset(str(out / "slices"), SIZES[tiny])
 
     def networks(where: torch.device) -> predict.Networks:
-        return predict.load_networks(run, config, predict.load_vqvae(run, config, where), where)
+        return predict.load_networks(run, config, where)
 
     rows = [*compare_trainings(out), *compare_networks(networks, data.test.batch(range(len(data.test))), device)]
     rows += compare_sampling(networks(device), device, count)

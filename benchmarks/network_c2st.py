@@ -19,7 +19,7 @@ from checkpoints import read_config
 from comparison import SliceSet
 from evaluate import parse_options, reconstruct_all, select, training_data
 from metrics import BATCH_SIZE, round_to_grey_levels, two_fold_split
-from predict import DEFAULT_NUM, draw_positions, draw_samples, load_networks, load_vqvae, sampling_device, set_guidance
+from predict import DEFAULT_NUM, draw_positions, draw_samples, load_networks, sampling_device, set_guidance
 
 UPDATES = 300
 CLASSIFIERS_PER_FOLD = 3  # accuracy varies by up to 0.17 with the initialisation
@@ -112,7 +112,7 @@ def main() -> None:
     options = parse_options(None)
     device = sampling_device(options)
     config = read_config(options.run)
-    networks = load_networks(options.run, config, load_vqvae(options.run, config, device), device)
+    networks = load_networks(options.run, config, device)
     set_guidance(options, networks)
     data = training_data(options, config)
     held_out = getattr(data, options.split)

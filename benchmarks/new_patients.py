@@ -41,7 +41,6 @@ from predict import (
     draw_positions,
     draw_samples,
     load_networks,
-    load_vqvae,
     refine,
     sampling_device,
     set_guidance,
@@ -157,7 +156,7 @@ def main() -> None:
     config = read_config(options.run)
     if not data_options(options, config).on_phantom:
         raise RunError(f"{options.run} was not trained on the embedded phantom, of which new patients can be drawn")
-    networks = load_networks(options.run, config, load_vqvae(options.run, config, device), device)
+    networks = load_networks(options.run, config, device)
     set_guidance(options, networks)
     train = training_data(options, config).train
     count = options.num or NUM

@@ -392,7 +392,7 @@ def test_each_comparison_uses_the_right_sets_of_slices(evaluated, trained, monke
     assert "14 samples; only the rows on copying use more than the first 12" in table
     data = load_dataset(str(trained.data), (64, 32), (4, 4), 0)
     config, cpu = read_config(trained.run), torch.device("cpu")
-    vqvae, _, _, refiner = predict.load_networks(trained.run, config, predict.load_vqvae(trained.run, config, cpu), cpu)
+    vqvae, _, _, refiner = predict.load_networks(trained.run, config, cpu)
     real, training = data.test.batch(range(4)), data.train.batch(range(12))
     grids = [vqvae.encode(slices) for slices in (real, training)]
     with autocast(cpu):

@@ -50,7 +50,7 @@ def draw(run, out, **options):
 
 def networks_of(run):
     device, config = torch.device("cpu"), read_config(run)
-    return predict.load_networks(run, config, predict.load_vqvae(run, config, device), device)
+    return predict.load_networks(run, config, device)
 
 
 # ---------------------------------------------------------------- weights

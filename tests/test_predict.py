@@ -170,7 +170,7 @@ def test_refiner_noise_of_0_makes_the_refiner_deterministic(call, trained):
     assert (codes_of(rough) == codes_of(smooth)).all()
     config = read_config(trained.run)
     device, scale = torch.device("cpu"), config.intensity.scale
-    networks = predict.load_networks(trained.run, config, predict.load_vqvae(trained.run, config, device), device)
+    networks = predict.load_networks(trained.run, config, device)
     expected = networks.refiner.sample(range(5, 8), codes, networks.vqvae, seed=9, noise_scale=0)[:, 0].numpy()
     np.testing.assert_allclose(pixels_of(smooth), (expected + 1) / 2 * scale, atol=1e-4 * scale)
     assert np.abs(pixels_of(rough) - pixels_of(smooth)).max() > 0.01 * scale
@@ -377,7 +377,7 @@ def test_an_animation_ends_with_the_samples_of_its_seed_from_low_to_high(trained
     (_, _, labels), (frames, vqvae, others) = written
     assert labels == sorted(labels) and len(set(labels)) == 4
     assert others == ["height 0.50"] * 4
-    networks = predict.load_networks(trained.run, read_config(trained.run), vqvae, torch.device("cpu"))
+    networks = predict.load_networks(trained.run, read_config(trained.run), torch.device("cpu"))
     codes = networks.prior.sample(range(4), torch.full((4,), 0.5), 4, 1.0, predict.TOP_P, networks.guide)
     slices = networks.refiner.sample(range(4), codes, vqvae, 4)
     np.testing.assert_array_equal(frames[-1].codes, codes)

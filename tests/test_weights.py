@@ -60,7 +60,7 @@ def test_the_weights_are_a_small_export_with_a_complete_card():
 def test_the_networks_fit_the_options():
     """So that a training with these options can start from them."""
     config, device = read_config(RUN), torch.device("cpu")
-    vqvae, prior, guide, refiner = predict.load_networks(RUN, config, predict.load_vqvae(RUN, config, device), device)
+    vqvae, prior, guide, refiner = predict.load_networks(RUN, config, device)
     assert guide is None
     options = config.options
     grid = {"grid": tuple(side // options.downsampling for side in config.slice_size)}
